@@ -1,0 +1,101 @@
+"""Audio files, silence and pauses: float32 mono at 16 kHz in memory, 16-bit PCM WAV on disk."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from speech_tokens import SAMPLE_RATE
+
+SILENCE_DBFS = -60.0  # RMS about the mean; speech lies near -25, 16-bit rounding noise near -101
+FRAME = SAMPLE_RATE // 50  # 20 ms: the step at which a pause is sought
+PAUSE_FRAMES = 5  # 100 ms: the closure of a stop consonant is shorter
+
+
+def load_audio(path_or_bytes: str | os.PathLike | bytes) -> np.ndarray:
+    """Decode WAV, FLAC, OGG or MP3, mix down to mono and resample to 16 kHz.
+
+    Args:
+        path_or_bytes: a file, or the bytes of one.
+    Returns:
+        float32 mono at 16 kHz, shape (n_samples,), nominally in [-1, 1].
+    Raises:
+        ValueError: no such file, not audio, no samples, or NaN/inf samples.
+    """
+    if isinstance(path_or_bytes, (bytes, bytearray)):
+        source, name = io.BytesIO(path_or_bytes), f"{len(path_or_bytes)} bytes of audio"
+    else:
+        source = name = os.fspath(path_or_bytes)
+        if not Path(source).is_file():
+            raise ValueError(f"{name}: no such audio file")
+    try:
+        channels, sample_rate = soundfile.read(source, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"{name}: cannot read as audio (WAV, FLAC, OGG, MP3): {error}") from error
+    if len(channels) == 0:
+        raise ValueError(f"{name}: holds no samples")
+    if not np.isfinite(channels).all():
+        raise ValueError(f"{name}: holds NaN or infinite samples")
+    wav = channels.mean(axis=1)
+    if sample_rate != SAMPLE_RATE:
+        wav = soxr.resample(wav, sample_rate, SAMPLE_RATE)
+        if len(wav) == 0:  # a few samples of a high rate
+            raise ValueError(f"{name}: too short: no sample is left at {SAMPLE_RATE} Hz")
+    return wav.astype(np.float32)
+
+
+def save_audio(path: str | os.PathLike, wav: np.ndarray) -> None:
+    """Write a mono waveform as 16-bit PCM WAV at 16 kHz, creating parent folders.
+
+    Args:
+        path: the file to write; its folder is made.
+        wav: float, shape (n_samples,), clipped to [-1, 1].
+    Raises:
+        ValueError: not one-dimensional, or NaN/inf samples.
+    """
+    wav = np.asarray(wav, dtype=np.float32)
+    if wav.ndim != 1:
+        raise ValueError(f"{path}: expected a mono waveform of shape (n_samples,), got {wav.shape}")
+    if not np.isfinite(wav).all():
+        raise ValueError(f"{path}: the waveform holds NaN or infinite samples")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    # Given the format, a path without .wav works too.
+    soundfile.write(path, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+
+
+def audio_failure(wav: np.ndarray) -> str | None:
+    """Why no recogniser should be asked about a waveform: 'empty', 'non_finite', 'silent', or None."""
+    if len(wav) == 0:
+        return "empty"
+    if not np.isfinite(wav).all():
+        return "non_finite"
+    # About the mean: a constant offset cannot be heard.
+    return "silent" if wav.std(dtype=np.float64) < 10 ** (SILENCE_DBFS / 20) else None
+
+
+def split_at_pauses(wav: np.ndarray, window: int) -> list[np.ndarray]:
+    """Cut a waveform into pieces of at most `window` samples at the quietest 100 ms in reach; drop silent pieces.
+
+    A cut lies in the last fifth of its window; the last two pieces share what is left, so that none is a sliver.
+
+    Args:
+        wav: float, shape (n_samples,).
+        window: samples, at least 10 frames of 20 ms.
+    Returns:
+        At least one piece.
+    """
+    pieces = []
+    while len(wav) > window:
+        reach = (0.8 * window, window) if len(wav) > 1.6 * window else (0.4 * len(wav), 0.6 * len(wav))
+        low, high = map(int, reach)
+        frames = wav[low : high - (high - low) % FRAME].reshape(-1, FRAME)
+        width = min(PAUSE_FRAMES, len(frames))
+        energy = np.convolve(np.square(frames, dtype=np.float64).sum(axis=1), np.ones(width), mode="valid")
+        cut = low + int((energy.argmin() + width / 2) * FRAME)
+        pieces.append(wav[:cut])
+        wav = wav[cut:]
+    pieces.append(wav)
+    return [piece for piece in pieces if audio_failure(piece) is None] or pieces[:1]

@@ -1,0 +1,397 @@
+r"""Measure checkpoints on held-out texts: error rates by outside judges, prosody, failures, speed, a page to hear.
+
+    python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
+      --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
+
+Writes results.json (every clip), results.md (the table) and report.html (one page with players, no other file
+needed), anew after each row. The texts, one row of numbers per checkpoint and temperature:
+
+    .txt    one text a line
+    .jsonl  {"text": …} and, if there are any, "id", "language", "ref_audio" and "ref_text" (voice prompt), "audio"
+    .lst    seed-tts-eval's meta.lst: id|ref_text|ref_audio|text, and |audio where there is a natural reading
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import set_seed
+
+from audio import audio_failure, load_audio
+from evaluation_report import summarize, write_reports
+from inference import (
+    DEFAULT_CODEC,
+    DEFAULT_WHISPER,
+    HelpFormatter,
+    Policy,
+    Sample,
+    bad_input_exits,
+    best_of,
+    check_codebook,
+    check_writable,
+    decode_samples,
+    load_tokenizer,
+    pick_device,
+    read_text,
+    recorded,
+    whisper_rewards,
+)
+from judges import load_judges
+from reward_models.prosody import log_f0_std
+from reward_models.rollouts import is_repetitive
+from reward_whisper import CER_LANGUAGES, WhisperScorer, error_rate, language_code
+from speech_codec import SpeechCodec
+from speech_tokens import SAMPLE_RATE, tts_prompt
+
+logger = logging.getLogger(__name__)
+
+
+# --- The texts --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text to say; `ref_audio` and `ref_text` are its voice prompt, `audio` a natural reading of it."""
+
+    id: str
+    text: str
+    language: str
+    ref_audio: str | None = None
+    ref_text: str | None = None
+    audio: str | None = None
+
+
+def read_items(path: str, language: str) -> list[Item]:
+    """The items of a .txt, .jsonl or .lst file, checked; audio paths start beside the file.
+
+    Args:
+        language: of the items that do not say.
+    Raises:
+        ValueError: names the file, the line, and what is wrong with it.
+    """
+    parsers = {".txt": lambda line: {"text": line}, ".jsonl": _parse_json, ".lst": _parse_meta}
+    parse = parsers.get(Path(path).suffix.lower())
+    if parse is None:
+        raise ValueError(f"{path}: give texts as {', '.join(parsers)}; see evaluation.py --help")
+    items = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if line.strip():
+            try:
+                items.append(_item(parse(line), str(number), language, Path(path).parent))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not items:
+        raise ValueError(f"{path}: no text in it")
+    return items
+
+
+def _parse_json(line: str) -> dict[str, str]:
+    fields = json.loads(line)
+    if not isinstance(fields, dict):
+        raise ValueError(f'expected an object such as {{"text": "…"}}, got {line[:60]}')
+    return fields
+
+
+def _parse_meta(line: str) -> dict[str, str]:
+    fields = line.rstrip("\n").split("|")
+    if len(fields) not in (4, 5):
+        raise ValueError(f"expected id|ref_text|ref_audio|text, with |audio or without, got {line[:60]!r}")
+    return dict(zip(("id", "ref_text", "ref_audio", "text", "audio"), fields, strict=False))
+
+
+def _item(fields: dict[str, str], default_id: str, language: str, folder: Path) -> Item:
+    if not isinstance(fields.get("text"), str):
+        raise ValueError(f"a row without text; it has: {', '.join(fields) or 'nothing'}")
+    values = {key: fields.get(key) or None for key in ("ref_audio", "ref_text", "audio")}
+    for key in ("ref_audio", "audio"):
+        if values[key]:
+            values[key] = str(folder / values[key])
+            if not Path(values[key]).is_file():
+                raise ValueError(f"{key} {values[key]}: no such file")
+    item = Item(
+        str(fields.get("id") or default_id), fields["text"].strip(), fields.get("language") or language, **values
+    )
+    tts_prompt(item.text, item.ref_text, None if item.ref_audio is None else [])  # half a voice prompt, …
+    error_rate(item.text, "", item.language)  # an unknown language, nothing left to score
+    return item
+
+
+def units_of(items: list[Item]) -> str:
+    """ "words" or "characters": what the error rate of these texts counts."""
+    kinds = {language_code(item.language) in CER_LANGUAGES for item in items}
+    if len(kinds) > 1:
+        raise ValueError("the texts mix languages scored by words and by characters; evaluate them apart")
+    return "characters" if kinds.pop() else "words"
+
+
+def num_units(item: Item) -> int:
+    """Words as written (the normaliser would make one of "twenty five"), or characters."""
+    by_characters = language_code(item.language) in CER_LANGUAGES
+    return error_rate(item.text, "", item.language).ref_length if by_characters else len(item.text.split())
+
+
+# --- Rows -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """What every row is measured with."""
+
+    args: argparse.Namespace
+    codec: SpeechCodec
+    judges: dict[str, object]  # by name, see judges.py
+    reward_scorer: WhisperScorer | None  # picks in best-of-N
+
+
+Produced = tuple[list[Sample | None], list[np.ndarray]]  # one per item; no sample where no codes were made
+Row = tuple[dict, list[np.ndarray]]  # for results.json, and the waveforms of the first seed to listen to
+
+
+def measure(
+    bench: Bench, name: str, items: list[Item], produce: Callable[[], Produced], seeds: list[int] | None = None, **about
+) -> Row:
+    """One row of the results, its metrics apart. Without seeds nothing is random and one pass is enough."""
+    clips, first_wavs, compute_s = [], None, 0.0
+    for seed in seeds or [None]:
+        if seed is not None:
+            set_seed(seed)
+        start = time.perf_counter()
+        samples, wavs = produce()
+        compute_s += time.perf_counter() - start
+        clips += judge_clips(bench.judges, items, samples, wavs, seed)
+        first_wavs = wavs if first_wavs is None else first_wavs
+    return {"name": name, **about, "seeds": seeds or [None], "compute_s": compute_s, "clips": clips}, first_wavs
+
+
+def judge_clips(
+    judges: dict[str, object], items: list[Item], samples: list[Sample | None], wavs: list[np.ndarray], seed: int | None
+) -> list[dict]:
+    """Everything measured on one clip each, ready for JSON; the texts' order is kept."""
+    clips = []
+    for item, sample, wav in zip(items, samples, wavs, strict=True):
+        failure = audio_failure(wav)
+        clips.append(
+            {
+                "id": item.id,
+                "text": item.text,
+                "seed": seed,
+                "num_codes": sample and len(sample.codes),
+                "ended": sample and sample.ended,
+                "repetitive": sample and is_repetitive(sample.codes),
+                "failure": failure,
+                "duration_s": len(wav) / SAMPLE_RATE,
+                "num_units": num_units(item),
+                "log_f0_std": None if failure else number_or_none(log_f0_std(wav)),
+                "judges": {},
+            }
+        )
+    texts, languages = [item.text for item in items], [item.language for item in items]
+    for name, judge in judges.items():
+        for clip, score in zip(clips, judge.score(wavs, texts, languages), strict=True):
+            clip["judges"][name] = {
+                "hyp_text": score.hyp_text,
+                "error_rate": score.wer,
+                "edits": score.edits,
+                "ref_length": score.ref_length,
+                "nll": number_or_none(score.nll),
+            }
+    return clips
+
+
+def number_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def model_rows(bench: Bench, models: dict[str, str], items: list[Item], prompts: list) -> Iterator[Row]:
+    """Checkpoints x temperatures, and best-of-N of the first checkpoint at the first temperature."""
+    args = bench.args
+    for model, (name, path) in enumerate(models.items()):
+        with bad_input_exits():
+            policy = Policy.from_pretrained(path, args.device)
+            policy.encode(prompts, args.max_length)
+        for temperature in args.temperature:
+            label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
+            about = {"seeds": args.seeds, "model": path, "temperature": temperature}
+            produce = partial(speak, bench, policy, prompts, temperature, label)
+            yield measure(bench, label, items, produce, best_of=1, **about)
+            if model == 0 and temperature == args.temperature[0] and args.best_of > 1:
+                label = f"{label}, best of {args.best_of}"
+                produce = partial(speak_best, bench, policy, prompts, items, temperature, label)
+                yield measure(bench, label, items, produce, best_of=args.best_of, **about)
+
+
+def reference_rows(bench: Bench, items: list[Item], wavs: list[np.ndarray]) -> Iterator[Row]:
+    """Natural readings as they are, and after the codec: the ceiling of everything above."""
+    about = {"model": None, "temperature": None, "best_of": 1}
+    yield measure(bench, "natural", items, lambda: ([None] * len(wavs), wavs), **about)
+
+    def resynthesise() -> Produced:
+        samples = [Sample(codes, ended=True) for codes in bench.codec.encode(wavs)]
+        return samples, decode_samples(bench.codec, samples)
+
+    yield measure(bench, "codec resynthesis", items, resynthesise, **about)
+
+
+def voice_prompts(codec: SpeechCodec, items: list[Item]) -> list[list[dict[str, str]]]:
+    """The prompts, each voice encoded once."""
+    paths = sorted({item.ref_audio for item in items if item.ref_audio})
+    codes = {path: codec.encode([load_audio(path)])[0] for path in tqdm(paths, desc="voice prompts", disable=not paths)}
+    return [tts_prompt(item.text, item.ref_text, codes.get(item.ref_audio)) for item in items]
+
+
+def speak(bench: Bench, policy: Policy, prompts: list, temperature: float, label: str) -> Produced:
+    samples = policy.sample(
+        prompts,
+        temperature=temperature,
+        top_p=bench.args.top_p,
+        max_length=bench.args.max_length,
+        batch_size=bench.args.batch_size,
+        progress=label,
+    )
+    return samples, decode_samples(bench.codec, samples)
+
+
+def speak_best(
+    bench: Bench, policy: Policy, prompts: list, items: list[Item], temperature: float, label: str
+) -> Produced:
+    """The best of N rollouts of each prompt, by the reward."""
+    n = bench.args.best_of
+    samples, wavs = speak(bench, policy, [prompt for prompt in prompts for _ in range(n)], temperature, label)
+    repeated = [item for item in items for _ in range(n)]
+    rewards = whisper_rewards(
+        bench.reward_scorer, wavs, [item.text for item in repeated], [item.language for item in repeated]
+    )
+    kept = best_of(rewards, n)
+    return [samples[i] for i in kept], [wavs[i] for i in kept]
+
+
+# --- The script -------------------------------------------------------------------------------------------
+
+
+def named_models(models: list[str]) -> dict[str, str]:
+    """NAME=path, or a path that is its own name."""
+    named = {}
+    for model in models:
+        name, equals, path = model.partition("=")
+        if not equals or "/" in name:  # a path may hold a =
+            name = path = model
+        if not name or not path or name in named:
+            raise ValueError(f"--models {model}: give NAME=path, each name once")
+        named[name] = path
+    return named
+
+
+def check_args(args: argparse.Namespace) -> None:
+    for name, least in (("best_of", 1), ("batch_size", 1), ("max_length", 1), ("num_players", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number from {least} on")
+    for temperature in args.temperature:
+        if not temperature >= 0:
+            raise ValueError(f"--temperature {temperature}: give 0 (the likeliest code) or more")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: give a share in (0, 1]")
+    for name in ("seeds", "temperature", "judge"):
+        if args.__dict__[name] and len(set(args.__dict__[name])) < len(args.__dict__[name]):
+            raise ValueError(f"--{name}: one is given twice")
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    packages = ("torch", "transformers", "openai-whisper")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now().isoformat(timespec="minutes"),
+        "arguments": vars(args),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores",
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Returns what results.json holds."""
+    with bad_input_exits():
+        check_args(args)
+        models = named_models(args.models)
+        items = read_items(args.texts, args.language)
+        references = read_items(args.references, args.language) if args.references else []
+        without_audio = [item.id for item in references if item.audio is None]
+        if without_audio:
+            raise ValueError(f"{args.references}: no audio for {without_audio[0]!r}; --references needs readings")
+        everything = items + references
+        units = units_of(everything)
+        check_writable(Path(args.output_dir))
+        args.device = pick_device(args.device)
+        tokens = [load_tokenizer(path)[1] for path in models.values()]
+        first = next(iter(models.values()))
+        whisper = args.whisper or recorded(first, "whisper", DEFAULT_WHISPER)
+        texts, languages = [item.text for item in everything], [item.language for item in everything]
+        judges = load_judges(args.judge or [whisper], texts, languages, args.device)
+        scorer = (judges.get(whisper) or WhisperScorer(whisper, args.device)) if args.best_of > 1 else None
+        codec = SpeechCodec.from_pretrained(args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC), args.device)
+        for model_tokens in tokens:
+            check_codebook(model_tokens, codec)
+        natural = [load_audio(item.audio) for item in references]
+        prompts = voice_prompts(codec, items)
+
+    bench = Bench(args, codec, judges, scorer)
+    results = {**provenance(args), "units": units, "models": models, "num_texts": len(items), "rows": []}
+    to_hear = {item.text for item in items[:: max(1, len(items) // max(1, args.num_players))][: args.num_players]}
+    players = {}
+    of_models = model_rows(bench, models, items, prompts)
+    of_references = reference_rows(bench, references, natural) if references else []
+    for row, wavs in chain(of_models, of_references):
+        results["rows"].append(row)
+        row["metrics"] = summarize(row, results["rows"][0])
+        for clip, wav in zip(row["clips"], wavs, strict=False):  # the first seed's clips come first
+            if clip["text"] in to_hear:
+                players.setdefault(clip["text"], []).append((row["name"], clip, wav))
+        write_reports(Path(args.output_dir), results, players)
+        for judge, metrics in row["metrics"]["judges"].items():
+            logger.info("%s: %.2f %% %s wrong by %s", row["name"], 100 * metrics["error_rate"], units, judge)
+    logger.info("listen: %s", Path(args.output_dir) / "report.html")
+    return results
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="[NAME=]PATH", help="checkpoints; the first is the baseline")
+    add("--texts", required=True, help="a .txt, .jsonl or .lst file, see above")
+    add(
+        "--references", help="a .jsonl or .lst file with natural readings: rows for them, as they are and resynthesised"
+    )
+    add("--output_dir", default="evaluation", help="folder of results.json, results.md and report.html")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each text is said once for each seed")
+    add("--judge", nargs="+", action="extend", help="Whisper names or paths, and pocketsphinx; default: the reward's Whisper")
+    add("--temperature", type=float, nargs="+", default=[1.0], help="several give a row each; 0 is greedy")
+    add("--best_of", type=int, default=1, help="from 2 on: a row for the baseline's best of so many, by the reward")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
+    add("--max_length", type=int, default=2048, help="tokens of prompt and speech together")
+    add("--batch_size", type=int, default=16, help="clips sampled at a time")
+    add("--num_players", type=int, default=8, help="texts to listen to on the page")
+    add("--language", default="en", help="of texts that do not say")
+    add("--device", default="auto", help="auto is a GPU where there is one")
+    add("--codec_id", help=f"default: what the first model's run.json says, else {DEFAULT_CODEC}")
+    add("--whisper", help=f"the reward's; default: what the first model's run.json says, else {DEFAULT_WHISPER}")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    main(parse_args())

@@ -1,0 +1,73 @@
+"""Reward configs: a JSON file names rewards with their weights and parameters.
+
+    {"whisper": {"weight": 1.0, "alpha_wer": 3.0}, "duration": {"weight": 0.5}}
+
+Adding a reward is one class in a file of this folder, one line in REWARDS, a test, and a row in the README.
+"""
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+
+from reward_models.intelligibility import WhisperReward
+from reward_models.prosody import DurationReward, LogF0SpreadReward
+
+REWARDS = {"whisper": WhisperReward, "duration": DurationReward, "log_f0_spread": LogF0SpreadReward}
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The end of an error message: the nearest known key, and all of them."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown key {key!r}.{hint} Known: {', '.join(sorted(known))}"
+
+
+def load_config(path: str | Path) -> dict[str, dict[str, float]]:
+    """Read and check a reward config.
+
+    Returns:
+        {reward: {"weight": …, parameter: …}}, weights filled in with 1.
+    Raises:
+        ValueError: no such file, not JSON, an unknown reward or parameter, a value that is no number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = ", ".join(str(p) for p in sorted(Path(__file__).parent.glob("*.json")))
+        raise ValueError(f"no reward config {path}; give a JSON file, such as {shipped}")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or not config:
+        raise ValueError(f"{path}: expected an object with at least one of {', '.join(REWARDS)}")
+    for name, parameters in config.items():
+        if name not in REWARDS:
+            raise ValueError(f"{path}: {unknown_key(name, list(REWARDS))}")
+        known = ["weight", *list(inspect.signature(REWARDS[name]).parameters)[1:]]
+        if not isinstance(parameters, dict):
+            raise ValueError(f"{path}: {name} must be an object with {', '.join(known)}; got {parameters!r}")
+        for key, value in parameters.items():
+            if key not in known:
+                raise ValueError(f"{path}: {name}: {unknown_key(key, known)}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{path}: {name}: {key} must be a number, got {value!r}")
+    return {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
+
+
+def load_rewards(path: str | Path, listener) -> tuple[list, list[float]]:
+    """The reward functions and weights that `GRPOTrainer` takes.
+
+    Args:
+        path: a reward config.
+        listener: the `reward_models.rollouts.Listener` all of them share.
+    """
+    rewards, weights = [], []
+    for name, parameters in load_config(path).items():
+        weight = parameters.pop("weight")
+        try:
+            rewards.append(REWARDS[name](listener, **parameters))
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from None
+        weights.append(weight)
+    return rewards, weights

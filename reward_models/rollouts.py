@@ -1,0 +1,134 @@
+"""What one batch of rollouts sounds like. All rewards of a batch look at the same `Rollouts`.
+
+`Listener` holds the codec and the Whisper; `Rollouts` computes each thing at most once and only if a reward
+or a metric asks for it.
+"""
+
+from functools import cached_property
+
+import numpy as np
+
+from audio import audio_failure
+from reward_models.prosody import log_f0_std
+from reward_whisper import Score, WhisperScorer
+from speech_codec import SpeechCodec
+from speech_tokens import CODES_PER_SECOND, SpeechTokens
+
+REPEATED_SPAN_S = 0.5  # longer than any held vowel or pause inside a sentence
+LONGEST_PERIOD = 8  # codes: 0.16 s
+
+
+def is_repetitive(codes: list[int]) -> bool:
+    """True if half a second or more is one pattern of at most 0.16 s, over and over.
+
+    The usual way a speech policy fails: it holds one code, or loops over a few.
+    Example: 25 equal codes in a row are 0.5 s and repetitive; 24 are not.
+    """
+    ids = np.asarray(codes)
+    span = int(REPEATED_SPAN_S * CODES_PER_SECOND)
+    for period in range(1, LONGEST_PERIOD + 1):
+        longest = run = 0
+        for same in ids[period:] == ids[:-period]:
+            run = run + 1 if same else 0
+            longest = max(longest, run)
+        if longest + period >= span and longest >= 2 * period:
+            return True
+    return False
+
+
+class Rollouts:
+    """A batch of completions, as codes, as sound, and as Whisper hears them.
+
+    Args:
+        completion_ids: sampled token ids, END included where it came, no padding.
+        texts: what each was asked to say.
+        languages: Whisper's language code of each text.
+        group_size: rollouts of one prompt; they stand next to each other.
+    Attributes (each a list in the batch's order, computed when first read):
+        codes: ids in the codebook; `ended`: whether END came.
+        wavs: float32 mono at 16 kHz; shape (0,) where there are no codes.
+        scores: `reward_whisper.Score`.
+        failures: None, or why a rollout earns the lowest reward: "unended", "empty", "silent", "non_finite".
+        log_f0_stds: natural-log units; NaN where there is no voice.
+    """
+
+    def __init__(self, listener: "Listener", completion_ids, texts: list[str], languages: list[str], group_size: int):
+        if len(completion_ids) % group_size:
+            raise ValueError(f"{len(completion_ids)} rollouts cannot be divided into groups of {group_size}")
+        for first in range(0, len(texts), group_size):
+            if len(set(texts[first : first + group_size])) != 1:
+                raise ValueError(f"rollouts {first} to {first + group_size - 1} are not of one prompt")
+        self.listener, self.texts, self.languages, self.group_size = listener, texts, languages, group_size
+        parsed = [listener.tokens.codes(ids) for ids in completion_ids]
+        self.codes = [codes for codes, _ in parsed]
+        self.ended = [ended for _, ended in parsed]
+
+    @cached_property
+    def wavs(self) -> list[np.ndarray]:
+        spoken = [codes for codes in self.codes if codes]
+        decoded = iter(self.listener.codec.decode(spoken))
+        return [next(decoded) if codes else np.zeros(0, np.float32) for codes in self.codes]
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        return self.listener.scorer.score(self.wavs, self.texts, self.languages)
+
+    @cached_property
+    def failures(self) -> list[str | None]:
+        return [
+            audio_failure(wav) or (None if ended else "unended")
+            for wav, ended in zip(self.wavs, self.ended, strict=True)
+        ]
+
+    @cached_property
+    def log_f0_stds(self) -> list[float]:
+        return [
+            log_f0_std(wav) if audio_failure(wav) is None else float("nan") for wav in self.wavs
+        ]
+
+    def grouped(self, values: list[float]) -> np.ndarray:
+        """(prompts, group_size)"""
+        return np.asarray(values, dtype=np.float64).reshape(-1, self.group_size)
+
+    def metrics(self) -> dict[str, float]:
+        """What the log shows of a batch besides its rewards; means over the rollouts."""
+        failures = self.failures
+        f0 = np.asarray(self.log_f0_stds)
+        return {
+            "wer": float(np.mean([score.wer for score in self.scores])),
+            "nll": float(np.mean([score.nll for score in self.scores])),
+            "duration_s": float(np.mean([len(codes) / CODES_PER_SECOND for codes in self.codes])),
+            "log_f0_std": float(np.nanmean(f0)) if np.isfinite(f0).any() else float("nan"),
+            "share_truncated": 1 - float(np.mean(self.ended)),
+            "share_empty": failures.count("empty") / len(failures),
+            "share_silent": failures.count("silent") / len(failures),
+            "share_non_finite": failures.count("non_finite") / len(failures),
+            "share_repetitive": float(np.mean([is_repetitive(codes) for codes in self.codes])),
+        }
+
+
+class Listener:
+    """Codec and Whisper, and the rollouts that were heard last.
+
+    TRL calls every reward function of a batch with the same list of completions: the first call makes the
+    `Rollouts` (and logs their metrics), the others find it here.
+    """
+
+    def __init__(self, tokens: SpeechTokens, codec: SpeechCodec, scorer: WhisperScorer, group_size: int):
+        if codec.codebook_size != tokens.num_codes:
+            raise ValueError(
+                f"the codec has {codec.codebook_size} codes and the policy speaks {tokens.num_codes}: "
+                "they do not belong together (see --codec_id)"
+            )
+        self.tokens, self.codec, self.scorer, self.group_size = tokens, codec, scorer, group_size
+        self.rollouts: Rollouts | None = None
+        self._completion_ids = None
+
+    def hear(self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric) -> Rollouts:
+        if completion_ids is not self._completion_ids:
+            languages = language or ["en"] * len(text)
+            self.rollouts = Rollouts(self, completion_ids, text, languages, self.group_size)
+            self._completion_ids = completion_ids
+            for name, value in self.rollouts.metrics().items():
+                log_metric(name, value)
+        return self.rollouts

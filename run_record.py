@@ -1,0 +1,108 @@
+"""What a run leaves beside its checkpoint: run.json, reward_curve.png, and rollouts to listen to."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from audio import save_audio
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
+# What the reward curve shows where it was logged: (log key, label)
+CURVES = (
+    ("reward", "reward"), ("wer", "WER (reward ASR)"), ("nll", "NLL per token"), ("duration_s", "duration, s"),
+    ("log_f0_std", "spread of ln F0"), ("kl", "KL to the reference"), ("entropy", "entropy per code"), ("loss", "loss"),
+)
+
+
+def git_commit() -> str:
+    """The project's commit, with +dirty where the tree differs from it; "unknown" outside a clone."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance() -> dict:
+    """Command, date, commit, versions and hardware of this process."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "argv": ["python", *sys.argv],
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": {"cpu": platform.machine(), "cores": os.cpu_count(), "gpus": gpus},
+    }
+
+
+def write_run(output_dir: str, **facts) -> None:
+    """Write output_dir/run.json: provenance and `facts` (which must be JSON, or paths)."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n")
+
+
+def plot_curves(log_history: list[dict], path: Path) -> None:
+    """Draw every curve of CURVES that the log holds, each over the training step."""
+    import matplotlib.pyplot as plt  # slow to import, and only needed at the end
+
+    drawn = []
+    for key, label in CURVES:
+        # A metric without a value (no voice, no pitch) is logged as null.
+        points = [(entry["step"], float(entry[key])) for entry in log_history if entry.get(key) is not None]
+        if points:
+            drawn.append((label, *zip(*points, strict=True)))
+    if not drawn:
+        return
+    rows = (len(drawn) + 3) // 4
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.8 * rows), squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.remove()
+    for axis, (label, steps, values) in zip(axes.flat, drawn, strict=False):
+        axis.plot(steps, values, linewidth=0.8, alpha=0.35, color="tab:blue")
+        window = max(1, len(values) // 20)
+        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+        axis.plot(steps, smooth, linewidth=1.6, color="tab:blue")
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class SampleSaver(TrainerCallback):
+    """Every `every` steps, the first rollouts of the batch as wav, with their texts and transcripts."""
+
+    def __init__(self, listener, every: int, count: int):
+        self.listener, self.every, self.count = listener, every, count
+
+    def on_step_end(self, args, state, control, **_):
+        rollouts = self.listener.rollouts
+        if not self.every or state.global_step % self.every or rollouts is None or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "transcripts.jsonl").open("w") as lines:
+            for i in range(min(self.count, len(rollouts.codes))):
+                score = rollouts.scores[i]
+                if rollouts.failures[i] not in ("empty", "non_finite"):
+                    save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
+                record = {
+                    "rollout": i, "text": rollouts.texts[i], "heard": score.hyp_text, "wer": score.wer,
+                    "nll": score.nll, "failure": rollouts.failures[i],
+                }
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,311 @@
+"""XCodec2 (arXiv 2502.04128): waveforms to speech codes and back, batches equal to items done alone.
+
+The model is transformers' native `Xcodec2Model`. Two checkpoint layouts are read: the native one
+(`HKUSTAudio/xcodec2-hf`, or a folder written by `save_pretrained`) and the one of the `xcodec2`
+package (`HKUSTAudio/xcodec2`), whose weights are renamed onto the native model.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from transformers import (
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Xcodec2Config,
+    Xcodec2Model,
+)
+
+from speech_tokens import HOP_LENGTH, SAMPLE_RATE
+
+BATCH_CODES = 4_000          # codes in one forward pass, 80 s of speech: bounds the encoder's memory
+SEMANTIC_LAYERS = 16         # the original reads hidden_states[16] of w2v-bert-2.0's 24 layers
+HEAD_DIM = 64                # of the original's decoder: not to be seen in its weights
+
+
+class SpeechCodec:
+    """XCodec2 with ragged lists in and out, in the caller's order.
+
+    Attributes:
+        model: the `Xcodec2Model`, in eval mode.
+        device: where it runs.
+        codebook_size: number of codes; 65,536 for the published model.
+    """
+
+    def __init__(self, model: Xcodec2Model):
+        config = model.config
+        if (config.sampling_rate, config.hop_length) != (SAMPLE_RATE, HOP_LENGTH):
+            raise ValueError(
+                f"codec of {config.sampling_rate} Hz with {config.hop_length} samples per code; "
+                f"accepted: {SAMPLE_RATE} Hz with {HOP_LENGTH} samples per code"
+            )
+        self.model = model.eval()
+        self.device = model.device
+        self.codebook_size = int(np.prod(config.quantization_levels))
+        self.feature_extractor = SeamlessM4TFeatureExtractor()
+        # A window rounded to half precision would be heard; the head works in float32 anyway.
+        head = model.acoustic_decoder.head
+        head.window = torch.hann_window(head.n_fft, device=self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_path: str, device: str | torch.device = "cpu", dtype=torch.float32
+    ) -> "SpeechCodec":
+        """Load a native or an original checkpoint; config.json tells which it is.
+
+        Args:
+            id_or_path: a folder, or a model id on the Hugging Face hub.
+            dtype: of the weights; audio is float32 with any. Half precision moves some codes across a rounding boundary:
+                encode data sets in float32.
+        Raises:
+            OSError: no such folder or hub model, or it lacks config.json or weights.
+            ValueError: not an XCodec2, or its weights do not fit.
+        """
+        folder = _find_checkpoint(id_or_path)
+        config = json.loads((folder / "config.json").read_text())
+        if "codec_decoder_hidden_size" in config:
+            state = _rename_original(_load_weights(folder))
+            try:
+                options = {"config": _original_config(state), "state_dict": state}
+            except KeyError as error:
+                raise ValueError(f"{id_or_path}: the checkpoint lacks {error}") from None
+            folder = None  # all is in the options
+        elif config.get("model_type") == "xcodec2":
+            options = {}
+        else:
+            raise ValueError(
+                f"{id_or_path}: model_type {config.get('model_type')!r} is no XCodec2; accepted: "
+                "'xcodec2' of transformers, or a checkpoint of the xcodec2 package"
+            )
+        model, info = Xcodec2Model.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:  # transformers would only warn, and fill in random weights
+                names = sorted(map(str, info[problem]))
+                raise ValueError(f"{id_or_path}: {len(names)} {problem}: {', '.join(names[:4])} …")
+        return cls(model.to(device))
+
+    @torch.inference_mode()
+    def encode(self, wavs: list[np.ndarray]) -> list[list[int]]:
+        """Waveforms to codec ids, one list per item; equal to encoding each alone.
+
+        As in the original, 1 to 320 zeros are appended so that the last code is complete: an item
+        of a whole number of codes gets one more.
+
+        Args:
+            wavs: ragged, mono at 16 kHz, shape (n_samples,) each, nominally in [-1, 1].
+        Returns:
+            ids in [0, codebook_size), n_samples // 320 + 1 each, 50 per second.
+        Raises:
+            ValueError: an item is empty, not one-dimensional, or holds NaN or infinity.
+        """
+        padded = [_pad(wav, index) for index, wav in enumerate(wavs)]
+        codes = [None] * len(wavs)
+        for batch in _equal_length_batches([len(wav) // HOP_LENGTH for wav in padded]):
+            # Half a hop on both sides makes the semantic frames as many as the acoustic ones.
+            features = self.feature_extractor(
+                [np.pad(padded[i], HOP_LENGTH // 2) for i in batch],
+                sampling_rate=SAMPLE_RATE,
+                return_tensors="pt",
+            ).input_features
+            values = torch.from_numpy(np.stack([padded[i] for i in batch]))[:, None]
+            output = self.model.encode(
+                values.to(self.device, self.model.dtype),
+                features.to(self.device, self.model.dtype),
+            )
+            for i, ids in zip(batch, output.audio_codes[:, 0].tolist()):
+                codes[i] = ids
+        return codes
+
+    @torch.inference_mode()
+    def decode(self, codes: list[list[int]]) -> list[np.ndarray]:
+        """Codec ids to waveforms, one per item; equal to decoding each alone.
+
+        Args:
+            codes: ragged, ids in [0, codebook_size), 50 per second.
+        Returns:
+            float32 mono at 16 kHz, shape (len(ids) * 320,) each; nominally in [-1, 1], not clipped.
+        Raises:
+            ValueError: an item is empty (the caller decides what silence is worth), or an id is out
+                of range.
+        """
+        for index, ids in enumerate(codes):
+            if len(ids) == 0:
+                raise ValueError(f"codes[{index}] is empty; drop it, or decide what silence is worth")
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"codes[{index}] holds {low if low < 0 else high}; accepted: 0 to "
+                    f"{self.codebook_size - 1}. speech_tokens.py turns token ids into codes"
+                )
+        wavs = [None] * len(codes)
+        for batch in _equal_length_batches([len(ids) for ids in codes]):
+            ids = torch.tensor([list(codes[i]) for i in batch], device=self.device)[:, None]
+            audio = self.model.decode(audio_codes=ids).audio_values[:, 0]
+            for i, wav in zip(batch, audio.float().cpu().numpy()):
+                wavs[i] = wav
+        return wavs
+
+
+def _equal_length_batches(lengths: list[int]) -> list[list[int]]:
+    """Indices of items, in batches of one length.
+
+    The codec takes no mask and its attention and GroupNorm run over time: padding changes an item.
+    """
+    groups = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(length, []).append(index)
+    batches = []
+    for length, group in groups.items():
+        size = max(1, BATCH_CODES // length)
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def _pad(wav: np.ndarray, index: int) -> np.ndarray:
+    """Check one waveform and append zeros up to the next code, as the original does."""
+    wav = np.asarray(wav, dtype=np.float32)
+    if wav.ndim != 1 or len(wav) == 0:
+        raise ValueError(
+            f"wavs[{index}] has shape {wav.shape}; accepted: mono, (n_samples,) with n_samples > 0"
+        )
+    if not np.isfinite(wav).all():
+        raise ValueError(f"wavs[{index}] holds NaN or infinity; drop it or repair the recording")
+    return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))
+
+
+def _find_checkpoint(id_or_path: str) -> Path:
+    """The local folder of a checkpoint, downloaded if it is a hub id."""
+    folder = Path(id_or_path)
+    if not folder.is_dir():
+        try:
+            # Only what is read: repositories also hold training checkpoints, samples, code.
+            names = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+            folder = Path(snapshot_download(str(id_or_path), allow_patterns=names))
+            if not any(folder.glob("model*.safetensors")):
+                snapshot_download(str(id_or_path), allow_patterns=["pytorch_model*"])
+        except (OSError, ValueError) as error:  # offline, unknown, or malformed id
+            raise OSError(
+                f"{id_or_path}: no such folder, and the hub gave no such model "
+                f"({type(error).__name__}). Accepted: a folder with config.json and weights, "
+                "'HKUSTAudio/xcodec2' or 'HKUSTAudio/xcodec2-hf'"
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise OSError(f"{id_or_path}: holds no config.json; is it the folder of a checkpoint?")
+    return folder
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder; pickled ones only if there are no safetensors."""
+    state = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        state |= load_file(file)
+    for file in [] if state else sorted(folder.glob("pytorch_model*.bin")):
+        state |= torch.load(file, map_location="cpu", weights_only=True)
+    if not state:
+        raise OSError(f"{folder}: holds neither model*.safetensors nor pytorch_model*.bin")
+    return state
+
+
+# The original's names → the native model's, every substitution tried in this order. The original
+# counts its first convolution as block 0 and its residual units from 0.
+_RENAMES = [
+    (r"^CodecEnc\.conv_blocks\.0\.", "acoustic_encoder.conv1."),
+    (r"^CodecEnc\.conv_blocks\.(\d+)\.", lambda m: f"acoustic_encoder.block.{int(m[1]) - 1}."),
+    (r"(block\.\d+)\.block\.([012])\.", lambda m: f"{m[1]}.res_unit{int(m[2]) + 1}."),
+    (r"(block\.\d+)\.block\.3\.", r"\1.snake1."),
+    (r"(block\.\d+)\.block\.4\.", r"\1.conv1."),
+    (r"(res_unit\d)\.block\.([02])\.", lambda m: f"{m[1]}.snake{int(m[2]) // 2 + 1}."),
+    (r"(res_unit\d)\.block\.([13])\.", lambda m: f"{m[1]}.conv{int(m[2]) // 2 + 1}."),
+    (r"^CodecEnc\.conv_final_block\.0\.", "acoustic_encoder.snake1."),
+    (r"^CodecEnc\.conv_final_block\.1\.", "acoustic_encoder.conv2."),
+    (r"\.act\.bias$", ".act.beta"),
+    (r"\.parametrizations\.weight\.original0$", ".weight_g"),
+    (r"\.parametrizations\.weight\.original1$", ".weight_v"),
+    (r"^SemanticEncoder_module\.initial_conv\.", "semantic_adapter.conv1."),
+    (r"^SemanticEncoder_module\.residual_blocks\.1\.", "semantic_adapter.conv2."),
+    (r"^SemanticEncoder_module\.residual_blocks\.3\.", "semantic_adapter.conv3."),
+    (r"^SemanticEncoder_module\.final_conv\.", "semantic_adapter.conv4."),
+    (r"^semantic_model\.", "semantic_encoder."),
+    (r"^fc_prior\.", "fc_encoder."),
+    (r"^fc_post_a\.", "acoustic_decoder.fc."),
+    (r"^generator\.quantizer\.", "quantizer."),
+    (r"^generator\.head\.out\.", "acoustic_decoder.head.linear."),
+    (r"^generator\.backbone\.final_layer_norm\.", "acoustic_decoder.norm."),
+    (r"^generator\.backbone\.transformers\.", "acoustic_decoder.layers."),
+    (r"^generator\.backbone\.", "acoustic_decoder."),
+    (r"\.att_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.att\.c_proj\.", ".self_attn.o_proj."),
+    (r"\.att\.c_attn\.", ".self_attn.qkv_proj."),  # split below
+]
+# Constants that the native model computes, and the mask of w2v-bert's pre-training.
+_NOT_NEEDED = re.compile(r"\.filter$|\.istft\.window$|\.rotary_embed\.|\.masked_spec_embed$")
+_SEMANTIC_LAYER = re.compile(r"semantic_model\.encoder\.layers\.(\d+)\.")
+
+
+def _rename_original(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The original's weights under the native model's names; unknown names pass unchanged.
+
+    Reads them as the package saves them, and in the spelling of its training code and of older
+    torch (SnakeBeta's `beta` for `bias`, `weight_g`, `weight_v` for `parametrizations.weight.*`).
+    """
+    native = {}
+    for name, weight in original.items():
+        layer = _SEMANTIC_LAYER.match(name)
+        if _NOT_NEEDED.search(name) or (layer and int(layer[1]) >= SEMANTIC_LAYERS):
+            continue
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        native[name] = weight
+    for name in list(native):
+        if name.endswith(".weight_g") and name[:-2] + "_v" in native:  # fold the weight norm
+            gain, direction = native.pop(name), native.pop(name[:-2] + "_v")
+            native[name[:-2]] = torch._weight_norm(direction, gain, 0)
+        elif ".qkv_proj." in name:
+            # As they are: the two models pair dimensions for RoPE differently, but its position is
+            # the head's index, one angle for query and key, so it cancels in their product.
+            for part, weight in zip("qkv", native.pop(name).chunk(3)):
+                native[name.replace("qkv", part)] = weight
+    return native
+
+
+def _original_config(state: dict[str, torch.Tensor]) -> Xcodec2Config:
+    """Every size, read off the renamed weights: the original's config.json holds few of them."""
+    shapes = {name: weight.shape for name, weight in state.items()}
+    hidden = shapes["acoustic_decoder.embed.weight"][0]
+    strides = {  # a downsampling convolution is twice as wide as its stride
+        name: shape[-1] // 2
+        for name, shape in shapes.items()
+        if re.fullmatch(r"acoustic_encoder\.block\.\d\.conv1\.weight", name)
+    }
+    layer = "semantic_encoder.encoder.layers.0."
+    semantic_hidden, n_features = shapes["semantic_encoder.feature_projection.projection.weight"]
+    semantic_head_dim = shapes[layer + "self_attn.distance_embedding.weight"][1]
+    semantic_model_config = Wav2Vec2BertConfig(
+        num_hidden_layers=SEMANTIC_LAYERS,
+        hidden_size=semantic_hidden,
+        intermediate_size=shapes[layer + "ffn1.intermediate_dense.weight"][0],
+        num_attention_heads=semantic_hidden // semantic_head_dim,
+        feature_projection_input_dim=n_features,
+        conv_depthwise_kernel_size=shapes[layer + "conv_module.depthwise_conv.weight"][-1],
+        mask_time_prob=0.0,  # so that it has no masked_spec_embed
+    )
+    return Xcodec2Config(
+        hidden_size=hidden,
+        intermediate_size=shapes["acoustic_decoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=sum(name.endswith(".input_layernorm.weight") for name in shapes),
+        num_attention_heads=hidden // HEAD_DIM,
+        num_key_value_heads=hidden // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        encoder_hidden_size=shapes["acoustic_encoder.conv1.weight"][0],
+        downsampling_ratios=[strides[name] for name in sorted(strides)],
+        quantization_dim=shapes["quantizer.project_in.weight"][1],
+        quantization_levels=[4] * shapes["quantizer.project_in.weight"][0],
+        semantic_model_config=semantic_model_config,
+    )

@@ -1,0 +1,404 @@
+"""create_dataset.py and dataset_io.py: every kind of source, every kind of bad clip, kill and resume."""
+
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
+
+import create_dataset
+import dataset_io
+from speech_codec import SpeechCodec
+from speech_tokens import SAMPLE_RATE
+
+ROOT = Path(__file__).parent.parent
+load_codec = functools.cache(SpeechCodec.from_pretrained)
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No hub, a fresh cache, and the codec loaded once."""
+    monkeypatch.setattr(SpeechCodec, "from_pretrained", load_codec)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
+
+
+@pytest.fixture(scope="session")
+def codec_dir(tmp_path_factory) -> str:
+    """A random XCodec2 of hidden size 64, whose codes depend on the sound."""
+    torch.manual_seed(0)
+    config = Xcodec2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=64, encoder_hidden_size=4, downsampling_ratios=[8, 8, 5],
+        quantization_levels=[4] * 6, quantization_dim=128,
+        semantic_model_config=Wav2Vec2BertConfig(
+            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        ).to_dict(),
+    )  # fmt: skip
+    model = Xcodec2Model(config)
+    for module in model.modules():  # transformers' own initialisation gives one code for everything
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.LayerNorm)):
+            module.reset_parameters()
+    model.quantizer.project_in.weight.data *= 4
+    folder = tmp_path_factory.mktemp("codec")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def tone(duration_s: float, seed: int = 0, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """A tone in noise, float32, shape (n_samples,)."""
+    times = np.arange(round(duration_s * sample_rate)) / sample_rate
+    noise = np.random.default_rng(seed).normal(size=len(times))
+    return (0.3 * np.sin(2 * np.pi * (200 + 20 * seed) * times) + 0.03 * noise).astype(np.float32)
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """Three clips in wavs/, and metadata.csv beside the folder."""
+    (tmp_path / "data" / "wavs").mkdir(parents=True)
+    lines = ["audio,text,speaker,language,id,other"]
+    for i in range(3):
+        soundfile.write(tmp_path / "data" / "wavs" / f"{i}.wav", tone(0.5 + 0.1 * i, i), SAMPLE_RATE)
+        lines.append(f"wavs/{i}.wav,text {i},slt,en,00{i},x")
+    (tmp_path / "data" / "clips.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "data"
+
+
+def arguments(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> list[str]:
+    return [f"--dataset={dataset}", f"--output_dir={output_dir}", f"--codec_id={codec_dir}", "--device=cpu", *more]
+
+
+def create(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> datasets.Dataset:
+    create_dataset.main(create_dataset.parse_args(arguments(codec_dir, dataset, output_dir, *more)))
+    assert not (output_dir / ".partial").exists()
+    return dataset_io.load_any_dataset(str(output_dir))
+
+
+def refusal(caplog, *args: str) -> str:
+    """The one line of a run that must end with exit code 2."""
+    caplog.clear()
+    with pytest.raises(SystemExit) as end:
+        create(*args)
+    assert end.value.code == 2
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    return record.getMessage()
+
+
+def skips(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "skipped.jsonl").read_text().splitlines()]
+
+
+def with_row(clips: Path, line: str) -> Path:
+    """clips.csv with one more row."""
+    (clips / "more.csv").write_text((clips / "clips.csv").read_text() + line + "\n")
+    return clips / "more.csv"
+
+
+def test_columns_and_codes(codec_dir, clips, tmp_path):
+    dataset = create(codec_dir, clips / "clips.csv", tmp_path / "out", "--batch_size=2")
+    assert dataset.column_names == [
+        "text", "audio_codes", "duration_s", "sampling_rate", "speaker", "language", "id",
+    ]  # fmt: skip
+    assert dataset["text"][:] == ["text 0", "text 1", "text 2"]
+    assert dataset["id"][:] == ["000", "001", "002"]  # CSV is not guessed to be numbers
+    assert dataset["duration_s"][:] == [0.5, 0.6, 0.7]
+    assert set(dataset["sampling_rate"]) == {16_000}
+    codec = load_codec(codec_dir)
+    for row, i in zip(dataset, range(3), strict=True):
+        wav, _ = soundfile.read(clips / "wavs" / f"{i}.wav", dtype="float32")
+        assert row["audio_codes"] == codec.encode([wav])[0]  # batch equals loop
+    assert len({code for row in dataset for code in row["audio_codes"]}) > 10
+    assert skips(tmp_path / "out") == []
+
+
+def as_file(clips: Path, suffix: str) -> Path:
+    rows = datasets.Dataset.from_csv(str(clips / "clips.csv"))
+    path = clips / f"again{suffix}"
+    if suffix == ".parquet":
+        rows.to_parquet(path)
+    elif suffix == ".json":  # an array, the other layout of JSON
+        path.write_text(json.dumps(list(rows)))
+    else:
+        rows.to_json(path)
+    return path
+
+
+def as_folder(clips: Path, kind: str) -> Path:
+    """The clips saved by datasets (bytes embedded or paths), or as an audiofolder."""
+    folder = clips / kind
+    paths = [str(clips / "wavs" / f"{i}.wav") for i in range(3)]
+    content = [Path(path).read_bytes() for path in paths]
+    texts = [f"text {i}" for i in range(3)]
+    if kind in ("metadata.csv", "metadata.jsonl"):
+        (clips / "wavs" / kind).write_text(
+            "file_name,text\n" + "".join(f"{i}.wav,text {i}\n" for i in range(3))
+            if kind == "metadata.csv"
+            else "".join(json.dumps({"file_name": f"{i}.wav", "text": f"text {i}"}) + "\n" for i in range(3))
+        )
+        return clips / "wavs"
+    audio = {"paths": paths, "bytes": content}.get(kind) or [
+        {"path": f"{i}.wav", "bytes": content[i]} for i in range(3)
+    ]
+    rows = datasets.Dataset.from_dict({"text": texts, "audio": audio})
+    if kind == "feature":
+        rows = rows.cast_column("audio", datasets.Audio())
+    if kind == "parquet":
+        folder.mkdir()
+        rows.cast_column("audio", datasets.Audio()).to_parquet(folder / "train-00000-of-00001.parquet")
+    elif kind == "splits":
+        datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(folder)
+    else:
+        rows.save_to_disk(folder)
+    return folder
+
+
+def test_all_sources_give_the_same(codec_dir, clips, tmp_path):
+    expected = create(codec_dir, clips / "clips.csv", tmp_path / "csv").select_columns(["text", "audio_codes"])
+    sources = {suffix: as_file(clips, suffix) for suffix in (".jsonl", ".json", ".parquet")}
+    for kind in ("metadata.csv", "paths", "bytes", "struct", "feature", "parquet", "splits"):
+        sources[kind] = as_folder(clips, kind)
+    for name, source in sources.items():
+        dataset = create(codec_dir, source, tmp_path / f"out{name}")
+        assert dataset.select_columns(expected.column_names)[:] == expected[:], name
+
+
+def test_audiofolder_with_jsonl_and_splits(codec_dir, clips, tmp_path, caplog):
+    folder = as_folder(clips, "metadata.jsonl")
+    assert len(create(codec_dir, folder, tmp_path / "flat")) == 3
+    folder.rename(clips / "test")
+    create_dataset.main(
+        create_dataset.parse_args(arguments(codec_dir, clips, tmp_path / "out", "--split=test", "--format=json"))
+    )
+    assert len(dataset_io.load_any_dataset(str(tmp_path / "out" / "test.jsonl"), "test")) == 3
+    (clips / "clips.csv").unlink()
+    message = refusal(caplog, codec_dir, clips, tmp_path / "out2")
+    assert "no split 'train'; there: test" in message
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_formats_rates_and_channels(codec_dir, clips, tmp_path, suffix):
+    stereo = np.stack([tone(1.0, 1, 8_000), tone(1.0, 2, 8_000)], axis=1)
+    soundfile.write(clips / f"stereo.{suffix}", stereo, 8_000)
+    row = create(codec_dir, with_row(clips, f"stereo.{suffix},hello,,,,"), tmp_path / "out")[3]
+    assert row["duration_s"] == pytest.approx(1.0, abs=0.15)  # mp3 pads its ends
+    assert len(row["audio_codes"]) == int(row["duration_s"] * 50 + 1e-6) + 1  # and one for the rest
+    assert row["speaker"] == "" and row["sampling_rate"] == 16_000
+
+
+def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    (clips / "renamed.wav").write_text("this is not audio")
+    soundfile.write(clips / "empty.wav", np.zeros(0, np.float32), SAMPLE_RATE)
+    soundfile.write(clips / "nan.wav", np.full(8_000, np.nan, np.float32), SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(clips / "long.wav", tone(2.0), SAMPLE_RATE)
+    soundfile.write(clips / "short.wav", tone(0.1), SAMPLE_RATE)
+    rows = [
+        ("renamed.wav", "a", "unreadable"), ("missing.wav", "a", "unreadable"), ("empty.wav", "a", "unreadable"),
+        ("nan.wav", "a", "unreadable"), ("long.wav", "a", "too_long"), ("short.wav", "a", "too_short"),
+        ("wavs/0.wav", " ", "empty_text"), ("", "a", "unreadable"),
+    ]  # fmt: skip
+    source = with_row(clips, "\n".join(f"{path},{text},,,id{i}," for i, (path, text, _) in enumerate(rows)))
+    dataset = create(codec_dir, source, tmp_path / "out", "--max_duration_s=1.5")
+    assert dataset["text"][:] == ["text 0", "text 1", "text 2"]
+    for i, (skip, (path, _, reason)) in enumerate(zip(skips(tmp_path / "out"), rows, strict=True)):
+        assert (skip["row"], skip["id"], skip["path"], skip["reason"]) == (i + 3, f"id{i}", path, reason)
+        assert path in skip["detail"] or reason != "unreadable"
+    summary = caplog.records[-1].getMessage()
+    assert summary == "kept 3, 0.00 hours; skipped 8, empty_text 1, too_long 1, too_short 1, unreadable 5"
+
+
+def test_strict_stops_at_the_first(codec_dir, clips, tmp_path, caplog):
+    source = with_row(clips, "missing.wav,a,,,lost,")
+    message = refusal(caplog, codec_dir, source, tmp_path / "out", "--strict", "--shard_size=2")
+    assert "missing.wav" in message and '"row": 3' in message and '"id": "lost"' in message
+    # Mended, it goes on from there.
+    soundfile.write(clips / "missing.wav", tone(0.5), SAMPLE_RATE)
+    assert len(create(codec_dir, source, tmp_path / "out", "--strict", "--shard_size=2")) == 4
+
+
+def test_nothing_left(codec_dir, clips, tmp_path, caplog):
+    message = refusal(caplog, codec_dir, clips / "clips.csv", tmp_path / "out", "--max_duration_s=0.4")
+    assert "nothing is left" in message and "too_long 3" in message
+    assert len(skips(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("kind", ["arrow", "json", "parquet"])
+def test_output_formats(codec_dir, clips, tmp_path, kind):
+    out = tmp_path / "out"
+    (clips / "clips.csv").write_text("audio,text\nwavs/0.wav,\"日本, 'quoted'\"\n")
+    dataset = create(codec_dir, clips / "clips.csv", out, f"--format={kind}")
+    assert dataset["text"][:] == ["日本, 'quoted'"] and len(dataset[0]["audio_codes"]) == 26
+    file = {"arrow": "state.json", "json": "train.jsonl", "parquet": "train.parquet"}[kind]
+    assert (out / file).is_file()
+
+
+def test_overwrite(codec_dir, clips, tmp_path, caplog):
+    out = tmp_path / "out"
+    create(codec_dir, clips / "clips.csv", out)
+    assert "--overwrite replaces it" in refusal(caplog, codec_dir, clips / "clips.csv", out)
+    # An attempt that encodes nothing does not unlock it.
+    assert "no such data set" in refusal(caplog, codec_dir, "no/set", out, "--overwrite")
+    assert "--overwrite replaces it" in refusal(caplog, codec_dir, clips / "clips.csv", out)
+    dataset = create(codec_dir, clips / "clips.csv", out, "--overwrite", "--max_duration_s=0.55")
+    assert len(dataset) == 1 and len(skips(out)) == 2
+    create(codec_dir, clips / "clips.csv", out, "--overwrite", "--format=json")
+    assert not (out / "state.json").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    assert "holds other files" in refusal(caplog, codec_dir, clips / "clips.csv", foreign, "--overwrite")
+
+
+@pytest.mark.parametrize("moment", ["writing", "removing"])
+def test_interrupted_at_the_end(codec_dir, clips, tmp_path, caplog, monkeypatch, moment):
+    """While the result is written, it is written again; while .partial is removed, it is finished."""
+    source, out = clips / "clips.csv", tmp_path / "out"
+    expected = create(codec_dir, source, tmp_path / "whole")[:]
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        if moment == "writing":
+            patch.setattr(datasets.Dataset, "save_to_disk", die)
+        else:
+            patch.setattr(create_dataset.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or die())
+        create(codec_dir, source, out)
+    assert list(out.glob(".partial/shard-*"))
+    if moment == "writing":
+        monkeypatch.setattr(create_dataset, "encode_rows", lambda *args: pytest.fail("done already"))
+        assert create(codec_dir, source, out)[:] == expected
+    else:
+        assert "holds a finished data set" in refusal(caplog, codec_dir, source, out)
+        assert dataset_io.load_any_dataset(str(out))[:] == expected
+
+
+def test_killed_and_resumed(codec_dir, clips, tmp_path, caplog):
+    lines = [f"wavs/{i % 3}.wav,sentence {i},,,{i}," for i in range(30)] + ["missing.wav,a,,,,"]
+    source = with_row(clips, "\n".join(lines))
+    out, options = tmp_path / "out", ["--shard_size=2", "--batch_size=2"]
+    script = [sys.executable, "create_dataset.py", *arguments(codec_dir, source, out, *options)]
+    process = subprocess.Popen(script, cwd=ROOT, env=OFFLINE, stderr=subprocess.DEVNULL)
+    while not list(out.glob(".partial/shard-*.jsonl")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = {file: file.stat().st_mtime_ns for file in out.glob(".partial/shard-*.jsonl")}
+    assert 1 <= len(done) < 17
+
+    message = refusal(caplog, codec_dir, source, out, "--shard_size=2", "--batch_size=3")
+    assert "unfinished run" in message and "batch_size 2 (now 3)" in message
+    edited = clips / "edited.csv"
+    edited.write_text(source.read_text().replace("sentence 29", "other"))
+    source_text = source.read_text()
+    source.write_text(edited.read_text())
+    assert "rows" in refusal(caplog, codec_dir, source, out, *options)
+    source.write_text(source_text)
+
+    encoded = []
+    encode_rows = create_dataset.encode_rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(create_dataset, "encode_rows", lambda *args: encoded.append(args[2]) or encode_rows(*args))
+        resumed = create(codec_dir, source, out, *options)
+    assert len(encoded) == 17 - len(done)  # 34 rows, none of them done twice
+    whole = create(codec_dir, source, tmp_path / "whole", *options)
+    assert resumed[:] == whole[:] and len(resumed) == 33
+    for name in ("skipped.jsonl", "data-00000-of-00001.arrow"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_bad_input_is_refused_at_once(codec_dir, clips, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(create_dataset, "encode_all", lambda *args: pytest.fail("too late"))
+    csv, out = clips / "clips.csv", tmp_path / "out"
+    assert "no such folder" in refusal(caplog, str(tmp_path / "no_codec"), csv, out)
+    # Nothing was encoded, so another try in the same folder is no other run.
+    assert "16000 Hz only" in refusal(caplog, codec_dir, csv, out, "--sampling_rate=24000")
+    assert "0 <= min < max" in refusal(caplog, codec_dir, csv, out, "--max_duration_s=0.1")
+    assert "at least 1" in refusal(caplog, codec_dir, csv, out, "--batch_size=0")
+    assert "cannot be written" in refusal(caplog, codec_dir, csv, csv / "out")
+    message = refusal(caplog, codec_dir, csv, out, "--text_column=txet")
+    assert "'txet'" in message and "audio, text, speaker" in message and "--text_column" in message
+    assert "no column audio or file_name" in refusal(caplog, codec_dir, written(clips, "text\na\n"), out)
+    assert "no column text or sentence" in refusal(caplog, codec_dir, written(clips, "audio\na\n"), out)
+    codes = clips / "codes.jsonl"
+    codes.write_text('{"text": "a", "audio_codes": [1]}\n')
+    assert "train.py takes it as it is" in refusal(caplog, codec_dir, codes, out)
+    codes.write_text('{"text": 7, "audio": [1]}\n')
+    assert "not text" in refusal(caplog, codec_dir, codes, out)
+    codes.write_text('{"text": "7", "audio": [1]}\n')
+    assert "accepted: paths" in refusal(caplog, codec_dir, codes, out)
+
+
+def written(clips: Path, text: str) -> Path:
+    (clips / "written.csv").write_text(text)
+    return clips / "written.csv"
+
+
+def test_no_such_dataset(clips, tmp_path):
+    load = dataset_io.load_any_dataset
+    start = time.monotonic()
+    for name in ("nobody/no_such_set", "./no_such_folder", "no_such_file.csv"):
+        with pytest.raises((ValueError, OSError), match="no such data set.* Accepted: a hub id"):
+            load(name)
+    assert time.monotonic() - start < 5
+    (clips / "empty").mkdir()
+    for name, content, error in [
+        ("notes.txt", "", "a .txt file is no data set. Accepted"),
+        ("empty.jsonl", "", "empty"), ("empty.csv", "", "No columns"), ("header.csv", "audio,text\n", "no rows"),
+        ("bad.json", '{"a": 1,\n oops', "cannot be read as .json"), ("bad.parquet", "no", "cannot be read as .parquet"),
+    ]:  # fmt: skip
+        (clips / name).write_text(content)
+        with pytest.raises(ValueError, match=error):
+            load(str(clips / name))
+    with pytest.raises(ValueError, match="cannot be read as split 'train'.*Accepted"):
+        load(str(clips / "empty"))
+    with pytest.raises(ValueError, match="no split 'test'; there: train, clips"):
+        load(str(clips / "clips.csv"), "test")
+    with pytest.raises(ValueError, match="no split 'dev'; there: train, test"):
+        load(str(as_folder(clips, "splits")), "dev")
+    with pytest.raises(ValueError, match="only hub sets have one"):
+        load(str(clips / "clips.csv"), config="en")
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for text in ("one", "two"):
+        file.write_text(json.dumps({"text": text}) + "\n")
+        assert dataset_io.load_any_dataset(str(file))["text"][:] == [text]
+        time.sleep(0.01)
+
+
+def test_push_to_hub(codec_dir, clips, tmp_path, caplog, monkeypatch):
+    assert "hf auth login" in refusal(caplog, codec_dir, clips / "clips.csv", tmp_path / "out", "--push_to_hub=me/set")
+    pushed = []
+    monkeypatch.setattr(create_dataset.HfApi, "create_repo", lambda self, name, **kwargs: pushed.append((name, kwargs)))
+    monkeypatch.setattr(datasets.Dataset, "push_to_hub", lambda self, name, private: pushed.append((name, len(self))))
+    create(codec_dir, clips / "clips.csv", tmp_path / "out", "--push_to_hub=me/set")
+    assert pushed == [("me/set", {"repo_type": "dataset", "private": True, "exist_ok": True}), ("me/set", 3)]
+
+
+def test_command_line(codec_dir, tmp_path, capsys):
+    """One line on stderr, exit code 2, no traceback; a misspelt flag names the nearest."""
+    script = [sys.executable, "create_dataset.py", *arguments(codec_dir, "no/set", tmp_path / "out")]
+    process = subprocess.run(script, cwd=ROOT, env=OFFLINE, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("create_dataset.py: error: no/set: no such data set")
+    assert process.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as end:
+        create_dataset.parse_args(["--dataset=a", "--output_dir=b", "--codec=c"])
+    assert end.value.code == 2 and "did you mean --codec_id" in capsys.readouterr().err
+    documented = "--dataset a --output_dir b --codec_id HKUSTAudio/xcodec2 --sampling_rate 16000"
+    assert vars(create_dataset.parse_args(documented.split()))["format"] == "arrow"

@@ -202,16 +202,19 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
         try:
             HfApi().dataset_info(name, timeout=20)  # datasets itself retries for half a minute
         except Exception as error:  # httpx's errors or httpx2's, by the version: no nearer common base
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise FileNotFoundError(
-                f"{name}: no such data set: neither on the disk nor to be had from the hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). {ACCEPTED}"
+                f"{name}: no such data set: neither on the disk nor to be had from the hub ({reason}). {ACCEPTED}"
             ) from error
     try:
         return load_dataset(name, config, split=split)
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:  # offline and not in the cache
+        raise FileNotFoundError(f"{name}: no such data set: {error}. {ACCEPTED}") from error
+    except (DatasetsError, RuntimeError, ValueError) as error:
+        advice = ACCEPTED
         if isinstance(error.__cause__, ImportError):  # raw audio files: datasets asks for torchcodec
-            raise ValueError(
-                f"{name}: datasets cannot list it ({error.__cause__}). Get the files with "
-                f"'hf download {name} --repo-type dataset --local-dir FOLDER', then pass the folder"
-            ) from error
-        raise ValueError(f"{name}: no such data set, configuration or split: {error}. {ACCEPTED}") from error
+            advice = (
+                f"Get its files with 'hf download {name} --repo-type dataset --local-dir FOLDER', then pass the folder"
+            )
+        reason = error.__cause__ or error
+        raise ValueError(f"{name}: datasets cannot load split {split!r}: {reason}. {advice}") from error

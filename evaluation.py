@@ -8,6 +8,7 @@ needed), anew after each row. The texts, one row of numbers per checkpoint and t
 
     .txt    one text a line
     .jsonl  {"text": …} and, if there are any, "id", "language", "ref_audio" and "ref_text" (voice prompt), "audio"
+            (a natural reading; an audiofolder's metadata.jsonl, with "file_name", will do)
     .lst    seed-tts-eval's meta.lst: id|ref_text|ref_audio|text, and |audio where there is a natural reading
 """
 
@@ -15,20 +16,14 @@ import argparse
 import json
 import logging
 import math
-import os
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -42,7 +37,9 @@ from inference import (
     Sample,
     bad_input_exits,
     best_of,
+    check_at_least,
     check_codebook,
+    check_sampling,
     check_writable,
     decode_samples,
     load_tokenizer,
@@ -55,6 +52,7 @@ from judges import load_judges
 from reward_models.prosody import log_f0_std
 from reward_models.rollouts import is_repetitive
 from reward_whisper import CER_LANGUAGES, WhisperScorer, error_rate, language_code
+from run_record import provenance
 from speech_codec import SpeechCodec
 from speech_tokens import SAMPLE_RATE, tts_prompt
 
@@ -118,6 +116,7 @@ def _item(fields: dict[str, str], default_id: str, language: str, folder: Path) 
     if not isinstance(fields.get("text"), str):
         raise ValueError(f"a row without text; it has: {', '.join(fields) or 'nothing'}")
     values = {key: fields.get(key) or None for key in ("ref_audio", "ref_text", "audio")}
+    values["audio"] = values["audio"] or fields.get("file_name")  # an audiofolder's metadata.jsonl calls it so
     for key in ("ref_audio", "audio"):
         if values[key]:
             values[key] = str(folder / values[key])
@@ -274,9 +273,8 @@ def speak_best(
     n = bench.args.best_of
     samples, wavs = speak(bench, policy, [prompt for prompt in prompts for _ in range(n)], temperature, label)
     repeated = [item for item in items for _ in range(n)]
-    rewards = whisper_rewards(
-        bench.reward_scorer, wavs, [item.text for item in repeated], [item.language for item in repeated]
-    )
+    texts, languages = [item.text for item in repeated], [item.language for item in repeated]
+    rewards = whisper_rewards(bench.reward_scorer, samples, wavs, texts, languages)
     kept = best_of(rewards, n)
     return [samples[i] for i in kept], [wavs[i] for i in kept]
 
@@ -298,28 +296,12 @@ def named_models(models: list[str]) -> dict[str, str]:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    for name, least in (("best_of", 1), ("batch_size", 1), ("max_length", 1), ("num_players", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number from {least} on")
-    for temperature in args.temperature:
-        if not temperature >= 0:
-            raise ValueError(f"--temperature {temperature}: give 0 (the likeliest code) or more")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: give a share in (0, 1]")
+    check_at_least(args, best_of=1, batch_size=1, max_length=1, num_players=0)
+    check_sampling(args.temperature, args.top_p)
     for name in ("seeds", "temperature", "judge"):
-        if args.__dict__[name] and len(set(args.__dict__[name])) < len(args.__dict__[name]):
+        given = getattr(args, name) or []
+        if len(set(given)) < len(given):
             raise ValueError(f"--{name}: one is given twice")
-
-
-def provenance(args: argparse.Namespace) -> dict:
-    packages = ("torch", "transformers", "openai-whisper")
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.now().isoformat(timespec="minutes"),
-        "arguments": vars(args),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{os.cpu_count()} CPU cores",
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -349,7 +331,8 @@ def main(args: argparse.Namespace) -> dict:
         prompts = voice_prompts(codec, items)
 
     bench = Bench(args, codec, judges, scorer)
-    results = {**provenance(args), "units": units, "models": models, "num_texts": len(items), "rows": []}
+    about = {"arguments": vars(args), "units": units, "models": models, "num_texts": len(items)}
+    results = {**provenance(), **about, "rows": []}
     to_hear = {item.text for item in items[:: max(1, len(items) // max(1, args.num_players))][: args.num_players]}
     players = {}
     of_models = model_rows(bench, models, items, prompts)
@@ -377,7 +360,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--output_dir", default="evaluation", help="folder of results.json, results.md and report.html")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each text is said once for each seed")
-    add("--judge", nargs="+", action="extend", help="Whisper names or paths, and pocketsphinx; default: the reward's Whisper")
+    add(
+        "--judge",
+        nargs="+",
+        action="extend",
+        help="Whisper names or paths, and pocketsphinx; default: the reward's Whisper",
+    )
     add("--temperature", type=float, nargs="+", default=[1.0], help="several give a row each; 0 is greedy")
     add("--best_of", type=int, default=1, help="from 2 on: a row for the baseline's best of so many, by the reward")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")

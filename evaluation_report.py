@@ -9,12 +9,14 @@ import difflib
 import html
 import io
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from run_record import plot_curves
 from speech_tokens import SAMPLE_RATE
 
 NUM_RESAMPLES = 2_000  # of the bootstrap: the ends of an interval then vary by some 2 % of its width
@@ -200,11 +202,17 @@ def table(results: dict) -> list[list[str]]:
     return [list(dict.fromkeys(header))] + [[row.get(title, "–") for title in dict.fromkeys(header)] for row in rows]
 
 
+def about(results: dict) -> str:
+    where = ", ".join(results["hardware"]["gpus"]) or f"{results['hardware']['cores']} CPU cores"
+    arguments = results["arguments"]
+    drawn = [f"{name} {' '.join(f'{n:g}' for n in arguments[name])}" for name in ("seeds", "temperature")]
+    return " · ".join([f"{results['num_texts']} texts", *drawn, results["date"], results["git_commit"], where])
+
+
 def markdown(results: dict) -> str:
     header, *rows = [[cell.replace("|", "\\|") for cell in cells] for cells in table(results)]
-    lines = [header, ["---"] * len(header), *rows]
-    about = f"{results['num_texts']} texts · seeds {results['arguments']['seeds']} · {results['date']}"
-    return "\n".join([f"{about} · `{results['command']}`", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+    return f"{about(results)}\n\n    {shlex.join(results['argv'])}\n\n{lines}\n"
 
 
 # --- The page ---------------------------------------------------------------------------------------------
@@ -221,11 +229,13 @@ td:first-child { font-weight: 600; } tbody tr:hover { background: var(--soft); }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .9rem; align-items: center; }
 .track { position: relative; height: 1.1rem; background: var(--soft); border-radius: .3rem; }
 .range { position: absolute; height: 100%; background: var(--accent); opacity: .35; border-radius: .3rem; }
-.point { position: absolute; width: .55rem; height: 100%; margin-left: -.27rem; background: var(--accent); border-radius: .3rem; }
+.point { position: absolute; width: .55rem; height: 100%; margin-left: -.27rem; border-radius: .3rem;
+  background: var(--accent); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
 .card audio { width: 100%; height: 2.2rem; margin: .4rem 0; } .heard { margin: .2rem 0; }
-.said { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } mark { background: #e5484d40; color: inherit; border-radius: .2rem; }
+.said { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
+mark { background: #e5484d40; color: inherit; border-radius: .2rem; }
 img { max-width: 100%; background: white; border-radius: .6rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
 """
 
@@ -242,22 +252,21 @@ def page(results: dict, players: dict[str, list[tuple]], curves: dict[str, bytes
     cells = "".join(f"<tr>{''.join(f'<td>{esc(cell)}</td>' for cell in row)}</tr>" for row in rows)
     judges = list(results["rows"][0]["metrics"]["judges"])
     error = "Character error rate" if results["units"] == "characters" else "Word error rate"
-    about = (
-        f"{results['num_texts']} texts, seeds {results['arguments']['seeds']}, {results['date']}, {results['device']}"
-    )
     head = "".join(f"<th>{esc(title)}</th>" for title in header)
     parts = [
-        f"<h1>Evaluation</h1><p class=about>{esc(about)}<br><code>{esc(results['command'])}</code></p>",
+        f"<h1>Evaluation</h1><p class=about>{esc(about(results))}</p><code>{esc(shlex.join(results['argv']))}</code>",
         *(f"<h2>{error} by {esc(judge)}</h2>{bars(results['rows'], judge)}" for judge in judges),
         "<h2>Metrics</h2>",
         f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>",
     ]
     for name, png in curves.items():
-        parts.append(f"<h2>Reward of {esc(name)}</h2><img alt='reward curve' src='{data_uri('image/png', png)}'>")
+        parts.append(f"<h2>Training of {esc(name)}</h2><img alt='training curves' src='{data_uri('image/png', png)}'>")
     if players:
         parts.append("<h2>Listen</h2><p class=about>First seed. Marked: words that the text does not have there.</p>")
     for text, said in players.items():
-        parts.append(f"<p class=said>“{esc(text)}”</p><div class=cards>{''.join(card(text, *one) for one in said)}</div>")
+        parts.append(
+            f"<p class=said>“{esc(text)}”</p><div class=cards>{''.join(card(text, *one) for one in said)}</div>"
+        )
     meanings = (f"<dt>{esc(title)}</dt><dd>{esc(meaning)}</dd>" for title, meaning in EXPLANATIONS.items())
     parts.append(f"<h2>What the columns mean</h2><dl>{''.join(meanings)}</dl>")
     return (
@@ -318,7 +327,7 @@ def wav_bytes(wav: np.ndarray) -> bytes:
 
 
 def reward_curve(model: str) -> bytes | None:
-    """A model's reward over its training, as PNG: train.py's own, else drawn from the Trainer's log, else None."""
+    """A model's curves over its training, as PNG: train.py's own, else drawn from the Trainer's log, else None."""
     folders = [Path(model), Path(model).parent]  # a checkpoint-N lies in its run's folder
     for folder in folders:
         if (folder / "reward_curve.png").is_file():
@@ -326,21 +335,9 @@ def reward_curve(model: str) -> bytes | None:
     log_file = Path(model) / "trainer_state.json"
     if not log_file.is_file():
         return None
-    log = json.loads(log_file.read_text(encoding="utf-8"))["log_history"]
-    points = [(entry["step"], entry["reward"]) for entry in log if "reward" in entry]
-    return draw_curve(points) if points else None
-
-
-def draw_curve(points: list[tuple[int, float]]) -> bytes:
-    from matplotlib.figure import Figure  # slow to import, seldom needed
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True))
-    axes.set(xlabel="step", ylabel="mean reward")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    png = io.BytesIO()
+    plot_curves(json.loads(log_file.read_text(encoding="utf-8"))["log_history"], png)
+    return png.getvalue() or None
 
 
 def write_reports(folder: Path, results: dict, players: dict[str, list[tuple]]) -> None:

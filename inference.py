@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import re
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from audio import load_audio, save_audio
 from speech_tokens import (
     CODES_PER_SECOND,
+    TEXT_UNDERSTANDING_END,
     TEXT_UNDERSTANDING_START,
     SpeechTokens,
     prepare_model,
@@ -91,7 +93,7 @@ class Policy:
         ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
         for prompt, row in zip(prompts, ids, strict=True):
             if len(row) + MIN_ROOM > limit:
-                text = prompt[-1]["content"].split(TEXT_UNDERSTANDING_START)[-1]
+                text = prompt[-1]["content"].split(TEXT_UNDERSTANDING_START)[-1].removesuffix(TEXT_UNDERSTANDING_END)
                 raise ValueError(
                     f"the text {text[:60]!r} … is too long: its prompt takes {len(row)} tokens (voice prompt "
                     f"included) of {limit}, which leaves no room for a second of speech ({MIN_ROOM} codes). "
@@ -223,12 +225,17 @@ def decode_samples(codec, samples: list[Sample]) -> list[np.ndarray]:
     return [next(wavs) if sample.codes else np.zeros(0, np.float32) for sample in samples]
 
 
-def whisper_rewards(scorer, wavs: list[np.ndarray], texts: list[str], languages: list[str]) -> list[float]:
-    """The composite reward of each clip: what GRPO optimises, and best-of-N picks by."""
+def whisper_rewards(
+    scorer, samples: list[Sample], wavs: list[np.ndarray], texts: list[str], languages: list[str]
+) -> list[float]:
+    """The reward that GRPO optimises and best-of-N picks by: R of each clip, 0 for one that failed or never ended."""
     from reward_whisper import harmonic_mean, nll_reward, wer_reward
 
     scores = scorer.score(wavs, texts, languages)
-    return [harmonic_mean(wer_reward(score.wer), nll_reward(score.nll)) for score in scores]
+    return [
+        harmonic_mean(wer_reward(score.wer), nll_reward(score.nll)) if sample.ended and not score.failure else 0.0
+        for sample, score in zip(samples, scores, strict=True)
+    ]
 
 
 def best_of(rewards: list[float], n: int) -> list[int]:
@@ -293,14 +300,23 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
     ]
 
 
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number from {number} on")
+
+
+def check_sampling(temperatures: list[float], top_p: float) -> None:
+    for temperature in temperatures:
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"--temperature {temperature}: give 0 (the likeliest code) or more; 0.8 is usual")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top_p {top_p}: give a share in (0, 1]; 1 samples from every code")
+
+
 def check_args(args: argparse.Namespace) -> None:
-    for name in ("num_samples", "best_of", "batch_size", "max_length"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number from 1 on")
-    if not args.temperature >= 0:
-        raise ValueError(f"--temperature {args.temperature}: give 0 (the likeliest code) or more; 0.8 is usual")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: give a share in (0, 1]; 1 samples from every code")
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1)
+    check_sampling([args.temperature], args.top_p)
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ValueError(
             "a voice prompt needs both --ref_audio and --ref_text (what is said in it); only "
@@ -363,7 +379,7 @@ def main(args: argparse.Namespace) -> None:
     wavs = decode_samples(codec, samples)
     if scorer is not None:
         repeated = [text for text in texts for _ in range(times)]
-        rewards = whisper_rewards(scorer, wavs, repeated, [args.language] * len(repeated))
+        rewards = whisper_rewards(scorer, samples, wavs, repeated, [args.language] * len(repeated))
         kept = best_of(rewards, args.best_of)
         samples, wavs = [samples[i] for i in kept], [wavs[i] for i in kept]
     clip_texts = [text for text in texts for _ in range(args.num_samples)]

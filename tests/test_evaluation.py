@@ -67,9 +67,11 @@ def test_reads_jsonl_with_paths_beside_the_file(tmp_path):
     rows = [
         {"text": "One.", "id": 7, "ref_audio": "a.wav", "ref_text": "Ref.", "speaker": "unused"},
         {"text": "Eins.", "language": "de", "audio": str(tmp_path / "a.wav")},
+        {"text": "Two.", "file_name": "a.wav"},
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    one, two = evaluation.read_items(str(tmp_path / "t.jsonl"), "en")
+    one, two, three = evaluation.read_items(str(tmp_path / "t.jsonl"), "en")
+    assert three.audio == str(tmp_path / "a.wav")
     assert (one.id, one.ref_audio, one.ref_text, one.language) == ("7", str(tmp_path / "a.wav"), "Ref.", "en")
     assert (two.id, two.audio, two.language, two.ref_audio) == ("2", str(tmp_path / "a.wav"), "de", None)
 
@@ -99,7 +101,11 @@ def test_reads_the_meta_lst_of_seed_tts_eval(tmp_path):
         ("t.jsonl", "{", "line 1: Expecting"),
         ("t.jsonl", '{"text": "a", "language": "xx"}', "line 1: unknown language 'xx'"),
         ("t.jsonl", '{"text": "a", "ref_text": "b"}', "line 1: a voice prompt needs both"),
-        ("t.jsonl", '{"text": "a", "ref_audio": "no.wav", "ref_text": "b"}', "line 1: ref_audio .*no.wav: no such file"),
+        (
+            "t.jsonl",
+            '{"text": "a", "ref_audio": "no.wav", "ref_text": "b"}',
+            "line 1: ref_audio .*no.wav: no such file",
+        ),
         ("meta.lst", "a|b|c", "line 1: expected id"),
     ],
 )
@@ -234,10 +240,10 @@ def test_results_hold_every_row_and_clip(policy_paths, small_world, tmp_path):
 
 
 def test_best_of_n_is_the_reward_s_choice(policy_paths, small_world, tmp_path):
-    """DeafJudge's NLL is the clip's length, and its WER is the same for all: the shortest clip wins."""
+    """DeafJudge's NLL is the clip's length, and its WER is the same for all: the shortest that ended wins."""
     rows = evaluate(tmp_path, [policy_paths[0]], "--seeds", "0", "--best_of", "6")["rows"]
-    plain, best = (row["metrics"]["duration_s"] for row in rows)
-    assert best < plain
+    plain, best = (row["metrics"] for row in rows)
+    assert best["duration_s"] < plain["duration_s"] and best["truncated"] == 0
 
 
 def test_same_seeds_give_the_same_clips(policy_paths, small_world, tmp_path):

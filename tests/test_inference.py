@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -232,7 +233,7 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
 
         def score(self, wavs, texts, languages):
             assert texts == ["hello"] * 6 and languages == ["en"] * 6
-            return [SimpleNamespace(wer=1 / len(wav), nll=0.5) for wav in wavs]  # the longest is the best
+            return [SimpleNamespace(wer=1 / len(wav), nll=0.5, failure=None) for wav in wavs]  # the longest is the best
 
     monkeypatch.setattr(reward_whisper, "WhisperScorer", Scorer)
     monkeypatch.setattr(
@@ -241,6 +242,16 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
     run(policy_path, "--num_samples", 2, "--best_of", 3, "--output", tmp_path / "a.wav")
     assert len(load_audio(tmp_path / "a_000_0.wav")) == 9 * 320
     assert len(load_audio(tmp_path / "a_000_1.wav")) == 6 * 320
+
+
+def test_best_of_does_not_keep_what_training_would_not_reward():
+    """An unended clip and a silent one earn 0, however well they score: 1 - tanh(3 * 0.1) and exp(-0.3 / 3) else."""
+    samples = [inference.Sample([1], False), inference.Sample([1], True), inference.Sample([1], True)]
+    failures = (None, None, "silent")
+    scorer = SimpleNamespace(score=lambda *_: [SimpleNamespace(wer=0.1, nll=0.3, failure=f) for f in failures])
+    rewards = inference.whisper_rewards(scorer, samples, [None] * 3, ["a"] * 3, ["en"] * 3)
+    assert rewards == pytest.approx([0, 1 / (0.6 / 0.70869 + 0.4 / 0.90484), 0], abs=1e-4)
+    assert inference.best_of(rewards, 3) == [1]
 
 
 def test_unended_is_said_and_empty_is_not_written(policy_path, codec, tmp_path, monkeypatch, caplog):
@@ -256,6 +267,20 @@ def test_nothing_written_exits_1(policy_path, codec, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run(policy_path, "--output", tmp_path / "a.wav")
     assert exit.value.code == 1
+
+
+@pytest.mark.skipif(not Path("tiny/llasa/run.json").is_file(), reason="tiny/llasa is not built: python -m tiny.build")
+def test_tiny_speaks_with_nothing_more_said(tmp_path):
+    argv = [
+        "--model_name_or_path",
+        "tiny/llasa",
+        "--text",
+        "Anna found two boxes.",
+        "--output",
+        str(tmp_path / "a.wav"),
+    ]
+    inference.main(inference.parse_args([*argv, "--best_of", "2"]))
+    assert len(load_audio(tmp_path / "a.wav")) > 8_000
 
 
 # --- Bad input --------------------------------------------------------------------------------------------

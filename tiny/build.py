@@ -9,28 +9,45 @@ build that made the files in the repository.
 """
 
 import argparse
+import json
 import logging
+import multiprocessing
 import pickle
+import random
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
+import soundfile as sf
 import torch
 from tqdm import tqdm
 from transformers import SeamlessM4TFeatureExtractor, Xcodec2Model
 
-from speech_tokens import HOP_LENGTH, SAMPLE_RATE
-from tiny.corpus import SPEAKERS, sentences, speak_all
-from tiny.train_codec import encode_latents, new_codec, train_codec, train_decoder
+import train
+from speech_codec import SpeechCodec
+from speech_tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
+from tiny.corpus import SPEAKERS, babble, sentences, speak_all
+from tiny.llasa import new_model, new_tokenizer
+from tiny.train_codec import new_codec, train_codec, train_decoder
+from tiny.train_whisper import mel, train_whisper
 
 logger = logging.getLogger("tiny.build")
 
 TINY = Path(__file__).parent
 SEED = 0
-# Sentences in the shuffled order of all 14,400: nobody ever sees the last ones but the tests and evaluations.
+# Sentences in the shuffled order of all 14,400: the first ones are spoken for training, the next ones are texts
+# for RL, and the last ones are seen by tests and evaluations only.
 TRAIN_CLIPS = 6_000
-HELDOUT_TEXTS = 400
+RL_TEXTS = 3_000
+HELDOUT_TEXTS = 100
+HELDOUT_CLIPS = 96  # recordings of the first of them
 CODEC_CLIPS = 3_000
+BABBLE_CLIPS = 1_500
+# Without a voice prompt the policy speaks as DEFAULT_SPEAKER; rows with one teach it to take the prompt's voice.
+DEFAULT_SPEAKER = "slt"
+PROMPTED_ROWS = {"slt": 800, "rms": 1_600}
 
 
 def clips(work_dir: Path) -> tuple[list[str], list[str], list[np.ndarray]]:
@@ -75,37 +92,125 @@ def semantic_states(codec: Xcodec2Model, inputs: list[np.ndarray]) -> list[np.nd
     ]
 
 
-@torch.inference_mode()
-def encode(codec: Xcodec2Model, wavs: list[np.ndarray], states: list[np.ndarray]) -> list[np.ndarray]:
-    """Codes of clips from semantic states at hand; equals SpeechCodec.encode (a test holds it)."""
+def _encode_chunk(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray]) -> list[np.ndarray]:
+    torch.set_num_threads(1)
+    codec = Xcodec2Model.from_pretrained(folder).float()
     codes = []
-    for wav, state in tqdm(zip(wavs, states, strict=True), total=len(wavs), desc="encode", mininterval=30):
-        hidden = torch.cat(
-            [
-                codec.semantic_adapter(torch.tensor(state.T[None]).float()),
-                codec.acoustic_encoder(torch.tensor(wav[None, None])),
-            ],
-            dim=1,
-        )
-        codes.append(codec.quantizer(codec.fc_encoder(hidden.transpose(1, 2)))[1][0, :, 0].numpy())
+    with torch.inference_mode():
+        for wav, state in zip(wavs, states, strict=True):
+            latents_in = torch.cat(
+                [
+                    codec.semantic_adapter(torch.tensor(state.T[None]).float()),
+                    codec.acoustic_encoder(torch.tensor(wav[None, None])),
+                ],
+                dim=1,
+            )
+            codes.append(codec.quantizer(codec.fc_encoder(latents_in.transpose(1, 2)))[1][0, :, 0].numpy())
     return codes
 
 
+def encode(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray], chunk: int = 100) -> list[np.ndarray]:
+    """Codes of clips from semantic states at hand, by the codec in `folder`, in two processes."""
+    starts = range(0, len(wavs), chunk)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = pool.map(
+            _encode_chunk, [folder] * len(starts),
+            [wavs[s : s + chunk] for s in starts], [states[s : s + chunk] for s in starts],
+        )
+        return [codes for part in tqdm(made, total=len(starts), desc="encode", mininterval=30) for codes in part]
+
+
 def build_codec(work_dir: Path) -> None:
+    """Encoder and decoder together; then, with the encoder as it is stored, all codes, and the decoder alone."""
     _, _, wavs = clips(work_dir)
-    inputs = features(work_dir, wavs)
-    codec = new_codec(SEED)
-    states = semantic_states(codec, inputs[:CODEC_CLIPS])
-    wavs = wavs[:CODEC_CLIPS]
-    train_codec(wavs, states, codec, steps=1_700, batch_size=16, learning_rate=2e-3, seed=SEED)
-    codec.save_pretrained(work_dir / "codec_joint")
-    codes = encode(codec, wavs, states)
-    logger.info("codec: %d of %d codes in use", len(np.unique(np.concatenate(codes))), 4**6)
-    train_decoder(wavs, codes, codec, steps=3_000, batch_size=16, learning_rate=1e-3, seed=SEED)
+    joint, codes_file, inputs = work_dir / "codec_joint", work_dir / "codes.pkl", features(work_dir, wavs)
+    if not joint.exists():
+        codec = new_codec(SEED)
+        states = semantic_states(codec, inputs[:CODEC_CLIPS])
+        train_codec(wavs[:CODEC_CLIPS], states, codec, steps=1_700, batch_size=16, learning_rate=2e-3, seed=SEED)
+        codec.half().save_pretrained(joint)
+    codec = Xcodec2Model.from_pretrained(joint).float()
+    if not codes_file.exists():
+        codes = encode(joint, wavs, semantic_states(codec, inputs))
+        codes_file.write_bytes(pickle.dumps(codes))
+        used, size = len(np.unique(np.concatenate(codes))), len(codec.quantizer.quantizer.codebook)
+        logger.info("codec: %d of %d codes in use", used, size)
+    codes = pickle.loads(codes_file.read_bytes())
+    train_decoder(wavs, codes, codec, steps=1_600, batch_size=16, learning_rate=1e-3, seed=SEED)
     codec.half().save_pretrained(TINY / "codec")
 
 
-STAGES = {"codec": build_codec}
+def build_texts(work_dir: Path) -> None:
+    """What ships beside the models: texts, rows of SFT, and recordings that nobody trains on."""
+    texts, speakers, _ = clips(work_dir)
+    codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
+    folder = TINY / "heldout"
+    folder.mkdir(exist_ok=True)
+    heldout = sentences(SEED)[-HELDOUT_TEXTS:]
+    names = [list(SPEAKERS)[i % len(SPEAKERS)] for i in range(HELDOUT_CLIPS)]
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for i, wav in enumerate(speak_all(heldout[:HELDOUT_CLIPS], names)):
+            name = f"{names[i]}_{i:03d}.flac"
+            sf.write(folder / name, wav, SAMPLE_RATE)
+            lines.write(json.dumps({"file_name": name, "text": heldout[i], "speaker": names[i], "id": name[:-5]}) + "\n")
+    texts_folder = TINY / "texts"
+    texts_folder.mkdir(exist_ok=True)
+    rl_texts = sentences(SEED)[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS]
+    (texts_folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rl_texts))
+    (texts_folder / "heldout.txt").write_text("\n".join(heldout) + "\n")
+    speech_rows(texts, speakers, codes).to_parquet(TINY / "speech.parquet")
+
+
+def speech_rows(texts: list[str], speakers: list[str], codes: list[np.ndarray]) -> datasets.Dataset:
+    """Rows of SFT: DEFAULT_SPEAKER's clips alone, then some of each speaker's behind a clip of the same voice."""
+    rng = random.Random(SEED)
+    of = {name: [i for i, speaker in enumerate(speakers) if speaker == name] for name in SPEAKERS}
+    picked = [(i, None) for i in of[DEFAULT_SPEAKER]]
+    for name, count in PROMPTED_ROWS.items():
+        picked += [tuple(rng.sample(of[name], 2)) for _ in range(count)]
+    return datasets.Dataset.from_list([
+        {
+            "text": texts[i], "audio_codes": codes[i].tolist(), "speaker": speakers[i], "language": "en",
+            "duration_s": len(codes[i]) / CODES_PER_SECOND, "sampling_rate": SAMPLE_RATE,
+            "ref_text": None if ref is None else texts[ref], "ref_codes": None if ref is None else codes[ref].tolist(),
+        }
+        for i, ref in picked
+    ])
+
+
+def build_whisper(work_dir: Path) -> None:
+    """Natural clips and their resyntheses, and babble: without it the decoder learns the grammar by heart and
+    hears a well-formed sentence in any mumbling."""
+    texts, _, wavs = clips(work_dir)
+    codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
+    words = babble(BABBLE_CLIPS, SEED)
+    spoken = [whole_codes(wav) for wav in speak_all(words, [list(SPEAKERS)[i % 2] for i in range(len(words))])]
+    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
+    resynthesised = codec.decode([c.tolist() for c in codes] + codec.encode([wav[:-1] for wav in spoken]))
+    mels = [mel(wav) for wav in tqdm([*wavs, *spoken, *resynthesised], desc="mel", mininterval=30)]
+    checkpoint = train_whisper(mels, 2 * [*texts, *words], steps=2_600, batch_size=32, learning_rate=2e-3, seed=SEED)
+    torch.save(checkpoint, TINY / "whisper.pt")
+
+
+def build_policy(work_dir: Path) -> None:
+    """SFT by train.py itself; half precision, and a run.json that names the codec and the Whisper it belongs to."""
+    texts, _, _ = clips(work_dir)
+    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
+    start, trained = work_dir / "llasa_init", work_dir / "llasa_sft"
+    tokenizer = new_tokenizer(texts, codec.codebook_size)
+    new_model(tokenizer, SEED).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    shutil.rmtree(trained, ignore_errors=True)
+    train.main(train.parse_args([
+        "--config", "configs/tiny_sft.yaml", "--model_name_or_path", str(start), "--output_dir", str(trained),
+    ]))
+    policy = train.AutoModelForCausalLM.from_pretrained(trained).half()
+    policy.save_pretrained(TINY / "llasa")
+    tokenizer.save_pretrained(TINY / "llasa")
+    shutil.copy(trained / "run.json", TINY / "llasa")
+
+
+STAGES = {"codec": build_codec, "texts": build_texts, "whisper": build_whisper, "policy": build_policy}
 
 
 def parse_args(argv=None) -> argparse.Namespace:

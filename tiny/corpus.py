@@ -36,6 +36,13 @@ def sentences(seed: int) -> list[str]:
     return every
 
 
+def babble(count: int, seed: int) -> list[str]:
+    """Two to five of the words in any order, for a recogniser that must not learn the grammar by heart."""
+    rng = random.Random(seed)
+    words = NAMES + VERBS + NUMBERS + NOUNS
+    return [f"{' '.join(rng.choices(words, k=rng.randint(2, 5)))}." for _ in range(count)]
+
+
 def speak(text: str, speaker: str) -> np.ndarray:
     """One clip, float32 mono at 16 kHz, silence trimmed, peak at 0.5."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,27 @@
+# make demo: install, GRPO on the small world, evaluation before and after, a page to listen to.
+# make test: install, and run the tests. Both work on a fresh machine with Python 3.11 and nothing else.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+DEMO := demo
+
+.PHONY: demo test
+
+demo: $(VENV)/installed
+	$(PYTHON) train.py --config configs/tiny.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt \
+	  --temperature 1.0 --seeds 0 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
+	@echo "Listen and compare: $(abspath $(DEMO)/evaluation/report.html)"
+
+test: $(VENV)/tested
+	$(PYTHON) -m pytest -q
+
+$(VENV)/installed: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -r requirements.txt
+	touch $@
+
+# The xcodec2 package is the oracle of a test; what it pins cannot be installed beside this project's torch.
+$(VENV)/tested: $(VENV)/installed tests/requirements-test.txt tests/requirements-parity.txt
+	$(PYTHON) -m pip install -q -r tests/requirements-test.txt
+	$(PYTHON) -m pip install -q --no-deps -r tests/requirements-parity.txt
+	touch $@

@@ -1,0 +1,14 @@
+"""Everything runs offline, on the CPU, from the project's root."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CUDA_VISIBLE_DEVICES="")
+os.chdir(ROOT)  # configs name tiny/ from here
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+torch.set_flush_denormal(True)

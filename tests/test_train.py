@@ -1,0 +1,202 @@
+"""train.py on the small world: it learns, it resumes exactly, and bad input is refused before anything long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from inference import Policy
+from speech_tokens import tts_prompt
+
+SHORT = [
+    "--config", "configs/tiny.yaml", "--max_steps", "3", "--per_device_train_batch_size", "8", "--num_generations", "4",
+    "--max_completion_length", "24", "--sample_steps", "0",
+]
+
+
+def run(*flags: str) -> None:
+    train.main(train.parse_args([*SHORT, *flags]))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def refused(capsys, caplog, *flags: str) -> str:
+    """The one line that bad input gets."""
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 2
+    return caplog.text + capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    # 80 codes: some rollouts end, so that rewards differ
+    run("--output_dir", str(folder), "--max_completion_length", "80", "--sample_steps", "2", "--learning_rate", "1e-3")
+    return folder
+
+
+def test_every_parameter_moves(trained):
+    before = {name: p.detach() for name, p in Policy.from_pretrained("tiny/llasa").model.named_parameters()}
+    after = weights(trained)
+    unmoved = [name for name in before if torch.equal(before[name], after[name])]
+    assert unmoved == []
+
+
+def test_what_is_logged(trained):
+    log = [entry for entry in json.loads((trained / "trainer_state.json").read_text())["log_history"] if "reward" in entry]
+    assert len(log) == 3
+    expected = {"rewards/whisper/mean", "rewards/whisper/std", "r_wer/mean", "r_wer/group_std", "r_nll/mean", "wer", "nll",
+                "duration_s", "share_truncated", "share_empty", "share_silent", "share_repetitive", "entropy", "kl"}
+    for entry in log:
+        assert expected <= entry.keys()
+        assert entry["reward_std"] > 0
+    # The reference is confined to speech as the policy is: where they are one model their KL is 0.
+    assert abs(log[0]["kl"]) < 1e-6
+
+
+def test_what_a_run_leaves(trained):
+    run_json = json.loads((trained / "run.json").read_text())
+    assert run_json["codec_id"] == "tiny/codec" and run_json["whisper"] == "tiny/whisper.pt"
+    assert run_json["reward"]["whisper"]["alpha_wer"] == 3.0
+    assert {"argv", "git_commit", "packages", "hardware", "seed", "recipe"} <= run_json.keys()
+    assert (trained / "reward_curve.png").stat().st_size > 5_000
+    samples = trained / "samples" / "step_000002"
+    lines = [json.loads(line) for line in (samples / "transcripts.jsonl").read_text().splitlines()]
+    assert {"text", "heard", "wer", "nll"} <= lines[0].keys()
+    assert list(samples.glob("*.wav"))
+
+
+def test_inference_loads_it_with_nothing_more_said(trained, tmp_path):
+    output = tmp_path / "sample.wav"
+    command = [sys.executable, "inference.py", "--model_name_or_path", str(trained), "--text", "Anna found two boxes.",
+               "--output", str(output), "--max_length", "200"]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert output.stat().st_size > 1_000
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
+    """SIGKILL after a checkpoint, then --resume_from_checkpoint true: the same weights to the last bit.
+
+    12 prompts, 2 a step, 8 steps: the run is in its second epoch when it is killed.
+    """
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(Path("tiny/texts/train.jsonl").read_text().splitlines(keepends=True)[:12]))
+    flags = [*SHORT, "--dataset", str(texts), "--max_steps", "8", "--save_steps", "1", "--save_strategy", "steps",
+             "--max_completion_length", "40", "--save_total_limit", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.main(train.parse_args([*flags, "--output_dir", str(whole)]))
+
+    command = [sys.executable, "train.py", *flags, "--output_dir", str(killed), "--resume_from_checkpoint", "true"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (killed / "checkpoint-7").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "it was to be killed before its end"
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    a, b = weights(whole), weights(killed)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_lora(tmp_path):
+    run("--output_dir", str(tmp_path), "--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--max_steps", "1")
+    policy = Policy.from_pretrained(str(tmp_path))
+    assert policy.sample([tts_prompt("Anna found two boxes.")], max_length=120)[0].codes
+
+
+def test_sft_trains_on_speech_alone(tmp_path):
+    train.main(train.parse_args([
+        "--config", "configs/tiny_sft.yaml", "--model_name_or_path", "tiny/llasa", "--output_dir", str(tmp_path),
+        "--max_steps", "2", "--per_device_train_batch_size", "2",
+    ]))
+    assert (tmp_path / "run.json").exists()
+
+
+def test_sft_mask_covers_codes_and_end():
+    from inference import load_tokenizer
+    from training_data import sft_rows
+    import datasets
+
+    tokenizer, tokens = load_tokenizer("tiny/llasa")
+    rows = datasets.Dataset.from_dict({"text": ["Hi.", "You."], "audio_codes": [[1, 2], [3] * 600],
+                                       "ref_text": [None, None], "ref_codes": [None, None]})
+    made = sft_rows(rows, "rows", tokenizer, tokens, max_length=512)
+    assert len(made) == 1  # the second one is too long, and said so
+    ids = [i for i, kept in zip(made[0]["input_ids"], made[0]["completion_mask"], strict=True) if kept]
+    assert ids == [tokens.first_code_id + 1, tokens.first_code_id + 2, tokens.end_id]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_bad_input(tmp_path, capsys, caplog):
+    """Each is refused with a message that names it, and exit code 2."""
+    output = ["--output_dir", str(tmp_path / "run")]
+    texts = [{"text": "Anna found two boxes."}] * 9
+    cases = [
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+        (["--reward_config", "nowhere.json"], "nowhere.json"),
+        (["--codec_id", "./nowhere"], "nowhere"),
+        (["--whisper", "nowhere.pt"], "nowhere.pt"),
+        (["--dataset", write_rows(tmp_path / "a.jsonl", [{"sentence": "hi"}])], "no column 'text'"),
+        (["--dataset", write_rows(tmp_path / "b.jsonl", [*texts, {"text": None}])], "row 9: text is None"),
+        (["--dataset", write_rows(tmp_path / "c.jsonl", [*texts, {"text": " "}])], "row 9: text is empty"),
+        (["--dataset", write_rows(tmp_path / "d.jsonl", [*texts, {"text": "word " * 600}])], "row 9: the prompt is"),
+        (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and one step takes 2 prompts"),
+        (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),
+        (["--num_generations", "3"], "must be a multiple"),
+        (["--resume_from_checkpoint", str(tmp_path)], "no checkpoint there"),
+    ]
+    for flags, message in cases:
+        caplog.clear()
+        assert message in refused(capsys, caplog, *output, *flags), flags
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(capsys, caplog, "--output_dir", str(tmp_path / "file" / "run"))
+
+
+def test_bad_config_file(tmp_path, capsys, caplog):
+    config = tmp_path / "bad.yaml"
+    config.write_text("learning_rte: 1\n")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--config", str(config)])
+    message = caplog.text + capsys.readouterr().err
+    assert "learning_rte" in message and "learning_rate" in message and str(config) in message
+
+
+def test_a_model_without_speech_tokens(tmp_path, capsys, caplog):
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(vocab_size=1, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                 num_attention_heads=1)).save_pretrained(tmp_path)
+    message = refused(capsys, caplog, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "run"))
+    assert "not a Llasa one" in message
+
+
+def test_an_earlier_run_is_not_overwritten(trained, capsys, caplog):
+    (trained / "checkpoint-1").mkdir(exist_ok=True)
+    assert "checkpoints of an earlier run" in refused(capsys, caplog, "--output_dir", str(trained))
+    (trained / "checkpoint-1").rmdir()
+
+
+@pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(config):
+    script, _, _ = train.parse_args(["--config", str(config)])
+    assert script.dataset is None or Path(script.dataset).exists() or "/" in script.dataset

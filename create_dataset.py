@@ -15,11 +15,9 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -29,6 +27,7 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from audio import load_audio
+from cli import bad_input_exits, pick_device
 from dataset_io import AUDIO_COLUMNS, CARRIED_COLUMNS, TEXT_COLUMNS, Source, open_source
 from speech_codec import SpeechCodec
 from speech_tokens import CODES_PER_SECOND, SAMPLE_RATE
@@ -243,8 +242,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--min_duration_s {args.min_duration_s}, --max_duration_s {args.max_duration_s}: 0 <= min < max"
         )
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; give auto or cpu")
 
 
 def claim_hub_repo(name: str) -> None:
@@ -256,22 +253,12 @@ def claim_hub_repo(name: str) -> None:
         raise OSError(f"--push_to_hub {name}: {reason}. Log in with 'hf auth login', or leave it out") from error
 
 
-@contextmanager
-def bad_input_exits(*kinds: type[Exception]) -> Iterator[None]:
-    """One line and exit code 2 instead of a traceback, for errors that are the user's to mend."""
-    try:
-        yield
-    except kinds as error:
-        logger.error("error: %s", error)
-        sys.exit(2)
-
-
 def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     logger.setLevel(logging.INFO)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     with bad_input_exits(ValueError, OSError):
         check_arguments(args)
+        device = pick_device(args.device)
         partial = open_output(args)
         source = open_source(args.dataset, args.split, args.config, args.text_column, args.audio_column)
         open_run(source, partial, args)

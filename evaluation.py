@@ -28,22 +28,18 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from audio import audio_failure, load_audio
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
 from evaluation_report import summarize, write_reports
 from inference import (
     DEFAULT_CODEC,
     DEFAULT_WHISPER,
-    HelpFormatter,
     Policy,
     Sample,
-    bad_input_exits,
     best_of,
-    check_at_least,
     check_codebook,
     check_sampling,
-    check_writable,
     decode_samples,
     load_tokenizer,
-    pick_device,
     read_text,
     recorded,
     whisper_rewards,

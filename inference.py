@@ -10,14 +10,11 @@ on), and a voice prompt's own codes are never decoded, so the wav starts with th
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import math
 import re
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 from audio import load_audio, save_audio
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, first_line, pick_device
 from speech_tokens import (
     CODES_PER_SECOND,
     TEXT_UNDERSTANDING_END,
@@ -78,7 +76,7 @@ class Policy:
         try:
             model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
         except OSError as error:  # what transformers raises for files that are not there
-            raise ValueError(f"cannot load the model {id_or_path!r}: {_first_line(error)}") from error
+            raise ValueError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
         # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
         model.generation_config = GenerationConfig()
         prepare_model(model, tokenizer, tokens)
@@ -158,29 +156,14 @@ class Policy:
         return [completion[: limit - len(row)] for row, completion in zip(ids, completions, strict=True)]
 
 
-def pick_device(device: str = "auto") -> str:
-    """A GPU if there is one, for "auto"; ValueError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
-        raise ValueError(f"--device {device}: {_first_line(error)}. Give auto, cpu, cuda or cuda:1") from error
-    return device
-
-
 def load_tokenizer(id_or_path: str) -> tuple[object, SpeechTokens]:
     """A model's tokenizer, ready for prompts, and where its codes are; ValueError if it is not a Llasa's."""
     check_model_exists(id_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(id_or_path)
     except OSError as error:
-        raise ValueError(f"cannot load the tokenizer of {id_or_path!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
     return tokenizer, prepare_tokenizer(tokenizer)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def check_model_exists(id_or_path: str) -> None:
@@ -243,26 +226,6 @@ def best_of(rewards: list[float], n: int) -> list[int]:
     return [start + int(np.argmax(rewards[start : start + n])) for start in range(0, len(rewards), n)]
 
 
-@contextlib.contextmanager
-def bad_input_exits() -> Iterator[None]:
-    """Around what reads the user's input: one line and exit code 2 instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        logger.error("error: %s", error)
-        logger.debug("", exc_info=True)
-        sys.exit(2)
-
-
-def check_writable(folder: Path) -> None:
-    """Make `folder` and try it, before the work that it is to hold."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"cannot write into {folder}: {error.strerror}; give another output") from error
-
-
 def read_text(path: str) -> str:
     """A UTF-8 file, or stdin for "-"."""
     try:
@@ -298,12 +261,6 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
         for text in range(num_texts)
         for k in range(num_samples)
     ]
-
-
-def check_at_least(args: argparse.Namespace, **least: int) -> None:
-    for name, number in least.items():
-        if getattr(args, name) < number:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a whole number from {number} on")
 
 
 def check_sampling(temperatures: list[float], top_p: float) -> None:
@@ -386,13 +343,6 @@ def main(args: argparse.Namespace) -> None:
     if not write_clips(paths, clip_texts, samples, wavs):
         logger.error("nothing was written: no clip has sound")
         sys.exit(1)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and the defaults where there are any."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

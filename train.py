@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
+from cli import bad_input_exits, check_writable
 from dataset_io import load_any_dataset
-from inference import DEFAULT_CODEC, DEFAULT_WHISPER, bad_input_exits, check_writable, load_tokenizer, recorded
+from inference import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
 from reward_models import load_config, load_rewards, unknown_key
 from reward_models.rollouts import Listener
 from reward_whisper import WhisperScorer

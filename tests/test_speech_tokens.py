@@ -98,8 +98,8 @@ def continue_final_message(tokenizer, template: str, text: str, ref_codes: list[
 
 def by_trl(tokenizer, prompts: list, tmp_path) -> list[list[int]]:
     """TRL's own tokenisation, on a trainer made as train.py makes it; the model is too small to matter."""
-    from trl import GRPOConfig, GRPOTrainer
     import datasets
+    from trl import GRPOConfig, GRPOTrainer
 
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1

@@ -126,9 +126,10 @@ def test_sft_trains_on_speech_alone(tmp_path):
 
 
 def test_sft_mask_covers_codes_and_end():
+    import datasets
+
     from inference import load_tokenizer
     from training_data import sft_rows
-    import datasets
 
     tokenizer, tokens = load_tokenizer("tiny/llasa")
     rows = datasets.Dataset.from_dict({"text": ["Hi.", "You."], "audio_codes": [[1, 2], [3] * 600],

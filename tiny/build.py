@@ -30,7 +30,7 @@ from speech_codec import SpeechCodec
 from speech_tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
 from tiny.corpus import SPEAKERS, babble, sentences, speak_all
 from tiny.llasa import new_model, new_tokenizer
-from tiny.train_codec import new_codec, train_codec, train_decoder
+from tiny.train_codec import NUM_CODES, new_codec, train_codec, train_decoder
 from tiny.train_whisper import mel, train_whisper
 
 logger = logging.getLogger("tiny.build")
@@ -133,8 +133,7 @@ def build_codec(work_dir: Path) -> None:
     if not codes_file.exists():
         codes = encode(joint, wavs, semantic_states(codec, inputs))
         codes_file.write_bytes(pickle.dumps(codes))
-        used, size = len(np.unique(np.concatenate(codes))), len(codec.quantizer.quantizer.codebook)
-        logger.info("codec: %d of %d codes in use", used, size)
+        logger.info("codec: %d of %d codes in use", len(np.unique(np.concatenate(codes))), NUM_CODES)
     codes = pickle.loads(codes_file.read_bytes())
     train_decoder(wavs, codes, codec, steps=1_600, batch_size=16, learning_rate=1e-3, seed=SEED)
     codec.half().save_pretrained(TINY / "codec")
@@ -195,9 +194,8 @@ def build_whisper(work_dir: Path) -> None:
 def build_policy(work_dir: Path) -> None:
     """SFT by train.py itself; half precision, and a run.json that names the codec and the Whisper it belongs to."""
     texts, _, _ = clips(work_dir)
-    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
     start, trained = work_dir / "llasa_init", work_dir / "llasa_sft"
-    tokenizer = new_tokenizer(texts, codec.codebook_size)
+    tokenizer = new_tokenizer(texts, NUM_CODES)
     new_model(tokenizer, SEED).save_pretrained(start)
     tokenizer.save_pretrained(start)
     shutil.rmtree(trained, ignore_errors=True)

@@ -19,6 +19,8 @@ from speech_tokens import HOP_LENGTH, SAMPLE_RATE
 logger = logging.getLogger(__name__)
 
 HIDDEN, SEMANTIC = 192, 128
+LEVELS = [4] * 6
+NUM_CODES = 4**6  # 4,096, where XCodec2 has 4**8
 CROP_CODES = 32  # 0.64 s: long enough for a word, short enough for two cores
 LONG_CROP_CODES = 56  # 1.1 s: nearly a clip
 RESOLUTIONS = ((256, 40), (512, 64), (1024, 80), (2048, 80))  # (n_fft, mel bands)
@@ -41,7 +43,7 @@ def new_codec(seed: int) -> Xcodec2Model:
     config = Xcodec2Config(
         hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=6, head_dim=HIDDEN // 6, encoder_hidden_size=4, downsampling_ratios=[8, 8, 5],
-        quantization_levels=[4] * 6, quantization_dim=HIDDEN + SEMANTIC, activation_dropout=0.0,
+        quantization_levels=LEVELS, quantization_dim=HIDDEN + SEMANTIC, activation_dropout=0.0,
         semantic_model_config=semantic,
     )
     codec = Xcodec2Model(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-logger = logging.getLogger(Path(sys.argv[0]).stem)
+logger = logging.getLogger(Path(sys.argv[0]).name)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,9 +27,10 @@ def bad_input_exits(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         kinds: what counts as bad input; default ValueError and OSError.
     """
+    accepted = kinds or (ValueError, OSError)
     try:
         yield
-    except kinds or (ValueError, OSError) as error:
+    except accepted as error:
         logger.error("error: %s", error)
         logger.debug("", exc_info=True)
         sys.exit(2)

@@ -17,8 +17,14 @@ from audio import save_audio
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
 # What the reward curve shows where it was logged: (log key, label)
 CURVES = (
-    ("reward", "reward"), ("wer", "WER (reward ASR)"), ("nll", "NLL per token"), ("duration_s", "duration, s"),
-    ("log_f0_std", "spread of ln F0"), ("kl", "KL to the reference"), ("entropy", "entropy per code"), ("loss", "loss"),
+    ("reward", "reward"),
+    ("wer", "WER (reward ASR)"),
+    ("nll", "NLL per token"),
+    ("duration_s", "duration, s"),
+    ("log_f0_std", "spread of ln F0"),
+    ("kl", "KL to the reference"),
+    ("entropy", "entropy per code"),
+    ("loss", "loss"),
 )
 
 
@@ -55,6 +61,12 @@ def write_run(output_dir: str, **facts) -> None:
     (folder / "run.json").write_text(json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n")
 
 
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Each value's mean with up to window − 1 values before it."""
+    spans = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(span) / len(span) for span in spans]
+
+
 def plot_curves(log_history: list[dict], path: Path) -> None:
     """Draw every curve of CURVES that the log holds, each over the training step."""
     import matplotlib.pyplot as plt  # slow to import, and only needed at the end
@@ -73,9 +85,7 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
         axis.remove()
     for axis, (label, steps, values) in zip(axes.flat, drawn, strict=False):
         axis.plot(steps, values, linewidth=0.8, alpha=0.35, color="tab:blue")
-        window = max(1, len(values) // 20)
-        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-        axis.plot(steps, smooth, linewidth=1.6, color="tab:blue")
+        axis.plot(steps, running_mean(values, max(1, len(values) // 20)), linewidth=1.6, color="tab:blue")
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -102,7 +112,11 @@ class SampleSaver(TrainerCallback):
                 if rollouts.failures[i] not in ("empty", "non_finite"):
                     save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
                 record = {
-                    "rollout": i, "text": rollouts.texts[i], "heard": score.hyp_text, "wer": score.wer,
-                    "nll": score.nll, "failure": rollouts.failures[i],
+                    "rollout": i,
+                    "text": rollouts.texts[i],
+                    "heard": score.hyp_text,
+                    "wer": score.wer,
+                    "nll": score.nll,
+                    "failure": rollouts.failures[i],
                 }
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -118,7 +118,7 @@ class SpeechCodec:
                 values.to(self.device, self.model.dtype),
                 features.to(self.device, self.model.dtype),
             )
-            for i, ids in zip(batch, output.audio_codes[:, 0].tolist()):
+            for i, ids in zip(batch, output.audio_codes[:, 0].tolist(), strict=True):
                 codes[i] = ids
         return codes
 
@@ -147,7 +147,7 @@ class SpeechCodec:
         for batch in _equal_length_batches([len(ids) for ids in codes]):
             ids = torch.tensor([list(codes[i]) for i in batch], device=self.device)[:, None]
             audio = self.model.decode(audio_codes=ids).audio_values[:, 0]
-            for i, wav in zip(batch, audio.float().cpu().numpy()):
+            for i, wav in zip(batch, audio.float().cpu().numpy(), strict=True):
                 wavs[i] = wav
         return wavs
 
@@ -270,7 +270,7 @@ def _rename_original(original: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         elif ".qkv_proj." in name:
             # As they are: the two models pair dimensions for RoPE differently, but its position is
             # the head's index, one angle for query and key, so it cancels in their product.
-            for part, weight in zip("qkv", native.pop(name).chunk(3)):
+            for part, weight in zip("qkv", native.pop(name).chunk(3), strict=True):
                 native[name.replace("qkv", part)] = weight
     return native
 

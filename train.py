@@ -51,7 +51,9 @@ class ScriptArguments:
     reward_config: str = field(default="reward_models/whisper.json", metadata={"help": "Rewards and their weights."})
     codec_id: str = field(default=None, metadata={"help": "XCodec2; default: the policy's run.json, else the hub's."})
     whisper: str = field(default=None, metadata={"help": "Whisper of the reward; default likewise, else large-v3."})
-    sample_steps: int = field(default=50, metadata={"help": "Keep a few rollouts as wav every so many steps; 0: never."})
+    sample_steps: int = field(
+        default=50, metadata={"help": "Keep a few rollouts as wav every so many steps; 0: never."}
+    )
     sample_count: int = field(default=8, metadata={"help": "How many of them."})
     max_length_total: int = field(default=2048, metadata={"help": "Llasa's context: prompt and speech, in tokens."})
 
@@ -224,7 +226,8 @@ def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer):
 def load_model(model_args: ModelConfig, tokenizer, tokens):
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision,
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
         **{k: v for k, v in options.items() if v is not None},
     )
     prepare_model(model, tokenizer, tokens)
@@ -238,8 +241,12 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> GRPOTrain
     listener = Listener(tokens, codec, scorer, group_size=args.num_generations)
     rewards, args.reward_weights = load_rewards(script.reward_config, listener)
     trainer = GRPOTrainer(
-        model=load_model(model_args, tokenizer, tokens), reward_funcs=rewards, args=args, train_dataset=rows,
-        processing_class=tokenizer, peft_config=get_peft_config(model_args),
+        model=load_model(model_args, tokenizer, tokens),
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
         callbacks=[SampleSaver(listener, script.sample_steps, script.sample_count)],
     )
     if trainer.ref_model is not None:  # loaded anew by TRL, so it has none of what load_model did
@@ -249,8 +256,11 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> GRPOTrain
 
 def sft_trainer(script, args, model_args, tokenizer, tokens, rows) -> SFTTrainer:
     return SFTTrainer(
-        model=load_model(model_args, tokenizer, tokens), args=args, train_dataset=rows,
-        processing_class=tokenizer, peft_config=get_peft_config(model_args),
+        model=load_model(model_args, tokenizer, tokens),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
     )
 
 

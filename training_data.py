@@ -78,7 +78,9 @@ def sft_rows(rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens,
     if not examples["input_ids"]:
         raise ValueError(f"{name}: none of the {len(rows)} rows fits into --max_length {max_length} tokens")
     if too_long:
-        logger.warning("%s: %d of %d rows are longer than %d tokens and left out", name, too_long, len(rows), max_length)
+        logger.warning(
+            "%s: %d of %d rows are longer than %d tokens and left out", name, too_long, len(rows), max_length
+        )
     return datasets.Dataset.from_dict(examples)
 
 

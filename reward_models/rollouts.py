@@ -82,9 +82,7 @@ class Rollouts:
 
     @cached_property
     def log_f0_stds(self) -> list[float]:
-        return [
-            log_f0_std(wav) if audio_failure(wav) is None else float("nan") for wav in self.wavs
-        ]
+        return [log_f0_std(wav) if audio_failure(wav) is None else float("nan") for wav in self.wavs]
 
     def grouped(self, values: list[float]) -> np.ndarray:
         """(prompts, group_size)"""
@@ -124,7 +122,9 @@ class Listener:
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
 
-    def hear(self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric) -> Rollouts:
+    def hear(
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric
+    ) -> Rollouts:
         if completion_ids is not self._completion_ids:
             languages = language or ["en"] * len(text)
             self.rollouts = Rollouts(self, completion_ids, text, languages, self.group_size)

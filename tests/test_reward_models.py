@@ -62,8 +62,16 @@ def ids(codes: list[int], ended: bool = True) -> list[int]:
 def call(reward, completion_ids, metrics=None, **columns):
     log = (metrics if metrics is not None else {}).__setitem__
     texts = columns.pop("text", ["hello"] * len(completion_ids))
-    return reward(prompts=[], completions=[], completion_ids=completion_ids, text=texts, log_metric=log,
-                  log_extra=None, trainer_state=None, **columns)
+    return reward(
+        prompts=[],
+        completions=[],
+        completion_ids=completion_ids,
+        text=texts,
+        log_metric=log,
+        log_extra=None,
+        trainer_state=None,
+        **columns,
+    )
 
 
 def test_whisper_reward_of_good_and_failed_rollouts(listener):
@@ -152,8 +160,14 @@ def test_log_f0_spread_reward(listener):
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ([5] * 25, True), ([5] * 24, False), ([1, 2, 3] * 9, True), ([1, 2, 3] * 8, False),
-        (list(range(60)), False), ([], False), ([1], False), (list(range(20)) + [7] * 25, True),
+        ([5] * 25, True),
+        ([5] * 24, False),
+        ([1, 2, 3] * 9, True),
+        ([1, 2, 3] * 8, False),
+        (list(range(60)), False),
+        ([], False),
+        ([1], False),
+        (list(range(20)) + [7] * 25, True),
     ],
 )
 def test_repetition(codes, expected):

@@ -90,7 +90,7 @@ def test_decode_batch_equals_loop(codec):
     codes = random_codes(RAGGED, codec.codebook_size)
     batch = codec.decode(codes)
     assert [wav.shape for wav in batch] == [(length * 320,) for length in RAGGED]
-    for ids, wav in zip(codes, batch):
+    for ids, wav in zip(codes, batch, strict=True):
         assert wav.dtype == np.float32
         assert wav.std() > 1e-2  # not silent, else anything equals anything
         np.testing.assert_allclose(wav, codec.decode([ids])[0], rtol=0, atol=1e-5)
@@ -139,7 +139,7 @@ def test_half_precision_is_close_and_returns_float32(codec, native_folder, dtype
     half = SpeechCodec.from_pretrained(str(native_folder), dtype=dtype)
     assert half.model.dtype == dtype
     codes = random_codes([40, 25], codec.codebook_size)
-    for wav, expected in zip(half.decode(codes), codec.decode(codes)):
+    for wav, expected in zip(half.decode(codes), codec.decode(codes), strict=True):
         assert wav.dtype == np.float32
         assert np.linalg.norm(wav - expected) < tolerance * np.linalg.norm(expected)
     [ids] = half.encode([chirp(16_000)])
@@ -222,9 +222,9 @@ def test_parity_with_the_xcodec2_package(oracle, original_folder):
     assert len(set(expected[3])) > 100  # of 151: a codec that never changes its mind is no oracle
     # All are equal where this was written. A latent may lie within float noise (1e-6) of a rounding
     # boundary, so another CPU may flip one of the 279.
-    same = np.mean([a == b for x, y in zip(codes, expected) for a, b in zip(x, y)])
+    same = np.mean([a == b for x, y in zip(codes, expected, strict=True) for a, b in zip(x, y, strict=True)])
     assert same >= 0.99, f"only {same:.1%} of the codes are the package's"
-    for ids, wav in zip(expected, codec.decode(expected)):
+    for ids, wav in zip(expected, codec.decode(expected), strict=True):
         audio = oracle.decode_code(torch.tensor([[ids]]))[0, 0].numpy()
         assert audio.std() > 0.01
         np.testing.assert_allclose(wav, audio, rtol=0, atol=1e-5)

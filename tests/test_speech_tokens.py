@@ -47,8 +47,14 @@ def llasa_1b_tokenizer():
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    names = {128_000: "<|begin_of_text|>", 128_001: "<|end_of_text|>", 128_004: "<|finetune_right_pad_id|>",
-             128_006: "<|start_header_id|>", 128_007: "<|end_header_id|>", 128_009: "<|eot_id|>"}
+    names = {
+        128_000: "<|begin_of_text|>",
+        128_001: "<|end_of_text|>",
+        128_004: "<|finetune_right_pad_id|>",
+        128_006: "<|start_header_id|>",
+        128_007: "<|end_header_id|>",
+        128_009: "<|eot_id|>",
+    }
     reserved = [AddedToken(names.get(i, f"<|reserved_{i}|>"), special=True) for i in range(128_000, 128_256)]
     bpe.add_special_tokens(reserved)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
@@ -71,27 +77,47 @@ def by_hand(tokenizer, text: str, ref_codes: list[int]) -> list[int]:
 
     has_system = "Cutting Knowledge" in tokenizer.chat_template
     system = [
-        token_id("<|start_header_id|>"), *words("system"), token_id("<|end_header_id|>"),
-        *words("\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"), token_id("<|eot_id|>"),
+        token_id("<|start_header_id|>"),
+        *words("system"),
+        token_id("<|end_header_id|>"),
+        *words("\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"),
+        token_id("<|eot_id|>"),
     ]
     return [
-        token_id("<|begin_of_text|>"), *(system if has_system else []),
-        token_id("<|start_header_id|>"), *words("user"), token_id("<|end_header_id|>"),
-        *words("\n\nConvert the text to speech:"), token_id("<|TEXT_UNDERSTANDING_START|>"),
-        *words(text), token_id("<|TEXT_UNDERSTANDING_END|>"), token_id("<|eot_id|>"),
-        token_id("<|start_header_id|>"), *words("assistant"), token_id("<|end_header_id|>"), *words("\n\n"),
-        token_id("<|SPEECH_GENERATION_START|>"), *(token_id(f"<|s_{code}|>") for code in ref_codes),
+        token_id("<|begin_of_text|>"),
+        *(system if has_system else []),
+        token_id("<|start_header_id|>"),
+        *words("user"),
+        token_id("<|end_header_id|>"),
+        *words("\n\nConvert the text to speech:"),
+        token_id("<|TEXT_UNDERSTANDING_START|>"),
+        *words(text),
+        token_id("<|TEXT_UNDERSTANDING_END|>"),
+        token_id("<|eot_id|>"),
+        token_id("<|start_header_id|>"),
+        *words("assistant"),
+        token_id("<|end_header_id|>"),
+        *words("\n\n"),
+        token_id("<|SPEECH_GENERATION_START|>"),
+        *(token_id(f"<|s_{code}|>") for code in ref_codes),
     ]
 
 
 def continue_final_message(tokenizer, template: str, text: str, ref_codes: list[int]) -> list[int]:
     """How Llasa's model card renders it: an assistant turn that is left open."""
     chat = [
-        {"role": "user", "content": f"Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>"},
+        {
+            "role": "user",
+            "content": f"Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>",
+        },
         {"role": "assistant", "content": "<|SPEECH_GENERATION_START|>" + "".join(f"<|s_{c}|>" for c in ref_codes)},
     ]
     return tokenizer.apply_chat_template(
-        chat, chat_template=template, tokenize=True, return_dict=True, continue_final_message=True,
+        chat,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        continue_final_message=True,
         date_string="26 Jul 2024",
     )["input_ids"]
 
@@ -104,11 +130,20 @@ def by_trl(tokenizer, prompts: list, tmp_path) -> list[list[int]]:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=2,
-                      per_device_train_batch_size=2)
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        num_generations=2,
+        per_device_train_batch_size=2,
+    )
     trainer = GRPOTrainer(
-        model=LlamaForCausalLM(config), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), processing_class=tokenizer,
+        model=LlamaForCausalLM(config),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
     )
     return trainer._tokenize_prompts(list(trainer.train_dataset["prompt"]))[0]
 
@@ -119,7 +154,9 @@ def test_one_prompt_four_ways(tokenizer, tmp_path):
     prompts = [tts_prompt(TEXT), tts_prompt(TEXT, REF_TEXT, REF_CODES)]
     texts, codes = [TEXT, f"{REF_TEXT} {TEXT}"], [[], REF_CODES]
     expected = [by_hand(tokenizer, t, c) for t, c in zip(texts, codes, strict=True)]
-    assert [continue_final_message(tokenizer, own_template, t, c) for t, c in zip(texts, codes, strict=True)] == expected
+    assert [
+        continue_final_message(tokenizer, own_template, t, c) for t, c in zip(texts, codes, strict=True)
+    ] == expected
     assert by_trl(tokenizer, prompts, tmp_path) == expected
     policy = Policy(None, tokenizer, SpeechTokens.from_tokenizer(tokenizer))
     assert [prompt_ids(policy.tokenizer, prompt) for prompt in prompts] == expected
@@ -176,10 +213,12 @@ def test_bad_prompts(arguments, message):
 
 def test_a_tokenizer_without_speech():
     tokenizer = small_tokenizer()
-    plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer.__class__.from_str(
-        '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":null,'
-        '"post_processor":null,"decoder":null,"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}'
-    ))
+    plain = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer.__class__.from_str(
+            '{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,"pre_tokenizer":null,'
+            '"post_processor":null,"decoder":null,"model":{"type":"BPE","vocab":{"a":0},"merges":[]}}'
+        )
+    )
     with pytest.raises(ValueError, match="not a Llasa one"):
         prepare_tokenizer(plain)
 
@@ -199,9 +238,13 @@ def test_confined_policy_samples_what_it_is_trained_on():
     assert probabilities[allowed].sum().item() == pytest.approx(1, abs=1e-6)
     assert torch.isfinite(model(ids).logits[0, -1].log_softmax(-1)).all()
     torch.manual_seed(0)
-    sampled = model.generate(ids.repeat(8, 1), attention_mask=torch.ones(8, ids.shape[1], dtype=torch.long),
-                             do_sample=True, max_new_tokens=20)
-    assert set(sampled[:, ids.shape[1]:].flatten().tolist()) <= {*allowed, tokenizer.pad_token_id}
+    sampled = model.generate(
+        ids.repeat(8, 1),
+        attention_mask=torch.ones(8, ids.shape[1], dtype=torch.long),
+        do_sample=True,
+        max_new_tokens=20,
+    )
+    assert set(sampled[:, ids.shape[1] :].flatten().tolist()) <= {*allowed, tokenizer.pad_token_id}
 
 
 def test_confine_refuses_a_trained_bias():

@@ -128,7 +128,9 @@ def test_prosody_is_alive(natural, resynthesised):
 
 
 def test_small_enough_for_git():
-    total = sum(path.stat().st_size for path in Path("tiny").rglob("*") if path.is_file() and "__pycache__" not in str(path))
+    total = sum(
+        path.stat().st_size for path in Path("tiny").rglob("*") if path.is_file() and "__pycache__" not in str(path)
+    )
     assert total <= 25e6
 
 

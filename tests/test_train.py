@@ -17,8 +17,18 @@ from inference import Policy
 from speech_tokens import tts_prompt
 
 SHORT = [
-    "--config", "configs/tiny.yaml", "--max_steps", "3", "--per_device_train_batch_size", "8", "--num_generations", "4",
-    "--max_completion_length", "24", "--sample_steps", "0",
+    "--config",
+    "configs/tiny.yaml",
+    "--max_steps",
+    "3",
+    "--per_device_train_batch_size",
+    "8",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "24",
+    "--sample_steps",
+    "0",
 ]
 
 
@@ -54,10 +64,26 @@ def test_every_parameter_moves(trained):
 
 
 def test_what_is_logged(trained):
-    log = [entry for entry in json.loads((trained / "trainer_state.json").read_text())["log_history"] if "reward" in entry]
+    log = [
+        entry for entry in json.loads((trained / "trainer_state.json").read_text())["log_history"] if "reward" in entry
+    ]
     assert len(log) == 3
-    expected = {"rewards/whisper/mean", "rewards/whisper/std", "r_wer/mean", "r_wer/group_std", "r_nll/mean", "wer", "nll",
-                "duration_s", "share_truncated", "share_empty", "share_silent", "share_repetitive", "entropy", "kl"}
+    expected = {
+        "rewards/whisper/mean",
+        "rewards/whisper/std",
+        "r_wer/mean",
+        "r_wer/group_std",
+        "r_nll/mean",
+        "wer",
+        "nll",
+        "duration_s",
+        "share_truncated",
+        "share_empty",
+        "share_silent",
+        "share_repetitive",
+        "entropy",
+        "kl",
+    }
     for entry in log:
         assert expected <= entry.keys()
         assert entry["reward_std"] > 0
@@ -79,8 +105,18 @@ def test_what_a_run_leaves(trained):
 
 def test_inference_loads_it_with_nothing_more_said(trained, tmp_path):
     output = tmp_path / "sample.wav"
-    command = [sys.executable, "inference.py", "--model_name_or_path", str(trained), "--text", "Anna found two boxes.",
-               "--output", str(output), "--max_length", "200"]
+    command = [
+        sys.executable,
+        "inference.py",
+        "--model_name_or_path",
+        str(trained),
+        "--text",
+        "Anna found two boxes.",
+        "--output",
+        str(output),
+        "--max_length",
+        "200",
+    ]
     assert subprocess.run(command, check=False).returncode == 0
     assert output.stat().st_size > 1_000
 
@@ -92,8 +128,21 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     """
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(Path("tiny/texts/train.jsonl").read_text().splitlines(keepends=True)[:12]))
-    flags = [*SHORT, "--dataset", str(texts), "--max_steps", "8", "--save_steps", "1", "--save_strategy", "steps",
-             "--max_completion_length", "40", "--save_total_limit", "2"]
+    flags = [
+        *SHORT,
+        "--dataset",
+        str(texts),
+        "--max_steps",
+        "8",
+        "--save_steps",
+        "1",
+        "--save_strategy",
+        "steps",
+        "--max_completion_length",
+        "40",
+        "--save_total_limit",
+        "2",
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(train.parse_args([*flags, "--output_dir", str(whole)]))
 
@@ -118,10 +167,22 @@ def test_lora(tmp_path):
 
 
 def test_sft_trains_on_speech_alone(tmp_path):
-    train.main(train.parse_args([
-        "--config", "configs/tiny_sft.yaml", "--model_name_or_path", "tiny/llasa", "--output_dir", str(tmp_path),
-        "--max_steps", "2", "--per_device_train_batch_size", "2",
-    ]))
+    train.main(
+        train.parse_args(
+            [
+                "--config",
+                "configs/tiny_sft.yaml",
+                "--model_name_or_path",
+                "tiny/llasa",
+                "--output_dir",
+                str(tmp_path),
+                "--max_steps",
+                "2",
+                "--per_device_train_batch_size",
+                "2",
+            ]
+        )
+    )
     assert (tmp_path / "run.json").exists()
 
 
@@ -132,8 +193,14 @@ def test_sft_mask_covers_codes_and_end():
     from training_data import sft_rows
 
     tokenizer, tokens = load_tokenizer("tiny/llasa")
-    rows = datasets.Dataset.from_dict({"text": ["Hi.", "You."], "audio_codes": [[1, 2], [3] * 600],
-                                       "ref_text": [None, None], "ref_codes": [None, None]})
+    rows = datasets.Dataset.from_dict(
+        {
+            "text": ["Hi.", "You."],
+            "audio_codes": [[1, 2], [3] * 600],
+            "ref_text": [None, None],
+            "ref_codes": [None, None],
+        }
+    )
     made = sft_rows(rows, "rows", tokenizer, tokens, max_length=512)
     assert len(made) == 1  # the second one is too long, and said so
     ids = [i for i, kept in zip(made[0]["input_ids"], made[0]["completion_mask"], strict=True) if kept]
@@ -185,8 +252,9 @@ def test_a_model_without_speech_tokens(tmp_path, capsys, caplog):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))).save_pretrained(tmp_path)
-    LlamaForCausalLM(LlamaConfig(vocab_size=1, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                 num_attention_heads=1)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=1, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path)
     message = refused(capsys, caplog, "--model_name_or_path", str(tmp_path), "--output_dir", str(tmp_path / "run"))
     assert "not a Llasa one" in message
 

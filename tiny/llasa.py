@@ -26,8 +26,13 @@ def new_tokenizer(texts: list[str], num_codes: int, vocab_size: int = 512) -> Pr
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BEGIN, eos_token="<|eot_id|>", pad_token=PAD,
-        additional_special_tokens=LLAMA_TOKENS, model_max_length=MAX_LENGTH, clean_up_tokenization_spaces=False,
+        tokenizer_object=bpe,
+        bos_token=BEGIN,
+        eos_token="<|eot_id|>",
+        pad_token=PAD,
+        additional_special_tokens=LLAMA_TOKENS,
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens([*SPECIAL_TOKENS, *map(code_token, range(num_codes))])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -37,9 +42,19 @@ def new_tokenizer(texts: list[str], num_codes: int, vocab_size: int = 512) -> Pr
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 192, layers: int = 4) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=hidden // 48, num_key_value_heads=hidden // 48, max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True, rope_theta=10_000.0, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 48,
+            num_key_value_heads=hidden // 48,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            rope_theta=10_000.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )

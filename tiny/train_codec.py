@@ -35,15 +35,33 @@ def new_codec(seed: int) -> Xcodec2Model:
     """
     torch.manual_seed(seed)
     semantic = Wav2Vec2BertConfig(
-        hidden_size=SEMANTIC, num_hidden_layers=1, num_attention_heads=4, intermediate_size=2 * SEMANTIC,
-        feature_projection_input_dim=160, add_adapter=False, apply_spec_augment=False,
-        hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
-        conformer_conv_dropout=0.0, layerdrop=0.0, conv_depthwise_kernel_size=7,
+        hidden_size=SEMANTIC,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=2 * SEMANTIC,
+        feature_projection_input_dim=160,
+        add_adapter=False,
+        apply_spec_augment=False,
+        hidden_dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+        feat_proj_dropout=0.0,
+        conformer_conv_dropout=0.0,
+        layerdrop=0.0,
+        conv_depthwise_kernel_size=7,
     )
     config = Xcodec2Config(
-        hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=6, head_dim=HIDDEN // 6, encoder_hidden_size=4, downsampling_ratios=[8, 8, 5],
-        quantization_levels=LEVELS, quantization_dim=HIDDEN + SEMANTIC, activation_dropout=0.0,
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=HIDDEN // 6,
+        encoder_hidden_size=4,
+        downsampling_ratios=[8, 8, 5],
+        quantization_levels=LEVELS,
+        quantization_dim=HIDDEN + SEMANTIC,
+        activation_dropout=0.0,
         semantic_model_config=semantic,
     )
     codec = Xcodec2Model(config)
@@ -82,9 +100,7 @@ class MelLoss(torch.nn.Module):
 
 def encode_latents(codec: Xcodec2Model, wavs: torch.Tensor, semantic: torch.Tensor) -> torch.Tensor:
     """`Xcodec2Model.encode` behind the frozen semantic encoder: wavs (batch, samples), semantic (batch, codes, dim)."""
-    hidden = torch.cat(
-        [codec.semantic_adapter(semantic.transpose(1, 2)), codec.acoustic_encoder(wavs[:, None])], dim=1
-    )
+    hidden = torch.cat([codec.semantic_adapter(semantic.transpose(1, 2)), codec.acoustic_encoder(wavs[:, None])], dim=1)
     latents, _ = codec.quantizer(codec.fc_encoder(hidden.transpose(1, 2)))
     return latents
 
@@ -109,7 +125,9 @@ def fit(codec: Xcodec2Model, weights: list, batch, steps: int, learning_rate: fl
     codec.eval()
 
 
-def crop(rng: np.random.Generator, clips: list[tuple[np.ndarray, ...]], batch_size: int, length: int) -> list[np.ndarray]:
+def crop(
+    rng: np.random.Generator, clips: list[tuple[np.ndarray, ...]], batch_size: int, length: int
+) -> list[np.ndarray]:
     """Random crops of `length` codes from clips of (wav, per-code array), stacked."""
     wavs, rows = [], []
     for i in rng.integers(len(clips), size=batch_size):
@@ -121,8 +139,13 @@ def crop(rng: np.random.Generator, clips: list[tuple[np.ndarray, ...]], batch_si
 
 
 def train_codec(
-    wavs: list[np.ndarray], states: list[np.ndarray], codec: Xcodec2Model,
-    steps: int, batch_size: int, learning_rate: float, seed: int,
+    wavs: list[np.ndarray],
+    states: list[np.ndarray],
+    codec: Xcodec2Model,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
 ) -> None:
     """Train encoder and decoder together, in place, on short crops: the encoder is most of the cost.
 
@@ -141,8 +164,13 @@ def train_codec(
 
 
 def train_decoder(
-    wavs: list[np.ndarray], codes: list[np.ndarray], codec: Xcodec2Model,
-    steps: int, batch_size: int, learning_rate: float, seed: int,
+    wavs: list[np.ndarray],
+    codes: list[np.ndarray],
+    codec: Xcodec2Model,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
 ) -> None:
     """Train the decoder alone, in place, on near-whole clips: its attention and norms see whole clips in use."""
     rng = np.random.default_rng(seed)

@@ -24,8 +24,16 @@ logger = logging.getLogger(__name__)
 MEL_FRAMES_PER_SECOND = 100
 WINDOW_FRAMES = 256  # 2.56 s; Whisper's encoder halves them
 DIMENSIONS = ModelDimensions(
-    n_mels=80, n_audio_ctx=WINDOW_FRAMES // 2, n_audio_state=96, n_audio_head=3, n_audio_layer=3,
-    n_vocab=51_865, n_text_ctx=128, n_text_state=96, n_text_head=3, n_text_layer=2,
+    n_mels=80,
+    n_audio_ctx=WINDOW_FRAMES // 2,
+    n_audio_state=96,
+    n_audio_head=3,
+    n_audio_layer=3,
+    n_vocab=51_865,
+    n_text_ctx=128,
+    n_text_state=96,
+    n_text_head=3,
+    n_text_layer=2,
 )
 MAX_SHIFT_FRAMES = 40  # a rollout may begin with silence that no training clip has
 
@@ -73,7 +81,9 @@ def augment(rng: np.random.Generator, mels: np.ndarray) -> np.ndarray:
     return mels + rng.normal(0, 0.05, mels.shape).astype(np.float32)
 
 
-def train_whisper(mels: list[np.ndarray], texts: list[str], steps: int, batch_size: int, learning_rate: float, seed: int) -> dict:
+def train_whisper(
+    mels: list[np.ndarray], texts: list[str], steps: int, batch_size: int, learning_rate: float, seed: int
+) -> dict:
     """Train on (mel, text) pairs.
 
     Returns:

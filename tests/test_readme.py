@@ -1,0 +1,70 @@
+"""Every command of the README runs as printed; long ones with flags appended that make them short."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORTER = {
+    "train.py": "--max_steps 2 --per_device_train_batch_size 8 --max_completion_length 40",
+    "evaluation.py": "--texts eight.txt --num_players 2",
+}
+NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
+
+
+def commands() -> list[str]:
+    """The indented lines that start with a program, continuation lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [re.sub(r"\s+", " ", line.strip()) for line in text.splitlines() if line.startswith("    ")]
+    return [line for line in lines if line.startswith(("python ", "accelerate "))]
+
+
+def test_the_readme_has_commands():
+    assert len([c for c in commands() if not NEEDS_THE_HUB.search(c)]) >= 6
+    assert len([c for c in commands() if NEEDS_THE_HUB.search(c)]) == 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The project as a clone has it, for commands that write into the current folder."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in ("tiny", "configs", "reward_models"):
+            (folder / path.name).symlink_to(path)
+    lines = (ROOT / "tiny/texts/heldout.txt").read_text().splitlines(keepends=True)
+    (folder / "eight.txt").write_text("".join(lines[:8]))
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not NEEDS_THE_HUB.search(c)], ids=lambda c: c[:60])
+def test_command_runs(command, folder):
+    _, *words = shlex.split(command)
+    words += shlex.split(SHORTER.get(words[0], ""))
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if NEEDS_THE_HUB.search(c)], ids=lambda c: c[:60])
+def test_flags_of_the_real_commands_exist(command):
+    """They need the hub's checkpoints; here their flags are parsed."""
+    import create_dataset
+    import inference
+    import train
+
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    module = {"create_dataset.py": create_dataset, "inference.py": inference, "train.py": train}[script]
+    assert module.parse_args(words[words.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("script", ["create_dataset", "train", "inference", "evaluation", "reward_whisper"])
+def test_help(script):
+    done = subprocess.run(
+        [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "--" in done.stdout

@@ -12,6 +12,7 @@ steps, batch size or sampling settings.
 """
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -24,7 +25,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run o
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from cli import bad_input_exits, check_writable
@@ -168,20 +168,32 @@ def parse_args(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOReci
         return parser.parse_args_and_config(argv)
 
 
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint-N that was written to its end: trainer_state.json is the last file of one."""
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning("%s is incomplete, the run was stopped while writing it; going back one", folder)
+            continue
+        return str(folder)
+    return None
+
+
 def find_checkpoint(args: GRPORecipe | SFTRecipe) -> str | None:
     """The checkpoint to go on from: --resume_from_checkpoint takes a folder, or true for the last one."""
     wanted = args.resume_from_checkpoint
     if wanted in (None, "false", "False"):
-        if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+        if last_complete_checkpoint(args.output_dir):
             raise ValueError(
                 f"{args.output_dir} holds checkpoints of an earlier run; go on with --resume_from_checkpoint true, "
                 "or give another --output_dir"
             )
         return None
     if wanted in ("true", "True", True):
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if last is None:
-            logger.info("no checkpoint in %s yet: starting from the beginning", args.output_dir)
+        last = last_complete_checkpoint(args.output_dir)
+        logger.info("going on from %s", last or "the beginning: there is no checkpoint yet")
         return last
     if not Path(wanted, "trainer_state.json").is_file():
         raise ValueError(f"--resume_from_checkpoint {wanted}: no checkpoint there; give a checkpoint-N folder, or true")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def refused(capsys, caplog, *flags: str) -> str:
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     # 80 codes: some rollouts end, so that rewards differ
-    run("--output_dir", str(folder), "--max_completion_length", "80", "--sample_steps", "2", "--learning_rate", "1e-3")
+    run("--output_dir", str(folder), "--max_completion_length", "80", "--sample_steps", "2", "--beta", "0.1")
     return folder
 
 
@@ -139,9 +140,9 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
         "--save_strategy",
         "steps",
         "--max_completion_length",
-        "40",
-        "--save_total_limit",
-        "2",
+        "96",
+        "--learning_rate",
+        "1e-3",
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.main(train.parse_args([*flags, "--output_dir", str(whole)]))
@@ -149,7 +150,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     command = [sys.executable, "train.py", *flags, "--output_dir", str(killed), "--resume_from_checkpoint", "true"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 240
-    while not (killed / "checkpoint-7").exists() and process.poll() is None and time.time() < deadline:
+    while not (killed / "checkpoint-5").exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -157,6 +158,8 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     a, b = weights(whole), weights(killed)
     assert a.keys() == b.keys()
+    start = weights(Path("tiny/llasa"))
+    assert all(not torch.equal(a[name], start[name].float()) for name in a), "it was to learn something"
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
@@ -228,7 +231,7 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--dataset", write_rows(tmp_path / "d.jsonl", [*texts, {"text": "word " * 600}])], "row 9: the prompt is"),
         (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and one step takes 2 prompts"),
         (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),
-        (["--num_generations", "3"], "must be a multiple"),
+        (["--num_generations", "3"], "divisible by num_generations"),
         (["--resume_from_checkpoint", str(tmp_path)], "no checkpoint there"),
     ]
     for flags, message in cases:
@@ -260,9 +263,18 @@ def test_a_model_without_speech_tokens(tmp_path, capsys, caplog):
 
 
 def test_an_earlier_run_is_not_overwritten(trained, capsys, caplog):
-    (trained / "checkpoint-1").mkdir(exist_ok=True)
+    (trained / "checkpoint-1").mkdir()
+    shutil.copy(trained / "trainer_state.json", trained / "checkpoint-1")
     assert "checkpoints of an earlier run" in refused(capsys, caplog, "--output_dir", str(trained))
-    (trained / "checkpoint-1").rmdir()
+    shutil.rmtree(trained / "checkpoint-1")
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((9, "{}"), (10, '{"cut')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-11").mkdir()
+    assert train.last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
 
 
 @pytest.mark.parametrize("config", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -45,7 +45,7 @@ def provenance() -> dict:
     """Command, date, commit, versions and hardware of this process."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "argv": ["python", *sys.argv],
+        "argv": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.now().isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "python": platform.python_version(),

@@ -59,8 +59,8 @@ class SpeechCodec:
 
         Args:
             id_or_path: a folder, or a model id on the Hugging Face hub.
-            dtype: of the weights; audio is float32 with any. Half precision moves some codes across a rounding boundary:
-                encode data sets in float32.
+            dtype: of the weights; audio is float32 with any. Half precision moves some codes across a rounding
+                boundary: encode data sets in float32.
         Raises:
             OSError: no such folder or hub model, or it lacks config.json or weights.
             ValueError: not an XCodec2, or its weights do not fit.

@@ -206,7 +206,8 @@ def build_whisper(work_dir: Path) -> None:
 
 def deflate(source: Path, target: Path) -> None:
     """A torch checkpoint as a compressed zip, which torch.load reads as well: the shared rows shrink to nothing."""
-    with zipfile.ZipFile(source) as stored, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+    compression = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 9}
+    with zipfile.ZipFile(source) as stored, zipfile.ZipFile(target, "w", **compression) as packed:
         for entry in stored.infolist():
             packed.writestr(entry.filename, stored.read(entry))
 

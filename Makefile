@@ -9,7 +9,7 @@ DEMO := demo
 demo: $(VENV)/installed
 	$(PYTHON) train.py --config configs/tiny.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
 	$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt --max_length 160 \
-	  --temperature 1.0 --seeds 0 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
+	  --temperature 1.0 --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
 	@echo "Listen and compare: $(abspath $(DEMO)/evaluation/report.html)"
 
 test: $(VENV)/tested

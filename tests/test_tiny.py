@@ -93,10 +93,12 @@ def test_reward_falls_with_the_sound(whisper, natural):
 def test_policy_stumbles_as_stated(policy, codec, whisper):
     """WER at temperature 1.0 between 15 % and 60 %: something to learn, and something to start from."""
     set_seed(0)
-    # 160 tokens: the context that configs/tiny.yaml trains with, 2.2 s of speech
-    samples = policy.sample([tts_prompt(text) for text in TEXTS], temperature=1.0, max_length=160, batch_size=32)
+    # 160 tokens: the context that configs/tiny.yaml trains with, 2.2 s of speech. Three samplings: one has ± 5 points.
+    prompts = [tts_prompt(text) for text in TEXTS] * 3
+    samples = policy.sample(prompts, temperature=1.0, max_length=160, batch_size=48)
     assert np.mean([sample.ended for sample in samples]) > 0.7
-    assert 0.15 <= wer(heard(whisper, decode_samples(codec, samples))) <= 0.60
+    scores = whisper.score(decode_samples(codec, samples), TEXTS * 3, "en")
+    assert 0.15 <= wer([score.hyp_text for score in scores], TEXTS * 3) <= 0.60
 
 
 def test_a_voice_prompt_selects_the_voice(policy, codec, natural):

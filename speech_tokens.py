@@ -14,7 +14,7 @@ prompt with a generation prompt after it, so the opening of the assistant's turn
 import re
 from dataclasses import dataclass
 
-import torch
+from confined_head import confine_head
 
 SAMPLE_RATE = 16_000  # Hz: the codec's and Whisper's
 HOP_LENGTH = 320  # samples per code
@@ -44,9 +44,6 @@ _OPEN_SPEECH = (
     "{{- '" + SPEECH_GENERATION_START + "' + (messages[-1]['ref_speech'] or '') }}"
     "{%- endif %}"
 )
-
-# −inf would make the entropy NaN; e^−10000 is 0 in every float format.
-_FORBIDDEN_LOGIT = -1e4
 
 
 def code_token(code: int) -> str:
@@ -130,6 +127,11 @@ class SpeechTokens:
             )
         return cls(vocab[SPEECH_GENERATION_START], vocab[SPEECH_GENERATION_END], first, len(codes))
 
+    @property
+    def speech_ids(self) -> list[int]:
+        """All that a speaking policy may sample: END and the codes."""
+        return [self.end_id, *range(self.first_code_id, self.first_code_id + self.num_codes)]
+
     def ids(self, codes: list[int]) -> list[int]:
         """Codes to token ids; raises ValueError for a code outside the codebook."""
         bad = [code for code in codes if not 0 <= code < self.num_codes]
@@ -149,7 +151,7 @@ class SpeechTokens:
             (codes before END, True if END came).
         Raises:
             ValueError: an id that is neither a code nor END. Sampling is confined to those
-                (`confine_to_speech`), so this is never the policy's doing.
+                (`prepare_model`), so this is never the policy's doing.
         """
         ended = self.end_id in completion_ids
         spoken = completion_ids[: completion_ids.index(self.end_id)] if ended else completion_ids
@@ -157,7 +159,7 @@ class SpeechTokens:
         if any(not 0 <= code < self.num_codes for code in codes):
             raise ValueError(
                 f"the completion holds ids outside the speech codes [{self.first_code_id}, "
-                f"{self.first_code_id + self.num_codes}): was confine_to_speech applied to the model?"
+                f"{self.first_code_id + self.num_codes}): was prepare_model called?"
             )
         return codes, ended
 
@@ -196,30 +198,8 @@ def prompt_ids(tokenizer, prompt: list[dict[str, str]]) -> list[int]:
     )["input_ids"]
 
 
-def confine_to_speech(model, tokens: SpeechTokens) -> None:
-    """Leave the policy nothing but speech codes and END to choose from. In place, idempotent.
-
-    The head gets a bias of −10⁴ on every other token, as a buffer that is neither trained nor saved.
-    Sampling, the policy's log-probs and the reference's then all come from one distribution, which
-    suppressing tokens at sampling time alone would not give.
-
-    Args:
-        model: a causal LM (or a PEFT model around one) whose head has no trained bias.
-    Raises:
-        ValueError: the head has a bias of its own.
-    """
-    head = model.get_output_embeddings()
-    if head._parameters.get("bias") is not None:
-        raise ValueError(f"the head of {model.config._name_or_path!r} has a bias of its own; Llasa's has none")
-    bias = torch.full((head.weight.shape[0],), _FORBIDDEN_LOGIT, dtype=head.weight.dtype)
-    bias[tokens.first_code_id : tokens.first_code_id + tokens.num_codes] = 0
-    bias[tokens.end_id] = 0
-    head._parameters.pop("bias", None)
-    head.register_buffer("bias", bias.to(head.weight.device), persistent=False)
-
-
 def prepare_model(model, tokenizer, tokens: SpeechTokens) -> None:
-    """`confine_to_speech`, and END and the padding token written into the model's configs."""
-    confine_to_speech(model, tokens)
+    """Confine the model to speech codes and END, and write END and the padding token into its configs."""
+    confine_head(model, tokens.speech_ids)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokens.end_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

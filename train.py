@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run o
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from cli import bad_input_exits, check_writable
 from dataset_io import load_any_dataset
@@ -35,7 +35,8 @@ from reward_models.rollouts import Listener
 from reward_whisper import WhisperScorer
 from run_record import SampleSaver, plot_curves, write_run
 from speech_codec import SpeechCodec
-from speech_tokens import confine_to_speech, prepare_model
+from speech_tokens import prepare_model
+from speech_trainer import SpeechGRPOTrainer, prepare_vllm
 from training_data import grpo_rows, one_long_epoch, sft_rows
 
 logger = logging.getLogger("train")
@@ -79,6 +80,10 @@ class GRPORecipe(GRPOConfig):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    # The cache of keys and values is laid out once; a growing one is copied whole at every code (RESULTS.md)
+    cache_implementation: str = "static"
+    # With vLLM: over 1,000 codes the default's ratio of whole sequences is about 0 (prepare_vllm)
+    vllm_importance_sampling_mode: str = "token_truncate"
     # Not stated there: 64 rollouts a step, each used once; speech of up to 30 s, Whisper's window
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 8
@@ -246,13 +251,16 @@ def load_model(model_args: ModelConfig, tokenizer, tokens):
     return model
 
 
-def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> GRPOTrainer:
+def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> SpeechGRPOTrainer:
     device = args.device
     codec = SpeechCodec.from_pretrained(script.codec_id, device=device)
     scorer = WhisperScorer(script.whisper, device=device)
     listener = Listener(tokens, codec, scorer, group_size=args.num_generations)
     rewards, args.reward_weights = load_rewards(script.reward_config, listener)
-    trainer = GRPOTrainer(
+    if args.use_vllm:
+        prepare_vllm(args, tokens.speech_ids, tokens.end_id, script.max_length_total)
+    return SpeechGRPOTrainer(
+        allowed_ids=tokens.speech_ids,
         model=load_model(model_args, tokenizer, tokens),
         reward_funcs=rewards,
         args=args,
@@ -261,9 +269,6 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> GRPOTrain
         peft_config=get_peft_config(model_args),
         callbacks=[SampleSaver(listener, script.sample_steps, script.sample_count)],
     )
-    if trainer.ref_model is not None:  # loaded anew by TRL, so it has none of what load_model did
-        confine_to_speech(trainer.ref_model, tokens)
-    return trainer
 
 
 def sft_trainer(script, args, model_args, tokenizer, tokens, rows) -> SFTTrainer:

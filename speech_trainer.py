@@ -1,0 +1,126 @@
+"""TRL's GRPOTrainer, made to fit speech: what is different here from TRL 1.16 is in this file.
+
+- Scoring: the head's allowed rows only (confined_head.py), at the completions' positions only.
+- Sampling: half-precision weights are cast once a batch of rollouts, not once a code.
+- vLLM: what it needs to stop at END and say nothing but speech, and the settings that would teach it nothing.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.distributed.tensor import DTensor
+from trl import GRPOConfig, GRPOTrainer
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+from confined_head import ConfinedHead, confine_head
+
+
+class SpeechGRPOTrainer(GRPOTrainer):
+    """GRPOTrainer for a policy that `confine_head` was applied to.
+
+    Args:
+        allowed_ids: what that policy may say; the reference model, which TRL loads anew, is confined likewise.
+    """
+
+    def __init__(self, *args, allowed_ids: list[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.ref_model is not None:
+            confine_head(self.accelerator.unwrap_model(self.ref_model), allowed_ids)
+        for model in (self.model, self.ref_model):
+            if model is not None and not self.args.cast_lm_head_to_fp32:
+                score_confined(causal_lm(self.accelerator.unwrap_model(model)), self.temperature)
+
+    def _generate_single_turn(self, *args, **kwargs):
+        # Autocast keeps its half-precision copies of the weights until its outermost region ends: with a region
+        # around all steps they are made once; TRL's regions, one a step, would make them for every code.
+        with self.accelerator.autocast(), self._kept_head():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _kept_head(self) -> contextlib.AbstractContextManager:
+        head = causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
+        device = self.accelerator.device.type
+        if not (isinstance(head, ConfinedHead) and torch.is_autocast_enabled(device)):
+            return contextlib.nullcontext()
+        return head.kept_rows(torch.get_autocast_dtype(device))
+
+
+def causal_lm(model):
+    """The causal LM inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def score_confined(model, temperature: float) -> None:
+    """Have TRL's GRPOTrainer score completions over the head's rows alone, and at the completions' positions alone.
+
+    `model(..., labels=, fused_lm_head=True)` is how it asks for log-probs and entropies; its own answer takes every
+    row of the head and, on a CPU, every position of the prompt. Call it after the trainer is built.
+
+    Args:
+        model: the causal LM under PEFT and other wrappers, with a ConfinedHead.
+        temperature: of sampling; the logits are divided by it.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def scored(*args, labels=None, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **kwargs) if labels is None else forward(*args, labels=labels, **kwargs)
+        hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
+        labels = labels[:, 1:]
+        mask = labels != -100
+        head = model.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(head.weight, None):  # of ZeRO-3
+            weight, bias = head.rows()
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of FSDP2
+            log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
+                hidden[mask],
+                weight,
+                bias,
+                labels[mask] - head.first_row,
+                temperature,
+                _CHUNKED_LOGPROB_CHUNK_SIZE,
+                None,  # no softcap and no scale: Llama has neither
+                1.0,
+                ("log_probs", "entropy"),
+            )
+        # masked_scatter keeps the output connected to the model where no position is scored
+        spread = [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy)]
+        return FusedCausalLMOutput(log_probs=spread[0], entropy=spread[1], label_mask=mask)
+
+    model.forward = scored
+
+
+# With any of these vLLM samples from a cut distribution, and its log-probs are those of the cut one.
+_NEUTRAL_SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+
+
+def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_length: int) -> None:
+    """Fill in what vLLM must be told, and refuse what would silently stop the learning. In place.
+
+    vLLM reads the tokenizer and the generation config from disk and never sees the confined head, so END and the
+    allowed tokens are given with each request.
+
+    Args:
+        max_length: tokens of prompt and speech; vLLM would reserve memory for Llama-3.2's 131,072 otherwise.
+    Raises:
+        ValueError: truncated sampling, or an importance ratio over whole sequences. TRL multiplies the loss by
+            exp(Σ (train − sample)) of the log-probs; over 1,000 codes a mean difference of 0.05 makes that e^−50.
+    """
+    for name, neutral in _NEUTRAL_SAMPLING.items():
+        if getattr(args, name) not in neutral:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} with vLLM: the importance-sampling correction would weight every "
+                f"rollout by about 0 and nothing would be learnt; sample by temperature alone (--{name} {neutral[0]})"
+            )
+    mode = args.vllm_importance_sampling_mode
+    if args.vllm_importance_sampling_correction and not mode.startswith("token"):
+        raise ValueError(
+            f"--vllm_importance_sampling_mode {mode}: a ratio over a whole rollout of up to "
+            f"{args.max_completion_length} codes is about 0 or out of bounds, and its rollout teaches nothing; "
+            "give token_truncate"
+        )
+    ours = {"stop_token_ids": [end_id], "allowed_token_ids": allowed_ids, "detokenize": False}
+    args.generation_kwargs = ours | (args.generation_kwargs or {})
+    args.vllm_max_model_length = args.vllm_max_model_length or max_length

@@ -1,0 +1,138 @@
+"""The confined head and the trainer around it: the same numbers as the obvious way, for less work."""
+
+import pytest
+import torch
+from trl import GRPOConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from confined_head import FORBIDDEN_LOGIT, ConfinedHead, confine_head
+from speech_tokens import prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
+from speech_trainer import prepare_vllm, score_confined
+from tiny.llasa import new_model, new_tokenizer
+
+TEXT = "Anna found two boxes."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = new_tokenizer([TEXT], num_codes=64)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def model(tokenizer):
+    return new_model(tokenizer, seed=0, hidden=48, layers=1)
+
+
+@pytest.fixture
+def tokens(tokenizer):
+    return prepare_tokenizer(tokenizer)
+
+
+def batch(tokenizer, tokens):
+    """Two rollouts after one prompt, the second shorter: ids, attention mask, labels."""
+    prompt = prompt_ids(tokenizer, tts_prompt(TEXT))
+    rows = [prompt + tokens.ids([5, 63, 0, 7]) + [tokens.end_id], prompt + tokens.ids([9]) + [tokens.end_id]]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, : len(prompt)] = -100
+    return ids, mask, labels
+
+
+def test_logits_are_the_full_heads_where_allowed(model, tokenizer, tokens):
+    ids, mask, _ = batch(tokenizer, tokens)
+    full = model(ids, attention_mask=mask).logits
+    prepare_model(model, tokenizer, tokens)
+    confined = model(ids, attention_mask=mask).logits
+    assert confined.shape == full.shape
+    torch.testing.assert_close(confined[..., tokens.speech_ids], full[..., tokens.speech_ids])
+    others = sorted(set(range(full.shape[-1])) - set(tokens.speech_ids))
+    assert (confined[..., others] < FORBIDDEN_LOGIT / 2).all()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_only_the_allowed_rows_are_multiplied(model, tokenizer, tokens, monkeypatch):
+    prepare_model(model, tokenizer, tokens)
+    sizes = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: sizes.append(len(w)) or linear(x, w, b))
+    ConfinedHead.forward(model.lm_head, torch.zeros(1, 48))
+    # END, the two markers after it, and the 64 codes
+    assert sizes == [67]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_and_gradients_are_those_of_trls_full_head(tokenizer, tokens, temperature):
+    ids, mask, labels = batch(tokenizer, tokens)
+    results = []
+    for narrow in (False, True):
+        model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+        prepare_model(model, tokenizer, tokens)
+        add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+        if narrow:
+            score_confined(model, temperature)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        (out.log_probs.sum() + 0.1 * out.entropy.sum()).backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    (full, full_grads), (narrow, narrow_grads) = results
+    torch.testing.assert_close(narrow.log_probs, full.log_probs)
+    torch.testing.assert_close(narrow.entropy, full.entropy)
+    assert full_grads.keys() == narrow_grads.keys()
+    for name in full_grads:
+        torch.testing.assert_close(narrow_grads[name], full_grads[name], msg=name)
+    # By hand: the log-softmax over what is allowed, at the positions before the labels
+    logits = model(ids, attention_mask=mask).logits[:, :-1] / temperature
+    by_hand = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(narrow.log_probs, by_hand.masked_fill(labels[:, 1:] == -100, 0))
+
+
+def test_kept_rows_give_the_same_logits_and_go(model, tokenizer, tokens):
+    prepare_model(model, tokenizer, tokens)
+    head, hidden = model.lm_head, torch.randn(3, 48)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast_each_time = head(hidden)
+        with head.kept_rows(torch.bfloat16):
+            assert head._kept[0].dtype == torch.bfloat16
+            assert torch.equal(head(hidden), cast_each_time)
+    assert head._kept is None
+
+
+def test_confine_refuses_a_trained_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
+    with pytest.raises(ValueError, match="bias of its own"):
+        confine_head(model, [1, 2])
+
+
+def vllm_config(tmp_path, **settings) -> GRPOConfig:
+    return GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
+
+
+def test_vllm_is_told_where_to_stop(tmp_path):
+    args = vllm_config(tmp_path, vllm_importance_sampling_mode="token_truncate", generation_kwargs={"seed": 3})
+    prepare_vllm(args, allowed_ids=[5, 8, 9], end_id=5, max_length=2048)
+    assert args.generation_kwargs == {
+        "stop_token_ids": [5],
+        "allowed_token_ids": [5, 8, 9],
+        "detokenize": False,
+        "seed": 3,
+    }
+    assert args.vllm_max_model_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_p": 0.95}, "--top_p 0.95 with vLLM"),
+        ({"top_k": 50}, "--top_k 50 with vLLM"),
+        ({"min_p": 0.1}, "--min_p 0.1 with vLLM"),
+        ({"repetition_penalty": 1.1}, "--repetition_penalty 1.1 with vLLM"),
+        ({"vllm_importance_sampling_mode": "sequence_mask"}, "give token_truncate"),
+    ],
+)
+def test_vllm_settings_that_teach_nothing_are_refused(tmp_path, settings, message):
+    settings = {"vllm_importance_sampling_mode": "token_truncate"} | settings
+    with pytest.raises(ValueError, match=message):
+        prepare_vllm(vllm_config(tmp_path, **settings), [5], 5, 2048)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import jiwer
@@ -27,11 +27,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import whisper
+from torch.nn.utils.rnn import pad_sequence
+from whisper.audio import HOP_LENGTH as MEL_HOP_LENGTH
+from whisper.audio import N_FFT, mel_filters
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 
 from audio import audio_failure, load_audio, split_at_pauses
 from speech_tokens import SAMPLE_RATE
+from whisper_decoding import Reading, WindowReader
 
 # Written without spaces between words, so a "word" error rate means nothing; Whisper writes them without a
 # leading space (openai/whisper#2112).
@@ -40,7 +44,12 @@ SPACELESS_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
 CER_LANGUAGES = SPACELESS_LANGUAGES | {"ko"}
 
 MAX_NLL = 20.0  # nats per token, the worst score: a uniform guess over Whisper's vocabulary is ln 51,866 = 10.9
-SAMPLES_PER_FEATURE = 320  # 20 ms: two mel frames of 10 ms make one encoder position
+SAMPLES_PER_FEATURE = 2 * MEL_HOP_LENGTH  # 20 ms: two mel frames of 10 ms make one encoder position
+
+# Keys and values of the sound outweigh all else in a batch: 17 windows of large-v3 in float16 (246 MB each) fit, and
+# 8 in float32. Small models: 64 clips on tiny/ take 0.56 s in batches of 16, 0.50 of 32, 0.49 of 64 (one CPU thread).
+BATCH_BYTES = 4 << 30
+MAX_BATCH_SIZE = 32  # windows
 
 
 # --- The formulas -----------------------------------------------------------------------------------------
@@ -102,6 +111,7 @@ def _normalizer(english: bool) -> BasicTextNormalizer | EnglishTextNormalizer:
     return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
+@lru_cache(maxsize=1024)  # a text is compared with all of its group's rollouts
 def normalize_text(text: str, language: str) -> str:
     """The text as it is compared: Whisper's own English normaliser for English, its basic one otherwise.
 
@@ -227,6 +237,23 @@ def load_whisper(model_id_or_path: str | os.PathLike, device: torch.device, dtyp
     return model.to(device).eval().requires_grad_(False)
 
 
+def log_mel_spectrograms(wavs: torch.Tensor, n_mels: int) -> torch.Tensor:
+    """Whisper's log-mel spectrogram of each waveform, shape (rows, n_mels, n_samples // 160), on its device.
+
+    `whisper.log_mel_spectrogram` takes its floor from the loudest value of all it is given, so it cannot be given
+    a batch: a quiet clip would lose what lies far below its neighbours.
+
+    Args:
+        wavs: float32 at 16 kHz, shape (rows, n_samples).
+    """
+    window = torch.hann_window(N_FFT, device=wavs.device)
+    spectrum = torch.stft(wavs, N_FFT, MEL_HOP_LENGTH, window=window, return_complex=True)[..., :-1].mT
+    power = spectrum.real.square() + spectrum.imag.square()
+    log_mel = (power @ mel_filters(wavs.device, n_mels).T).clamp(min=1e-10).log10().mT
+    log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8.0)
+    return (log_mel + 4.0) / 4.0
+
+
 class WhisperScorer:
     """Transcripts and NLLs from one encoder pass, in batches; equal to scoring each clip alone.
 
@@ -234,7 +261,7 @@ class WhisperScorer:
         model_id_or_path: see `load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
         device: CUDA if there is one; 'cuda' is the process's current device.
         dtype: float16 or float32; float16 on a GPU and float32 elsewhere if not given.
-        batch_size: windows a forward pass; a clip of more windows than that is a batch of its own.
+        batch_size: windows a forward pass; as many as BATCH_BYTES and MAX_BATCH_SIZE allow if not given.
     """
 
     def __init__(
@@ -242,7 +269,7 @@ class WhisperScorer:
         model_id_or_path: str | os.PathLike,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -250,11 +277,13 @@ class WhisperScorer:
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         if self.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"openai-whisper decodes in float16 or float32, not {self.dtype}")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
         self.model = load_whisper(model_id_or_path, self.device, self.dtype)
-        self.window = self.model.dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
+        dims = self.model.dims
+        window_bytes = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * self.dtype.itemsize
+        self.batch_size = batch_size or max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))
+        self.window = dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
 
     def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str] | str = "en") -> list[Score]:
         """Score each waveform against the text it should carry.
@@ -277,20 +306,23 @@ class WhisperScorer:
         if isinstance(texts, str) or len(texts) != len(wavs):
             raise ValueError(f"expected one text for each of the {len(wavs)} waveforms, got {texts!r:.80}")
         nothing_heard = [error_rate(text, "", language) for text, language in zip(texts, languages, strict=True)]
+        failures = [audio_failure(wav) for wav in wavs]
         scores = [
-            Score("", errors.rate, MAX_NLL, errors.edits, errors.ref_length, audio_failure(wav))
-            for wav, errors in zip(wavs, nothing_heard, strict=True)
+            Score("", errors.rate, MAX_NLL, errors.edits, errors.ref_length, failure)
+            for failure, errors in zip(failures, nothing_heard, strict=True)
         ]
-        max_tokens = [2 * len(self._text_ids(*item)) + 8 for item in zip(texts, languages, strict=True)]
-        for batch, features, heard in self._listen(wavs, languages, max_tokens):
-            language = languages[batch[0]]
-            shares = [split_reference(texts[i], hyps, language) for i, hyps in zip(batch, heard, strict=True)]
-            nlls = iter(self._teacher_force(features, list(chain(*shares)), language))
-            for i, hyps in zip(batch, heard, strict=True):
-                sums, counts = zip(*islice(nlls, len(hyps)), strict=True)
-                hyp_text, nll = _join(hyps, language), min(sum(sums) / sum(counts), MAX_NLL)
-                errors = error_rate(texts[i], hyp_text, language)
-                scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length)
+        text_ids = [self._text_ids(*item) for item in zip(texts, languages, strict=True)]
+        max_tokens = [2 * len(ids) + 8 for ids in text_ids]
+        for i, features, readings in self._listen(wavs, failures, languages, text_ids, max_tokens):
+            language, drafts = languages[i], [text_ids[i]]
+            hyps = self._write(readings, language)
+            if len(hyps) > 1:  # only now can be said which stretch of the text is in which window
+                drafts = [self._text_ids(share, language) for share in split_reference(texts[i], hyps, language)]
+                readings = self._read(features, language, drafts, [0] * len(drafts))
+            hyp_text = _join(hyps, language)
+            errors = error_rate(texts[i], hyp_text, language)
+            nll = _mean_nll(readings, drafts)
+            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length)
         return scores
 
     def transcribe(
@@ -305,10 +337,9 @@ class WhisperScorer:
         limit = self.model.dims.n_text_ctx // 2 if max_tokens is None else max_tokens
         if limit < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        texts = [""] * len(wavs)
-        for batch, _, heard in self._listen(wavs, languages, [limit] * len(wavs)):
-            for i, hyps in zip(batch, heard, strict=True):
-                texts[i] = _join(hyps, languages[i])
+        texts, failures = [""] * len(wavs), [audio_failure(wav) for wav in wavs]
+        for i, _, readings in self._listen(wavs, failures, languages, [[]] * len(wavs), [limit] * len(wavs)):
+            texts[i] = _join(self._write(readings, languages[i]), languages[i])
         return texts
 
     def _check(self, wavs: list[np.ndarray], languages: list[str] | str) -> tuple[list[np.ndarray], list[str]]:
@@ -340,72 +371,78 @@ class WhisperScorer:
         return self._tokenizer(language).encode(written, disallowed_special=())
 
     def _listen(
-        self, wavs: list[np.ndarray], languages: list[str], max_tokens: list[int]
-    ) -> Iterator[tuple[list[int], torch.Tensor, list[list[str]]]]:
-        """Batch by batch: indices into `wavs`, the features of all their windows, each one's transcripts."""
-        # Clipped as in a file or a loudspeaker: what is finite but huge would overflow in the mel.
+        self,
+        wavs: list[np.ndarray],
+        failures: list[str | None],
+        languages: list[str],
+        drafts: list[list[int]],
+        max_tokens: list[int],
+    ) -> Iterator[tuple[int, torch.Tensor, list[Reading]]]:
+        """Of each waveform without a failure: its index, and the features and readings of its windows.
+
+        Those of a waveform of several windows are read without a draft.
+        """
         pieces = {
-            i: split_at_pauses(wav.clip(-1.0, 1.0), self.window)
-            for i, wav in enumerate(wavs)
-            if audio_failure(wav) is None
+            # Clipped as in a file or a loudspeaker: what is finite but huge would overflow in the mel.
+            i: split_at_pauses(wav.clip(-1.0, 1.0), self.window) if len(wav) > self.window else [wav.clip(-1.0, 1.0)]
+            for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True))
+            if failure is None
         }
         batches: list[list[int]] = []
         room = 0
-        # One language a batch, as `whisper.decode` wants it; like lengths together, as they end together.
-        for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], len(wavs[i]))):
+        # One language a batch, for one prompt; like lengths together, as they end together.
+        for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], len(drafts[i]), len(wavs[i]))):
             if not batches or len(pieces[i]) > room or languages[batches[-1][0]] != languages[i]:
                 batches.append([])
                 room = self.batch_size
             batches[-1].append(i)
             room -= len(pieces[i])
         for batch in batches:
+            owners = [i for i in batch for _ in pieces[i]]  # the waveform of each window
             features = self._encode([piece for i in batch for piece in pieces[i]])
-            limits = [max_tokens[i] for i in batch for _ in pieces[i]]
-            hyps = iter(self._decode(features, languages[batch[0]], limits))
-            yield batch, features, [list(islice(hyps, len(pieces[i]))) for i in batch]
+            window_drafts = [drafts[i] if len(pieces[i]) == 1 else [] for i in owners]
+            readings = self._read(features, languages[batch[0]], window_drafts, [max_tokens[i] for i in owners])
+            for i in batch:
+                first = owners.index(i)
+                windows = slice(first, first + len(pieces[i]))
+                yield i, features[windows], readings[windows]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _encode(self, wavs: list[np.ndarray]) -> torch.Tensor:
         """Features, shape (len(wavs), n_audio_ctx, n_audio_state), of waveforms of at most `window` samples."""
-        # Clip by clip: the mel's floor hangs on the loudest value of all it is given. The *waveform* is padded,
-        # as in Whisper's training; a mel padded with zeros is not silence.
-        padded = [whisper.pad_or_trim(wav, self.window) for wav in wavs]
-        mels = [whisper.log_mel_spectrogram(wav, self.model.dims.n_mels, device=self.device) for wav in padded]
-        return self.model.encoder(torch.stack(mels).to(self.dtype))
+        features = []
+        for first in range(0, len(wavs), self.batch_size):
+            batch = [torch.from_numpy(wav) for wav in wavs[first : first + self.batch_size]]
+            padded = pad_sequence(batch, batch_first=True).to(self.device)
+            # The *waveform* is padded, as in Whisper's training; a mel padded with zeros is not silence.
+            padded = F.pad(padded, (0, self.window - padded.shape[1]))
+            mels = log_mel_spectrograms(padded, self.model.dims.n_mels)
+            features.append(self.model.encoder(mels.to(self.dtype)))
+        return torch.cat(features)
 
-    def _decode(self, features: torch.Tensor, language: str, max_tokens: list[int]) -> list[str]:
-        """Greedy transcripts, each cut at its own number of tokens: what shares a batch must not change it."""
-        options = whisper.DecodingOptions(
-            language=language,
-            without_timestamps=True,
-            sample_len=max(max_tokens),
-            fp16=self.dtype == torch.float16,
-        )
-        results = whisper.decode(self.model, features, options)
+    def _read(
+        self, features: torch.Tensor, language: str, drafts: list[list[int]], max_tokens: list[int]
+    ) -> list[Reading]:
+        """`WindowReader.read`, in batches."""
+        reader = WindowReader(self.model, language)
+        batches = [slice(first, first + self.batch_size) for first in range(0, len(drafts), self.batch_size)]
+        return list(chain(*(reader.read(features[part], drafts[part], max_tokens[part]) for part in batches)))
+
+    def _write(self, readings: list[Reading], language: str) -> list[str]:
+        """The transcripts, as text."""
         tokenizer = self._tokenizer(language)
         # Specials have the ids from `eot` on; the library forbids only some of them and would spell them out.
-        texts = [[t for t in r.tokens[:n] if t < tokenizer.eot] for r, n in zip(results, max_tokens, strict=True)]
-        return [tokenizer.decode(text).strip() for text in texts]
+        return [tokenizer.decode([t for t in reading.tokens if t < tokenizer.eot]).strip() for reading in readings]
 
-    @torch.no_grad()
-    def _teacher_force(self, features: torch.Tensor, texts: list[str], language: str) -> list[tuple[float, int]]:
-        """For each text, its NLL in nats summed over its tokens and the end-of-text, and how many they are.
 
-        Tokens beyond the decoder's context cannot be in this much sound: they count MAX_NLL each.
-        """
-        tokenizer = self._tokenizer(language)
-        prefix = list(tokenizer.sot_sequence_including_notimestamps)
-        targets = [self._text_ids(text, language) + [tokenizer.eot] for text in texts]
-        seen = min(max(map(len, targets)), self.model.dims.n_text_ctx - len(prefix) + 1)
-        padded = torch.full((len(texts), seen), -100, device=self.device)  # -100: not in the loss
-        for row, target in zip(padded, targets, strict=True):
-            row[: len(target)] = torch.tensor(target[:seen], device=self.device)
-        start = torch.tensor([prefix] * len(texts), device=self.device)
-        inputs = torch.cat([start, padded[:, :-1].clamp_min(0)], dim=1)
-        logits = self.model.decoder(inputs, features)[:, len(prefix) - 1 :].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), padded, ignore_index=-100, reduction="none")
-        sums = losses.sum(dim=1).tolist()
-        return [(nll + MAX_NLL * max(0, len(t) - seen), len(t)) for nll, t in zip(sums, targets, strict=True)]
+def _mean_nll(readings: list[Reading], texts: list[list[int]]) -> float:
+    """Nats per token over all windows of a clip, an end-of-text each included; at most MAX_NLL.
+
+    Tokens beyond the decoder's context cannot be in this much sound: they count MAX_NLL each.
+    """
+    num_tokens = sum(len(ids) + 1 for ids in texts)
+    unread = num_tokens - sum(reading.nll_tokens for reading in readings)
+    return min((sum(reading.nll for reading in readings) + MAX_NLL * unread) / num_tokens, MAX_NLL)
 
 
 def _join(hyps: list[str], language: str) -> str:

@@ -1,7 +1,10 @@
-"""The WER + NLL reward: formulas by hand, error rates against jiwer, a random small Whisper against a plain loop."""
+"""The WER + NLL reward: formulas by hand, error rates against jiwer, a small Whisper against plain loops and the
+library's own decoding."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -13,6 +16,7 @@ import whisper
 from whisper.tokenizer import get_tokenizer
 
 import reward_whisper
+import whisper_decoding
 from audio import audio_failure, load_audio, save_audio, split_at_pauses
 from reward_whisper import (
     MAX_NLL,
@@ -21,12 +25,14 @@ from reward_whisper import (
     error_rate,
     harmonic_mean,
     language_code,
+    log_mel_spectrograms,
     nll_reward,
     normalize_text,
     split_reference,
     wer_reward,
 )
 from speech_tokens import SAMPLE_RATE
+from whisper_decoding import WindowReader
 
 # --- formulas ---
 
@@ -296,7 +302,7 @@ def scorer(checkpoint):
 
 
 @torch.no_grad()
-def nll_by_hand(scorer, wav, text_ids, language="en"):
+def nll_by_hand(scorer, wav, text_ids, language="en", end=True):
     """Summed NLL of `text_ids` and the end-of-text: one decoder pass on the whole prefix for every token."""
     model = scorer.model
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=language)
@@ -306,7 +312,7 @@ def nll_by_hand(scorer, wav, text_ids, language="en"):
     audio[: len(wav)] = wav
     features = model.encoder(whisper.log_mel_spectrogram(audio)[None])
     total = 0.0
-    for target in [*text_ids, tokenizer.eot]:
+    for target in [*text_ids, tokenizer.eot] if end else text_ids:
         logits = model.decoder(torch.tensor([tokens]), features)[0, -1]
         total += F.cross_entropy(logits[None], torch.tensor([target])).item()
         tokens = [*tokens, target]
@@ -391,13 +397,13 @@ def test_huge_samples_are_clipped_not_overflowed(scorer):
 
 def test_transcripts_are_bounded(scorer, wavs, monkeypatch):
     bounds = []
-    decode = whisper.decode
+    read = WindowReader.read
 
-    def spy(model, features, options):
-        bounds.append(options.sample_len)
-        return decode(model, features, options)
+    def spy(reader, features, drafts, max_tokens):
+        bounds.extend(max_tokens)
+        return read(reader, features, drafts, max_tokens)
 
-    monkeypatch.setattr(whisper, "decode", spy)
+    monkeypatch.setattr(WindowReader, "read", spy)
     scorer.score(wavs[:1], ["Hello there."])  # " Hello", " there", "." are 3 tokens: 2 * 3 + 8
     scorer.transcribe(wavs[:1], max_tokens=5)
     scorer.transcribe(wavs[:1])
@@ -412,8 +418,8 @@ def test_transcripts_are_bounded(scorer, wavs, monkeypatch):
 def test_special_tokens_are_not_spelt_out(scorer, wavs, monkeypatch):
     tokenizer = get_tokenizer(True, language="en", task="transcribe")
     tokens = [*tokenizer.encode(" Hello there."), tokenizer.no_timestamps, tokenizer.sot + 1, tokenizer.timestamp_begin]
-    result = whisper.DecodingResult(audio_features=torch.zeros(0), language="en", tokens=tokens)
-    monkeypatch.setattr(whisper, "decode", lambda model, features, options: [result])
+    reading = whisper_decoding.Reading(tokens, nll=0.0, nll_tokens=1)
+    monkeypatch.setattr(WindowReader, "read", lambda *_: [reading])
     assert scorer.transcribe(wavs[:1]) == ["Hello there."]
 
 
@@ -424,9 +430,8 @@ def test_text_longer_than_the_decoders_context(scorer, wavs):
     ids = tokenizer.encode(" " + text)
     assert len(ids) == 100
     score = scorer.score(wavs[:1], [text])[0]
-    [(total, count)] = scorer._teacher_force(scorer._encode(wavs[:1]), [" ".join(["cat"] * 61)], "en")
-    assert count == 62  # 61 predicted, and the end beyond the context
-    assert score.nll == pytest.approx((total - MAX_NLL + 40 * MAX_NLL) / 101, rel=1e-5)
+    total = nll_by_hand(scorer, wavs[0], ids[:61], end=False)
+    assert score.nll == pytest.approx((total + 40 * MAX_NLL) / 101, rel=1e-5)
 
 
 def test_clip_longer_than_the_window(scorer, wavs, monkeypatch):
@@ -436,7 +441,7 @@ def test_clip_longer_than_the_window(scorer, wavs, monkeypatch):
     assert len(pieces) == 2
     assert scorer.transcribe([wav]) == [" ".join(scorer.transcribe(pieces))]
 
-    monkeypatch.setattr(scorer, "_decode", lambda features, language, n: ["the big.", "hat sat"][: len(features)])
+    monkeypatch.setattr(scorer, "_write", lambda readings, language: ["the big.", "hat sat"][: len(readings)])
     score = scorer.score([wav], ["The big, cat sat!"])[0]
     tokenizer = get_tokenizer(True, language="en", task="transcribe")
     shares = [tokenizer.encode(" The big,"), tokenizer.encode(" cat sat!")]
@@ -449,7 +454,11 @@ def test_clip_longer_than_the_window(scorer, wavs, monkeypatch):
 def test_long_clips_among_short_ones(scorer, wavs):
     items = [wavs[0], babble(6, 7), wavs[1], babble(2.5, 8)]  # the second alone has more windows than a batch
     texts = ["Hello there.", "One two three four five six seven", "Yes, no.", "Good morning"]
+    rows = []
+    hook = scorer.model.encoder.register_forward_hook(lambda module, args, output: rows.append(len(output)))
     together = scorer.score(items, texts)
+    hook.remove()
+    assert sum(rows) == sum(len(split_at_pauses(wav, scorer.window)) for wav in items) and max(rows) == 3
     for a, wav, text in zip(together, items, texts, strict=True):
         b = scorer.score([wav], [text])[0]
         assert a.hyp_text == b.hyp_text
@@ -496,6 +505,162 @@ def test_wrong_models_raise(tmp_path, checkpoint):
         WhisperScorer(checkpoint, device="cpu", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="batch_size"):
         WhisperScorer(checkpoint, device="cpu", batch_size=0)
+
+
+# --- Whisper: mel and decoding against the library's ---
+
+HELDOUT = Path("tiny/heldout")
+
+
+def test_mels_equal_whispers_clip_by_clip():
+    # The quiet one lies 60 dB under the loud one: with a floor of the batch's it would lose most of itself.
+    clips = np.stack([babble(1.28, 0, level=0.3), babble(1.28, 1, level=3e-4), np.zeros(20_480, np.float32)])
+    clips[1, 9_000:] = 0
+    for n_mels in (80, 128):
+        mels = log_mel_spectrograms(torch.from_numpy(clips), n_mels)
+        assert mels.shape == (3, n_mels, 128)
+        for mel, clip in zip(mels, clips, strict=True):
+            torch.testing.assert_close(mel, whisper.log_mel_spectrogram(clip, n_mels), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The shipped Whisper, features of 12 held-out clips and 4 of noise, and the tokens of the clips' texts."""
+    scorer = WhisperScorer("tiny/whisper.pt", device="cpu")
+    rows = [json.loads(line) for line in (HELDOUT / "metadata.jsonl").read_text().splitlines()[:12]]
+    clips = [load_audio(HELDOUT / row["file_name"])[: scorer.window] for row in rows]
+    noises = [babble(1.0, seed) for seed in range(4)]
+    texts = [row["text"] for row in rows]
+    return scorer, scorer._encode(clips + noises), [scorer._text_ids(text, "en") for text in texts + texts[:4]]
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory):
+    """A random Whisper that ends some of its transcripts: the end-of-text often has an extreme logit."""
+    path = save_random_whisper(tmp_path_factory.mktemp("whisper") / "ending.pt")
+    scorer = WhisperScorer(path, device="cpu")
+    scorer.model.decoder.token_embedding.weight[50_257] *= 4
+    features = scorer._encode([babble(0.3 + 0.08 * seed, seed) for seed in range(12)])
+    return scorer, features, [scorer._text_ids(text, "en") for text in 3 * TEXTS[:4]]
+
+
+def whispers_own(scorer, features, max_tokens):
+    """`whisper.decode` of each window alone."""
+    options = [
+        whisper.DecodingOptions(language="en", without_timestamps=True, fp16=False, sample_len=limit)
+        for limit in max_tokens
+    ]
+    return [whisper.decode(scorer.model, row[None], o)[0].tokens for row, o in zip(features, options, strict=True)]
+
+
+@pytest.mark.parametrize("model", ["tiny", "ending"])
+def test_transcripts_equal_whispers_token_for_token(request, model):
+    scorer, features, texts = request.getfixturevalue(model)
+    # Bounds that cut, that do not, and that only the context of 128 or 64 tokens stops
+    max_tokens = [(1, 3, 8, 20, 200)[n % 5] for n in range(len(texts))]
+    expected = whispers_own(scorer, features, max_tokens)
+    lengths = [len(tokens) for tokens in expected]
+    assert len(set(lengths)) > 2 and any(n < limit for n, limit in zip(lengths, max_tokens, strict=True))
+    reader = WindowReader(scorer.model, "en")
+    drafts = {
+        "none": [[] for _ in texts],
+        "the texts": texts,
+        "the transcripts": expected,
+        "too long": [[*tokens, 11, 12, 13] for tokens in expected],
+        "too short": [tokens[:-2] for tokens in expected],
+        "longer than the context": [[*tokens, *range(1_000, 1_140)] for tokens in expected],
+    }
+    for name, draft in drafts.items():
+        assert [reading.tokens for reading in reader.read(features, draft, max_tokens)] == expected, name
+
+
+def test_a_transcript_never_starts_with_its_end(tmp_path):
+    scorer = WhisperScorer(save_random_whisper(tmp_path / "random.pt"), device="cpu")
+    decoder = scorer.model.decoder
+    decoder.ln.bias += 20 * decoder.token_embedding.weight[50_257]  # the end-of-text is the likeliest anywhere
+    features = scorer._encode([babble(0.5, seed) for seed in range(3)])
+    readings = WindowReader(scorer.model, "en").read(features, [[], [440], [220, 440]], [9] * 3)
+    assert [reading.tokens for reading in readings] == whispers_own(scorer, features, [9] * 3)
+    assert [len(reading.tokens) for reading in readings] == [1, 1, 1]
+
+
+def test_real_clips_are_heard_right(tiny):
+    scorer, features, texts = tiny
+    readings = WindowReader(scorer.model, "en").read(features, texts, [30] * len(texts))
+    assert sum(reading.tokens == text for reading, text in zip(readings[:12], texts[:12], strict=True)) >= 10
+    assert all(reading.tokens != text for reading, text in zip(readings[12:], texts[12:], strict=True))  # noise
+
+
+def test_nll_is_the_same_in_any_batch(tiny):
+    scorer, features, texts = tiny
+    reader = WindowReader(scorer.model, "en")
+    together = reader.read(features, texts, [0] * len(texts))
+    for n, (reading, text) in enumerate(zip(together, texts, strict=True)):
+        [alone] = reader.read(features[n : n + 1], [text], [30])
+        assert reading.tokens == [] and reading.nll_tokens == alone.nll_tokens == len(text) + 1
+        assert reading.nll == pytest.approx(alone.nll, rel=1e-5, abs=1e-5)
+
+
+def test_nll_keeps_the_tail_of_the_vocabulary(tiny, monkeypatch):
+    """One token at logit 0 and 51,864 at -16.8: 51,864 * e^-16.8 = 0.002622, so its NLL is ln 1.002622 = 0.002619.
+
+    In a running float32 sum each of them is less than 1's last place: cross_entropy says 0.0023, or 0.00002 where
+    the vocabulary is not the last axis.
+    """
+    scorer, features, _ = tiny
+
+    def logits(reader, hidden):
+        rows = torch.full((len(hidden), 51_865), -16.8)
+        rows[:, 440] = 0.0
+        return rows
+
+    monkeypatch.setattr(WindowReader, "_logits", logits)
+    [reading] = WindowReader(scorer.model, "en").read(features[:1], [[440]], [0])
+    assert reading.nll == pytest.approx(0.002619 + 16.8 + 0.002619, abs=4e-6)
+
+
+def test_finished_windows_leave_the_batch(tiny, monkeypatch):
+    scorer, features, texts = tiny
+    reader = WindowReader(scorer.model, "en")
+    passes = []
+    forward = whisper_decoding._Decoder.forward
+
+    def spy(decoder, tokens, starts):
+        sound, text = ({len(part) for layer in cache for part in layer} for cache in (decoder.sound, decoder.text))
+        assert sound == text == {len(tokens)}  # keys and values left too
+        passes.append((len(tokens), len(tokens[0])))
+        return forward(decoder, tokens, starts)
+
+    monkeypatch.setattr(whisper_decoding._Decoder, "forward", spy)
+    max_tokens = [1, 2, 2, 4] + [30] * (len(texts) - 4)
+    transcripts = [reading.tokens for reading in reader.read(features, [[] for _ in texts], max_tokens)]
+    # The first pass chooses the first token of each; step n is for those whose token n is not END or out of bounds.
+    steps = [min(len(tokens) + 1, limit) - 1 for tokens, limit in zip(transcripts, max_tokens, strict=True)]
+    expected = [sum(step >= n for step in steps) for n in range(1, max(steps) + 1)]
+    assert passes == [(len(texts), 4), *((rows, 1) for rows in expected)]
+    assert expected[-1] < expected[2] < expected[0] < len(texts)
+
+    passes.clear()
+    reader.read(features, transcripts, [30] * len(texts))  # a draft that is the transcript needs no step
+    cut = sum(limit < 30 for limit in max_tokens)
+    assert passes[0][0] == len(texts) and all(rows <= cut for rows, _ in passes[1:])
+    passes.clear()
+    reader.read(features, texts, [0] * len(texts))
+    assert len(passes) == 1
+
+
+def test_batches_fit_the_budget(checkpoint, monkeypatch):
+    def batch_size(**options):
+        return WhisperScorer(checkpoint, device="cpu", **options).batch_size
+
+    assert batch_size() == reward_whisper.MAX_BATCH_SIZE
+    # keys and values of 1 layer * 64 positions * 32 numbers * 4 bytes: 16,384 bytes a window
+    monkeypatch.setattr(reward_whisper, "BATCH_BYTES", 3 * 16_384)
+    assert batch_size() == 3
+    assert batch_size(dtype=torch.float16) == 6
+    assert batch_size(batch_size=7) == 7
+    monkeypatch.setattr(reward_whisper, "BATCH_BYTES", 1)
+    assert batch_size() == 1
 
 
 # --- the script ---

@@ -1,0 +1,405 @@
+"""Rule-based rewards for speech recognition (arXiv 2509.18569, R1 to R3) as formulas and as TRL calls them.
+
+The paper names what R2 must catch ("repeated, inexistent or translated" text, which sets the whole reward to −1)
+but gives no rule and no threshold. The length bounds are NIM4-ASR's (arXiv 2604.18105); the other rules are ours
+and lean one way: a misrecognition called a hallucination teaches the wrong thing, while a hallucination that is
+missed mostly has few words right, and an R1 near 0.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+from reward_whisper import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
+
+RULES = ("unended", "empty", "script", "repetition", "length", "no_overlap")
+
+# Where words are not written apart: most Chinese words have one or two characters. (Thai and Korean have more,
+# so the same slack is fewer of their words.)
+CHARACTERS_PER_WORD = 2
+CHARACTER_SCRIPTS = {"CJK", "HIRAGANA", "KATAKANA", "JAPANESE", "HANGUL", "THAI", "LAO", "MYANMAR", "KHMER"}
+ORDINARY_EDITS = 3  # words: a transcript no further from its reference is a misrecognition
+
+# NIM4-ASR: more than twice or less than half as long. Here twice is too long already: what says everything twice is
+# a loop that FEWEST_REPEATS lets pass. Both only where more than ORDINARY_EDITS words are too many or missing.
+MAX_LENGTH_RATIO, MIN_LENGTH_RATIO = 2.0, 0.5
+# NIM4-ASR's metric speaks of "negligible lexical overlap" and gives no number.
+NEGLIGIBLE_OVERLAP = 0.1  # of the reference's words: at 90 % WER and more nothing was recognised
+OVERLAP_MIN_WORDS = 2 * ORDINARY_EDITS  # four or five short words can all be misheard
+MAX_FOREIGN_SHARE = 0.5  # of the words: a foreign name among one's own stays below
+
+LONGEST_LOOP = 16  # words, or characters: a sentence of ordinary length
+# How often an n-gram must stand back to back. One word: five times, as in the text filter of SebastianBodza's
+# Llasa GRPO; speakers do say "no, no, no", and "I think I think I think" before they go on.
+FEWEST_REPEATS = {1: 5, 2: 4}  # of longer ones:
+FEWEST_REPEATS_LONG = 3
+# Inside a word, as in "hahahahahaha": the same author's reward calls six equal characters in a row a hang-up.
+LONGEST_LOOP_IN_WORD, FEWEST_REPEATS_IN_WORD = 4, 6
+
+
+# --- R1 and exact match -----------------------------------------------------------------------------------
+
+
+def accuracy_reward(ref: str, hyp: str, language: str) -> float:
+    """R1 = max(0, 1 − WER), in [0, 1]; CER for CER_LANGUAGES (arXiv 2509.18569).
+
+    'the boat was gone' heard as 'the boat is gone' is 1 − 1/4 = 0.75. The paper does not say whether WER may pass
+    1. It is cut there, because nothing else bounds it: one runaway of WER 40 would set its group's mean and
+    deviation alone and make the others look alike. And so R2's −1 stays below everything.
+    """
+    return max(0.0, 1.0 - error_rate(ref, hyp, language).rate)
+
+
+def exact_match(ref: str, hyp: str, language: str) -> float:
+    """1.0 if the normalised texts are the same, else 0.0 (a reward of arXiv 2509.01939)."""
+    return float(error_rate(ref, hyp, language).edits == 0)
+
+
+# --- R2: hallucinations -----------------------------------------------------------------------------------
+
+
+def hallucination(ref: str, hyp: str, language: str) -> str | None:
+    """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
+
+    "empty": nothing was heard where there is text. "script": most of it is in a script that the reference does
+    not have, as after a translation. Then, only for a transcript more than ORDINARY_EDITS words from its reference:
+    "repetition", "length" and "no_overlap"; see the functions of these names.
+
+    'the boat was gone' with 'the boat the boat the boat the boat': 6 edits and 'the boat' 4 times, "repetition";
+    with 'a goat is gone': 3 edits, None.
+
+    Raises:
+        ValueError: nothing is left of `ref` after normalisation, or an unknown language.
+    """
+    errors = error_rate(ref, hyp, language)
+    if not normalize_text(hyp, language):
+        return "empty"
+    if other_script(ref, hyp, language):
+        return "script"
+    if errors.edits <= _in_units(ORDINARY_EDITS, language):
+        return None
+    rules = (("repetition", repetition), ("length", wrong_length), ("no_overlap", no_overlap))
+    return next((name for name, breaks in rules if breaks(ref, hyp, language)), None)
+
+
+def other_script(ref: str, hyp: str, language: str) -> bool:
+    """True if more than half of the transcript is in scripts of which the reference has no letter.
+
+    'thank you' heard as 'спасибо': 1 word of 1. '我买了一部手机' as '我买了一部 iPhone': 1 word beside 5 / 2, not so.
+    Words count, not letters, or six Latin letters would outweigh five Chinese characters. Japanese mixes its
+    three scripts freely, so they are one there; a language with two alphabets (Serbian) is held to its reference's.
+    """
+    known = set(_words_by_script(ref, language))
+    written = _words_by_script(hyp, language)
+    foreign = sum(words for script, words in written.items() if script not in known)
+    return bool(known) and foreign > MAX_FOREIGN_SHARE * sum(written.values())
+
+
+def repetition(ref: str, hyp: str, language: str) -> bool:
+    """True if an n-gram of up to LONGEST_LOOP words stands back to back so often that the transcript is a loop.
+
+    One word 5 times, two words 4 times, more words 3 times (FEWEST_REPEATS; two characters count as a word for
+    CER_LANGUAGES), and as many times more than any n-gram of that length does in the reference: where someone says
+    'no no no', it takes 'no' 5 − 1 + 3 = 7 times. Or a word that is a loop in itself ('hahahahahaha').
+    Words as they are written: Whisper's normaliser would join 'twenty twenty twenty' to one number.
+    """
+    ref_units, hyp_units = _written_units(ref, language), _written_units(hyp, language)
+    for period in range(1, min(LONGEST_LOOP, len(hyp_units) // FEWEST_REPEATS_LONG) + 1):
+        num_words = math.ceil(period / _in_units(1, language))
+        fewest = FEWEST_REPEATS.get(num_words, FEWEST_REPEATS_LONG)
+        if back_to_back(hyp_units, period) - back_to_back(ref_units, period) >= fewest - 1:
+            return True
+    written = "".join(ref_units)
+    return any(
+        # Checked in this order because most words have no run at all. The zeros of a number are no loop.
+        (repeats := back_to_back(word, period)) >= FEWEST_REPEATS_IN_WORD
+        and word.isalpha()
+        and repeats - back_to_back(written, period) >= FEWEST_REPEATS_IN_WORD - 1
+        for word in hyp_units
+        for period in range(1, LONGEST_LOOP_IN_WORD + 1)
+    )
+
+
+def back_to_back(units: list[str] | str, period: int) -> int:
+    """How often, at most, the same `period` units follow each other: 'a b a b a c' has 2 for period 2, 1 for 1."""
+    longest = run = 0
+    for earlier, later in zip(units, units[period:], strict=False):
+        run = run + 1 if earlier == later else 0
+        longest = max(longest, run)
+    return (longest + period) // period
+
+
+def wrong_length(ref: str, hyp: str, language: str) -> bool:
+    """True if the transcript is twice as long as the reference or less than half, by more than three words.
+
+    NIM4-ASR's bounds (arXiv 2604.18105) with slack for short texts: after 'yes', up to four words are allowed.
+    The ratio is one of characters: a normaliser that makes one word of 'five five one two', and three of
+    'five five won two', must not decide.
+    """
+    ref_units, hyp_units = _units(ref, language), _units(hyp, language)
+    if abs(len(hyp_units) - len(ref_units)) <= _in_units(ORDINARY_EDITS, language):
+        return False
+    ratio = len("".join(hyp_units)) / len("".join(ref_units))
+    if len(hyp_units) > len(ref_units):
+        return ratio >= MAX_LENGTH_RATIO
+    return ratio < MIN_LENGTH_RATIO
+
+
+def no_overlap(ref: str, hyp: str, language: str) -> bool:
+    """True if of six or more reference words (twelve characters) at most one in ten is in the transcript at all.
+
+    A translation into the same script, where only a name survives; the text of another film.
+    'Der Zug nach Hamburg fährt heute von Gleis sieben ab' as 'the train to Hamburg leaves from platform seven
+    today': 1 of 10. Of six to nine words none may be there.
+    """
+    ref_units, hyp_units = _units(ref, language), _units(hyp, language)
+    shared = (Counter(ref_units) & Counter(hyp_units)).total()
+    enough = len(ref_units) >= _in_units(OVERLAP_MIN_WORDS, language)
+    return enough and shared <= NEGLIGIBLE_OVERLAP * len(ref_units)
+
+
+def _in_units(words: int, language: str) -> int:
+    """A number of words in what the language's error rate counts: words, or characters."""
+    return words * CHARACTERS_PER_WORD if language_code(language) in CER_LANGUAGES else words
+
+
+def _units(text: str, language: str) -> list[str]:
+    """What the error rate counts: normalised words, or characters for CER_LANGUAGES."""
+    words = normalize_text(text, language).split()
+    return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
+
+
+def _written_units(text: str, language: str) -> list[str]:
+    """Words as they are written, without case and punctuation, or the characters of these."""
+    words = [word for raw in text.casefold().split() if (word := re.sub(r"\W", "", raw))]
+    return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
+
+
+def _words_by_script(text: str, language: str) -> dict[str, float]:
+    """How many words are in each script: unbroken letters of one, or so many characters of a script without spaces."""
+    words = Counter()
+    for raw in unicodedata.normalize("NFKC", text).split():
+        for script, letters in groupby(_script(letter, language) for letter in raw if letter.isalpha()):
+            words[script] += len(list(letters)) / CHARACTERS_PER_WORD if script in CHARACTER_SCRIPTS else 1
+    return words
+
+
+@lru_cache(maxsize=4096)
+def _script(letter: str, language: str) -> str:
+    """The first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, HANGUL …; one name for Japanese's three."""
+    script = unicodedata.name(letter, "UNNAMED").split()[0].split("-")[0]
+    script = "CJK" if script == "IDEOGRAPHIC" else script  # 々
+    japanese = language_code(language) == "ja" and script in ("CJK", "HIRAGANA", "KATAKANA")
+    return "JAPANESE" if japanese else script
+
+
+# --- R3: keywords -----------------------------------------------------------------------------------------
+
+
+def keyword_reward(ref: str, hyp: str, keywords: list[str], language: str) -> float:
+    """R3 = (recall + precision) / 2 over the occurrences of keywords, in [0, 1] (arXiv 2509.18569).
+
+    Keywords Zagreb, Split; 'from Zagreb to Split' heard as 'Zagreb Zagreb to spit': 1 hit (an occurrence counts as
+    often as both texts have it); recall 1 / 2, precision 1 / 2, R3 0.5.
+    No hit is 0: a keyword invented where there is none costs as much as one missed. Neither text with a keyword is
+    1, nothing missed and nothing invented (the paper leaves 0 / 0 open).
+
+    Args:
+        keywords: one or several words each, compared as normalised; what normalises to nothing is passed over.
+    """
+    index = keyword_index(keywords, language)
+    in_ref, in_hyp = find_keywords(ref, index, language), find_keywords(hyp, index, language)
+    if not in_ref and not in_hyp:
+        return 1.0
+    hits = (in_ref & in_hyp).total()
+    if hits == 0:
+        return 0.0
+    return (hits / in_ref.total() + hits / in_hyp.total()) / 2
+
+
+def keyword_index(keywords: list[str], language: str) -> dict[tuple[str, ...], str]:
+    """The keywords by their normalised words (characters for CER_LANGUAGES), each once."""
+    index = {}
+    for keyword in keywords:
+        index.setdefault(tuple(_units(keyword, language)), keyword)
+    index.pop((), None)
+    return index
+
+
+def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -> Counter[str]:
+    """How often each keyword of a `keyword_index` stands in the text, as whole words (or characters)."""
+    units = _units(text, language)
+    found = Counter()
+    for length in {len(words) for words in index}:
+        for start in range(len(units) - length + 1):
+            if (words := tuple(units[start : start + length])) in index:
+                found[index[words]] += 1
+    return found
+
+
+# --- As TRL calls it --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """A batch of completions as text, each list in the batch's order.
+
+    Attributes:
+        hyp_texts: what the policy wrote before END.
+        ended: whether END came.
+        errors: against the references.
+        rules: the broken one of RULES ("unended" goes first), or None.
+    """
+
+    hyp_texts: list[str]
+    ended: list[bool]
+    errors: list[ErrorRate]
+    rules: list[str | None]
+
+    def metrics(self) -> dict[str, float]:
+        """What the log shows of a batch besides its rewards.
+
+        `wer` and its three parts are all edits of the batch over all its reference words, as in the paper's table;
+        the shares are of rollouts.
+        """
+        ref_length = sum(errors.ref_length for errors in self.errors)
+        kinds = ("substitutions", "deletions", "insertions")
+        parts = {kind: sum(getattr(errors, kind) for errors in self.errors) / ref_length for kind in kinds}
+        num_rollouts = len(self.rules)
+        return {
+            "wer": sum(parts.values()),
+            **parts,
+            "share_exact": sum(errors.edits == 0 for errors in self.errors) / num_rollouts,
+            "share_hallucination": 1 - self.rules.count(None) / num_rollouts,
+            **{f"share_{rule}": self.rules.count(rule) / num_rollouts for rule in RULES},
+        }
+
+
+class Reader:
+    """A tokenizer, and the transcripts that were read last.
+
+    TRL calls every reward function of a batch with the same list of completions: the first call makes the
+    `Transcripts` (and logs their metrics), the others find them here.
+
+    Args:
+        tokenizer: the policy's.
+        end_id: id of the token that ends a transcript, Llasa's <|TEXT_GENERATION_END|>.
+    """
+
+    def __init__(self, tokenizer, end_id: int):
+        self.tokenizer, self.end_id = tokenizer, end_id
+        self.transcripts: Transcripts | None = None
+        self._completion_ids = None
+
+    def read(
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric
+    ) -> Transcripts:
+        """The transcripts of a batch.
+
+        Args:
+            completion_ids: sampled token ids, END included where it came, no padding.
+            text: the references.
+            language: Whisper's code of each; English if None.
+            log_metric: called once a batch with each metric's name and value; None: nothing is logged.
+        """
+        if completion_ids is not self._completion_ids:
+            self.transcripts = self._read(completion_ids, text, language or ["en"] * len(text))
+            self._completion_ids = completion_ids
+            for name, value in self.transcripts.metrics().items() if log_metric else ():
+                log_metric(name, value)
+        return self.transcripts
+
+    def _read(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
+        ended = [self.end_id in ids for ids in completion_ids]
+        # Other control tokens are kept: what the policy wrote is to be seen as it is.
+        hyps = [
+            self.tokenizer.decode(ids[: ids.index(self.end_id)] if end else ids, skip_special_tokens=False).strip()
+            for ids, end in zip(completion_ids, ended, strict=True)
+        ]
+        items = list(zip(texts, hyps, languages, strict=True))
+        rules = [hallucination(*item) if end else "unended" for item, end in zip(items, ended, strict=True)]
+        return Transcripts(hyps, ended, [error_rate(*item) for item in items], rules)
+
+
+class AsrRulesReward:
+    """R1, R2, R3 and exact match: the weighted mean of the terms, or the override for a hallucination.
+
+    Paper: R1 alone is (1, 0, 0, 0), R1 and R2 (1, 1, 0, 0), all three (1, 1, 1, 0); it does not state how R1 and
+    R3 are weighted. The override holds within this reward: one listed beside it in a config would be added to it.
+    A rollout that never ended is treated as a hallucination ("unended"); without R2 it earns R1 for what it wrote.
+
+    Args:
+        listener: a `Reader`.
+        weight_accuracy, weight_exact: of R1 and of the exact match.
+        weight_hallucination: a hallucination earns −weight_hallucination, whatever else it has; 0 leaves R2 out.
+        weight_keywords: of R3, in rows with keywords. Rows without any go without the term, which would be 1 for
+            their whole group.
+    Raises:
+        ValueError: a weight below 0 or not finite, or no term for rows without keywords.
+    """
+
+    __name__ = "asr_rules"
+
+    def __init__(
+        self,
+        listener,
+        weight_accuracy: float = 1.0,
+        weight_hallucination: float = 1.0,
+        weight_keywords: float = 1.0,
+        weight_exact: float = 0.0,
+    ):
+        weights = {"accuracy": weight_accuracy, "hallucination": weight_hallucination}
+        weights |= {"keywords": weight_keywords, "exact": weight_exact}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"weight_{name} must be finite and >= 0, got {weight}")
+        if weight_accuracy + weight_exact == 0:
+            raise ValueError(
+                "weight_accuracy and weight_exact are both 0: texts without keywords would have no reward; "
+                "give one of them a weight"
+            )
+        self.listener, self.weights = listener, weights
+
+    def __call__(self, completion_ids, text, language=None, keywords=None, log_metric=None, **_) -> list[float]:
+        """The rewards, in [−weight_hallucination, 1].
+
+        Args:
+            text, language, keywords: the dataset's columns; `keywords` a list of strings per row, or None.
+        """
+        transcripts = self.listener.read(completion_ids, text, language, log_metric)
+        languages = language or ["en"] * len(text)
+        keyword_lists = [_checked_keywords(row) for row in keywords or [None] * len(text)]
+        items = zip(text, transcripts.hyp_texts, languages, keyword_lists, strict=True)
+        terms = [self._terms(*item) for item in items]
+        r_keywords = [row["keywords"] for row in terms if "keywords" in row]
+        if r_keywords and log_metric:
+            log_metric("r_keywords", sum(r_keywords) / len(r_keywords))
+        override = self.weights["hallucination"]
+        return [
+            -override if rule and override else self._mean(row)
+            for row, rule in zip(terms, transcripts.rules, strict=True)
+        ]
+
+    def _terms(self, ref: str, hyp: str, language: str, keywords: list[str]) -> dict[str, float]:
+        terms = {}
+        if self.weights["accuracy"]:
+            terms["accuracy"] = accuracy_reward(ref, hyp, language)
+        if self.weights["keywords"] and keywords:
+            terms["keywords"] = keyword_reward(ref, hyp, keywords, language)
+        if self.weights["exact"]:
+            terms["exact"] = exact_match(ref, hyp, language)
+        return terms
+
+    def _mean(self, terms: dict[str, float]) -> float:
+        total = sum(self.weights[name] for name in terms)
+        return sum(self.weights[name] * value for name, value in terms.items()) / total
+
+
+def _checked_keywords(keywords: list[str] | None) -> list[str]:
+    if isinstance(keywords, str):  # would be read as a list of letters
+        raise ValueError(f"column 'keywords': expected a list of words per row, got {keywords!r}")
+    return keywords or []

@@ -22,11 +22,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
 
+import datasets
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
+import memory
 from cli import bad_input_exits, check_writable
 from dataset_io import load_any_dataset
 from inference import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
@@ -35,8 +37,8 @@ from reward_models.rollouts import Listener
 from reward_whisper import WhisperScorer
 from run_record import SampleSaver, plot_curves, write_run
 from speech_codec import SpeechCodec
-from speech_tokens import prepare_model
-from speech_trainer import SpeechGRPOTrainer, prepare_vllm
+from speech_tokens import prepare_model, prompt_ids
+from speech_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
 from training_data import grpo_rows, one_long_epoch, sft_rows
 
 logger = logging.getLogger("train")
@@ -56,6 +58,9 @@ class ScriptArguments:
         default=50, metadata={"help": "Keep a few rollouts as wav every so many steps; 0: never."}
     )
     sample_count: int = field(default=8, metadata={"help": "How many of them."})
+    offload_rewards: bool = field(
+        default=False, metadata={"help": "Keep codec and Whisper on the CPU while they do not listen."}
+    )
     max_length_total: int = field(default=2048, metadata={"help": "Llasa's context: prompt and speech, in tokens."})
 
 
@@ -225,7 +230,8 @@ def prompts_per_step(args: GRPORecipe) -> int:
     return max(1, rollouts // args.num_generations // args.num_iterations)
 
 
-def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer):
+def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer) -> tuple[datasets.Dataset, int]:
+    """The run's rows in the order they are used, and the tokens of its longest prompt and completion together."""
     rows = load_any_dataset(script.dataset, script.dataset_split)
     rows = grpo_rows(rows, script.dataset, tokenizer, args.max_completion_length, script.max_length_total)
     per_step = prompts_per_step(args)
@@ -237,7 +243,8 @@ def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer):
         )
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (len(rows) // per_step))
     args.max_steps, args.num_train_epochs, args.shuffle_dataset = steps, 1, False
-    return one_long_epoch(rows, steps * per_step, args.seed)
+    longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]) + args.max_completion_length
+    return one_long_epoch(rows, steps * per_step, args.seed), longest
 
 
 def load_model(model_args: ModelConfig, tokenizer, tokens):
@@ -251,15 +258,15 @@ def load_model(model_args: ModelConfig, tokenizer, tokens):
     return model
 
 
-def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> SpeechGRPOTrainer:
+def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int) -> SpeechGRPOTrainer:
     device = args.device
     codec = SpeechCodec.from_pretrained(script.codec_id, device=device)
     scorer = WhisperScorer(script.whisper, device=device)
-    listener = Listener(tokens, codec, scorer, group_size=args.num_generations)
+    listener = Listener(tokens, codec, scorer, args.num_generations, script.offload_rewards)
     rewards, args.reward_weights = load_rewards(script.reward_config, listener)
     if args.use_vllm:
         prepare_vllm(args, tokens.speech_ids, tokens.end_id, script.max_length_total)
-    return SpeechGRPOTrainer(
+    trainer = SpeechGRPOTrainer(
         allowed_ids=tokens.speech_ids,
         model=load_model(model_args, tokenizer, tokens),
         reward_funcs=rewards,
@@ -269,6 +276,26 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows) -> SpeechGRP
         peft_config=get_peft_config(model_args),
         callbacks=[SampleSaver(listener, script.sample_steps, script.sample_count)],
     )
+    report_memory(trainer, listener, longest)
+    return trainer
+
+
+def report_memory(trainer: SpeechGRPOTrainer, listener: Listener, longest: int) -> None:
+    """Say what a step will need, and warn where the GPU has less."""
+    policy = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    parts = memory.estimate(
+        policy,
+        trainer.ref_model,
+        [listener.codec.model, listener.scorer.model],
+        memory.listening_bytes(listener.scorer),
+        memory.shapes_of(policy, trainer.args, longest),
+        listener.offload,
+    )
+    logger.info(memory.report(parts))
+    if trainer.accelerator.device.type == "cuda":
+        total = torch.cuda.get_device_properties(trainer.accelerator.device).total_memory
+        if parts["peak"] > total:
+            logger.warning("the GPU has %.1f GiB: see README.md, When memory runs out", total / memory.GIB)
 
 
 def sft_trainer(script, args, model_args, tokenizer, tokens, rows) -> SFTTrainer:
@@ -295,8 +322,8 @@ def main(arguments: tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig])
         script.whisper = script.whisper or recorded(model_args.model_name_or_path, "whisper", DEFAULT_WHISPER)
         if script.method == "grpo":
             rewards = load_config(script.reward_config)
-            rows = grpo_dataset(script, args, tokenizer)
-            trainer = grpo_trainer(script, args, model_args, tokenizer, tokens, rows)
+            rows, longest = grpo_dataset(script, args, tokenizer)
+            trainer = grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest)
         else:
             rewards = None
             rows = load_any_dataset(script.dataset, script.dataset_split)

@@ -7,6 +7,7 @@ or a metric asks for it.
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from audio import audio_failure
 from reward_models.prosody import log_f0_std
@@ -62,6 +63,7 @@ class Rollouts:
         parsed = [listener.tokens.codes(ids) for ids in completion_ids]
         self.codes = [codes for codes, _ in parsed]
         self.ended = [ended for _, ended in parsed]
+        self._log_f0_seen: dict[int, float] = {}
 
     @cached_property
     def wavs(self) -> list[np.ndarray]:
@@ -82,16 +84,23 @@ class Rollouts:
 
     @cached_property
     def log_f0_stds(self) -> list[float]:
-        return [log_f0_std(wav) if audio_failure(wav) is None else float("nan") for wav in self.wavs]
+        return [self._log_f0_std(i) for i in range(len(self.wavs))]
+
+    def _log_f0_std(self, i: int) -> float:
+        if i not in self._log_f0_seen:
+            heard = audio_failure(self.wavs[i]) is None
+            self._log_f0_seen[i] = log_f0_std(self.wavs[i]) if heard else float("nan")
+        return self._log_f0_seen[i]
 
     def grouped(self, values: list[float]) -> np.ndarray:
         """(prompts, group_size)"""
         return np.asarray(values, dtype=np.float64).reshape(-1, self.group_size)
 
     def metrics(self) -> dict[str, float]:
-        """What the log shows of a batch besides its rewards; means over the rollouts."""
+        """What the log shows of a batch besides its rewards; means over the rollouts (F0: the first of each group)."""
         failures = self.failures
-        f0 = np.asarray(self.log_f0_stds)
+        # Praat takes as long for a clip as the codec: one rollout of each prompt shows a collapse as well.
+        f0 = np.asarray([self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)])
         return {
             "wer": float(np.mean([score.wer for score in self.scores])),
             "nll": float(np.mean([score.nll for score in self.scores])),
@@ -110,9 +119,15 @@ class Listener:
 
     TRL calls every reward function of a batch with the same list of completions: the first call makes the
     `Rollouts` (and logs their metrics), the others find it here.
+
+    Args:
+        offload: keep codec and Whisper on the CPU, and on their device only while they listen; each way they take
+            a copy of all their weights.
     """
 
-    def __init__(self, tokens: SpeechTokens, codec: SpeechCodec, scorer: WhisperScorer, group_size: int):
+    def __init__(
+        self, tokens: SpeechTokens, codec: SpeechCodec, scorer: WhisperScorer, group_size: int, offload: bool = False
+    ):
         if codec.codebook_size != tokens.num_codes:
             raise ValueError(
                 f"the codec has {codec.codebook_size} codes and the policy speaks {tokens.num_codes}: "
@@ -121,6 +136,16 @@ class Listener:
         self.tokens, self.codec, self.scorer, self.group_size = tokens, codec, scorer, group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
+        self.device, self.offload = codec.device, offload
+        if offload:
+            self._move(torch.device("cpu"))
+
+    def _move(self, device: torch.device) -> None:
+        for part in (self.codec, self.scorer):
+            part.model.to(device)
+            part.device = device
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # a freed block may be too small or too split for what the policy asks for
 
     def hear(
         self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric
@@ -129,6 +154,11 @@ class Listener:
             languages = language or ["en"] * len(text)
             self.rollouts = Rollouts(self, completion_ids, text, languages, self.group_size)
             self._completion_ids = completion_ids
-            for name, value in self.rollouts.metrics().items():
+            if self.offload:
+                self._move(self.device)
+            metrics = self.rollouts.metrics()  # asks for all that codec and Whisper have to say
+            if self.offload:
+                self._move(torch.device("cpu"))
+            for name, value in metrics.items():
                 log_metric(name, value)
         return self.rollouts

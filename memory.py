@@ -1,0 +1,164 @@
+"""How much memory one process of GRPO needs, before it needs it: what is held all along, and the largest phase.
+
+A step has three phases that follow each other: sampling, listening (codec and Whisper), and the loss. Each adds to
+what is held: weights, gradients, optimizer, reference. Sizes are counted on the models themselves; activations and
+caches follow from the shapes of a Llama (`loss_bytes` says which tensors its backward keeps).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+GIB = 2**30
+# TRL's fused head works in tiles of so many tokens by so many rows (trl/kernels, trl/trainer/utils.py).
+TILE_TOKENS, TILE_ROWS = 4_096, 32_768
+# Bytes per logit of a tile: on a GPU it is worked on in place, on a CPU by a chain of float32 copies.
+CPU_TILE_BYTES = 4 * 4
+# Copies of the logits while a code is drawn: the head's, float32, scaled by the temperature, softmax, and noise.
+SAMPLING_COPIES = 5
+# Peak over the sum of what is alive: rounding of the allocator's blocks, and workspaces of matrix products.
+ALLOCATOR_SLACK = 1.03
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a step's memory hangs on besides the weights.
+
+    Attributes:
+        layers, hidden, intermediate, query_width, key_width, vocabulary: of the Llama; a width is heads × head_dim.
+        head_rows: rows of the head that are computed (confined_head.py).
+        activation_bytes: bytes of what the layers compute in, 2 under autocast or in half precision.
+        residual_bytes: bytes of the residual stream; 4 where the weights are float32, under autocast too.
+        rollouts: sampled at once by this process; rows: of one forward of the loss.
+        length: tokens of the longest prompt and completion together.
+        checkpointing: whether the backward recomputes each layer.
+        on_gpu: where TRL's Triton kernels run.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query_width: int
+    key_width: int
+    vocabulary: int
+    head_rows: int
+    activation_bytes: int
+    residual_bytes: int
+    rollouts: int
+    rows: int
+    length: int
+    checkpointing: bool
+    on_gpu: bool
+
+
+def shapes_of(model, args, length: int) -> Shapes:
+    """`Shapes` of a causal LM with a ConfinedHead under a GRPOConfig; `length` as in Shapes."""
+    config, head = model.config, model.get_output_embeddings()
+    weights = model.get_input_embeddings().weight
+    half = args.bf16 or args.fp16
+    return Shapes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        query_width=config.num_attention_heads * config.head_dim,
+        key_width=config.num_key_value_heads * config.head_dim,
+        vocabulary=config.vocab_size,
+        head_rows=head.last_row - head.first_row,
+        activation_bytes=2 if half else weights.element_size(),
+        residual_bytes=weights.element_size(),
+        rollouts=args.per_device_train_batch_size * args.steps_per_generation,
+        rows=args.per_device_train_batch_size,
+        length=length,
+        checkpointing=args.gradient_checkpointing,
+        on_gpu=args.device.type == "cuda",
+    )
+
+
+def module_bytes(*modules: torch.nn.Module, trainable: bool = False) -> int:
+    """Bytes of all parameters and buffers, tied ones once; of the trainable parameters alone if `trainable`."""
+    tensors = {}
+    for module in modules:
+        for tensor in module.parameters() if trainable else [*module.parameters(), *module.buffers()]:
+            if tensor.requires_grad or not trainable:
+                tensors[tensor.data_ptr() or id(tensor)] = tensor.nbytes
+    return sum(tensors.values())
+
+
+def linear_bytes(model) -> int:
+    """What autocast's half-precision copies of a model's matrices take, the head's rows included."""
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return 2 * (sum(m.weight.numel() for m in linears) + (head.last_row - head.first_row) * head.weight.shape[1])
+
+
+def layer_bytes(s: Shapes) -> int:
+    """Bytes per token that one layer's backward keeps.
+
+    Both RMSNorms keep their input and the normalised value in float32, and what follows them keeps its input; the
+    attention keeps queries, keys, values and its output; the MLP keeps gate, its SiLU, up, and their product.
+    """
+    norms = 2 * s.hidden * (4 + 4 + s.activation_bytes)
+    attention = 2 * (s.query_width + s.key_width) * s.activation_bytes
+    return norms + attention + 4 * s.intermediate * s.activation_bytes
+
+
+def loss_bytes(s: Shapes, trained_head: bool) -> int:
+    """Bytes the loss of one micro-batch adds at its peak."""
+    tokens = s.rows * s.length
+    layer = layer_bytes(s) * tokens
+    stored = s.layers * s.hidden * s.residual_bytes * tokens + layer if s.checkpointing else s.layers * layer
+    logit = s.activation_bytes if s.on_gpu else CPU_TILE_BYTES
+    tile = min(tokens, TILE_TOKENS) * min(s.head_rows, TILE_ROWS) * logit
+    # Gradients of the rows in float32, and of the whole tied matrix, which they are written into
+    head = s.head_rows * s.hidden * 4 + s.vocabulary * s.hidden * s.residual_bytes if trained_head else 0
+    return stored + tile + head
+
+
+def sampling_bytes(s: Shapes) -> int:
+    """Keys and values of every rollout at full length, and the logits of one step."""
+    cache = 2 * s.layers * s.key_width * s.activation_bytes * s.rollouts * s.length
+    return cache + SAMPLING_COPIES * 4 * s.rollouts * s.vocabulary
+
+
+def listening_bytes(scorer) -> int:
+    """What a `WhisperScorer` adds for one batch: keys and values of its cross-attention, and an encoder layer."""
+    dims = scorer.model.dims
+    cross = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state
+    encoder = 6 * dims.n_audio_ctx * dims.n_audio_state  # the stream, and an MLP four times as wide
+    return scorer.batch_size * (cross + encoder) * scorer.dtype.itemsize
+
+
+def estimate(
+    policy, reference, reward_models: list, listening: int, shapes: Shapes, offload_rewards: bool
+) -> dict[str, int]:
+    """Bytes by part: what is held, then the three phases, of which the largest counts, then the peak of all.
+
+    Args:
+        policy: the causal LM, adapters included; reference: another one, or None.
+        reward_models: the modules that listen; listening: what they add while they work, in bytes.
+        offload_rewards: whether they are on the device only while they listen.
+    """
+    trainable = module_bytes(policy, trainable=True)
+    mixed = shapes.activation_bytes < shapes.residual_bytes
+    copies = linear_bytes(policy) if mixed else 0
+    rewards = module_bytes(*reward_models)
+    held = {
+        "policy": module_bytes(policy),
+        "gradients": trainable,
+        "optimizer (Adam's two moments)": 2 * trainable,
+        "reference": 0 if reference is None else module_bytes(reference),
+        "reward models": 0 if offload_rewards else rewards,
+    }
+    phases = {
+        "sampling": copies + sampling_bytes(shapes),
+        "listening": listening + (rewards if offload_rewards else 0),
+        "loss": copies + loss_bytes(shapes, policy.get_output_embeddings().weight.requires_grad),
+    }
+    peak = int(ALLOCATOR_SLACK * (sum(held.values()) + max(phases.values())))
+    return held | phases | {"peak": peak}
+
+
+def report(parts: dict[str, int]) -> str:
+    """One line: the peak, and what it is made of, in GiB."""
+    pieces = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if name != "peak" and size)
+    return f"memory: about {parts['peak'] / GIB:.1f} GiB at the peak ({pieces})"

@@ -75,12 +75,15 @@ def shapes_of(model, args, length: int) -> Shapes:
 
 
 def module_bytes(*modules: torch.nn.Module, trainable: bool = False) -> int:
-    """Bytes of all parameters and buffers, tied ones once; of the trainable parameters alone if `trainable`."""
+    """Bytes of all parameters and buffers, tied ones once; of the trainable parameters alone if `trainable`.
+
+    Whisper's alignment heads, a sparse buffer of a few hundred bytes, count as if they were dense.
+    """
     tensors = {}
     for module in modules:
         for tensor in module.parameters() if trainable else [*module.parameters(), *module.buffers()]:
             if tensor.requires_grad or not trainable:
-                tensors[tensor.data_ptr() or id(tensor)] = tensor.nbytes
+                tensors[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(tensors.values())
 
 

@@ -1,7 +1,7 @@
 """Where the time and the memory of a GRPO step go, beside the obvious way of making it.
 
     python benchmarks/train_step.py --size tiny
-    python benchmarks/train_step.py --size real --repeats 2     # one GPU of 80 GB or more; random weights
+    python benchmarks/train_step.py --size real --repeats 2 --steps 1   # a GPU of 80 GB or more; random weights
 
 Ours is what train.py builds. The obvious way is TRL's GRPOTrainer as it comes: the whole head with the text tokens
 forbidden by a bias, a cache that grows by copying, float32 weights cast at every forward, and a reward that listens
@@ -13,13 +13,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
 from harness import Timing, benchmark_parser, host_peak_bytes, ratios, synchronize, table, write_results
-from reward import one_at_a_time
-from rollout import forbid_by_bias
-from transformers import TrainerCallback
+from reward import one_at_a_time, random_models
+from rollout import LLASA_1B, forbid_by_bias
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 import memory
@@ -28,6 +29,7 @@ from cli import pick_device
 from inference import load_tokenizer
 from reward_whisper import WhisperScorer
 from speech_codec import SpeechCodec
+from tiny.llasa import new_tokenizer
 
 PHASES = ("sampling", "rewards", "loss forward", "backward", "optimizer and the rest")
 WARM_UP = 1  # steps of each trainer that are not counted
@@ -124,6 +126,19 @@ def run(build, args: argparse.Namespace, steps: int) -> tuple[list[dict], dict, 
         return clock.steps[WARM_UP:], trainer.state.log_history[0], peak
 
 
+def build_real_sizes(folder: Path, seed: int) -> list[str]:
+    """Llasa-1B, XCodec2 and Whisper large-v3 with random weights in `folder`: the flags that name them."""
+    policy = folder / "llasa"
+    tokenizer = new_tokenizer(["Anna found two boxes."], num_codes=65_536)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**LLASA_1B)).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    random_models(torch.device("cpu"), seed, folder / "whisper.pt").model.save_pretrained(folder / "codec")
+    names = {"model_name_or_path": policy, "codec_id": folder / "codec", "whisper": folder / "whisper.pt"}
+    flags = [word for name, path in names.items() for word in (f"--{name}", str(path))]
+    return [*flags, "--dataset", "tiny/texts/train.jsonl"]
+
+
 def check_equal(first: dict[str, dict], tolerance: float) -> dict[str, list[float]]:
     """The first step's reward and completion length must be the same on both sides; SystemExit otherwise."""
     found = {}
@@ -140,6 +155,15 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     device = torch.device(pick_device(args.device))
+    if args.size == "real" and device.type != "cuda":
+        sys.exit("error: --size real trains 1.4 B weights: it needs a GPU of 80 GB; on a CPU use --size tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.size == "real":
+            args.flags = [*build_real_sizes(Path(folder), args.seed), *args.flags]
+        measure(args, device)
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> None:
     sides = {"obvious": obvious, "ours": ours}
     steps, first, peaks = defaultdict(list), {}, {}
     for _ in range(args.repeats):  # in turn, so that a machine that slows down slows both

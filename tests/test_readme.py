@@ -12,6 +12,10 @@ ROOT = Path(__file__).parent.parent
 SHORTER = {
     "train.py": "--max_steps 2 --per_device_train_batch_size 8 --max_completion_length 40",
     "evaluation.py": "--texts eight.txt --num_players 2",
+    "benchmarks/codec.py": "--repeats 1 --rollouts 8 --no-growth",
+    "benchmarks/reward.py": "--repeats 1 --rollouts 8",
+    "benchmarks/rollout.py": "--repeats 1 --rollouts 8 --codes 40 --no-growth",
+    "benchmarks/train_step.py": "--repeats 1 --steps 1 --per_device_train_batch_size 8 --max_completion_length 80",
 }
 NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
 
@@ -33,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     """The project as a clone has it, for commands that write into the current folder."""
     folder = tmp_path_factory.mktemp("clone")
     for path in ROOT.iterdir():
-        if path.suffix == ".py" or path.name in ("tiny", "configs", "reward_models"):
+        if path.suffix == ".py" or path.name in ("tiny", "configs", "reward_models", "benchmarks"):
             (folder / path.name).symlink_to(path)
     lines = (ROOT / "tiny/texts/heldout.txt").read_text().splitlines(keepends=True)
     (folder / "eight.txt").write_text("".join(lines[:8]))
@@ -62,7 +66,7 @@ def test_flags_of_the_real_commands_exist(command):
     assert module.parse_args(words[words.index(script) + 1 :])
 
 
-@pytest.mark.parametrize("script", ["create_dataset", "train", "inference", "evaluation", "reward_whisper"])
+@pytest.mark.parametrize("script", ["create_dataset", "select_rl_data", "train", "inference", "evaluation", "reward_whisper"])
 def test_help(script):
     done = subprocess.run(
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -66,7 +66,10 @@ def test_flags_of_the_real_commands_exist(command):
     assert module.parse_args(words[words.index(script) + 1 :])
 
 
-@pytest.mark.parametrize("script", ["create_dataset", "select_rl_data", "train", "inference", "evaluation", "reward_whisper"])
+SCRIPTS = ["create_dataset", "select_rl_data", "train", "inference", "evaluation", "reward_whisper"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     done = subprocess.run(
         [sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=False

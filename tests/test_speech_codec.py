@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 from xcodec2_oracle import build_oracle, build_published_sizes, chirp, save_oracle
 
-from speech_codec import SpeechCodec, _original_config, _rename_original
+from codec_batching import decode_ragged, masked_group_norm, window_envelope
+from speech_codec import SpeechCodec, _batches, _original_config, _rename_original
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("xcodec2") is None,
@@ -114,20 +115,159 @@ def test_encode_batch_equals_loop(codec):
     assert all(0 <= i < codec.codebook_size for ids in batch for i in ids)
 
 
-def test_batches_are_bounded(codec, monkeypatch):
-    codes = random_codes([10] * 7, codec.codebook_size)
-    whole = codec.decode(codes)
-    monkeypatch.setattr("speech_codec.BATCH_CODES", 25)  # two items of ten at a time
-    sizes = []
-    decode = codec.model.decode
+def decode_alone(model, ids) -> np.ndarray:
+    """What the model itself makes of one item: shape (n_samples,)."""
+    with torch.no_grad():
+        return model.decode(audio_codes=torch.tensor([[ids]])).audio_values[0, 0].float().numpy()
 
-    def spy(audio_codes):
-        sizes.append(len(audio_codes))
-        return decode(audio_codes=audio_codes)
 
-    monkeypatch.setattr(codec.model, "decode", spy)
-    np.testing.assert_allclose(np.stack(codec.decode(codes)), np.stack(whole), rtol=0, atol=1e-5)
-    assert sizes == [2, 2, 2, 1]
+def decode_together(model, codes) -> list[np.ndarray]:
+    with torch.no_grad():
+        audio = decode_ragged(model, codes).float().numpy()
+    return [wav[: len(ids) * 320] for wav, ids in zip(audio, codes, strict=True)]
+
+
+REAL_DECODER = {  # the published sizes; the encoders, not needed here, are small
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 64,
+    "encoder_hidden_size": 2,
+    "downsampling_ratios": [2, 2, 4, 4, 5],
+    "quantization_dim": 2048,
+    "quantization_levels": [4] * 8,
+    "semantic_model_config": Wav2Vec2BertConfig(hidden_size=1024, num_hidden_layers=1, intermediate_size=64),
+}
+
+
+@pytest.mark.parametrize(
+    "size, lengths",
+    [
+        ("small", [40, 1, 1500, 3, 2, 41]),
+        ("tiny", [1, 70, 2, 1500, 3, 96, 70]),
+        ("real", [3, 120, 1, 2, 60]),  # 1500 as well where this was written; too slow for every day
+    ],
+)
+def test_a_ragged_forward_equals_each_alone(codec, size, lengths):
+    if size == "real":
+        model = build_native(seed=0, **REAL_DECODER)
+        published = Xcodec2Config().to_dict()
+        same = REAL_DECODER.keys() - {"encoder_hidden_size", "semantic_model_config"}
+        assert all(model.config.to_dict()[name] == published[name] for name in same)
+    else:
+        model = SpeechCodec.from_pretrained("tiny/codec").model if size == "tiny" else codec.model
+    levels = model.config.quantization_levels
+    codes = random_codes(lengths, int(np.prod(levels)))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    alone = [decode_alone(model, ids) for ids in codes]
+    for expected, wav in zip(alone, decode_together(model, codes), strict=True):
+        assert expected.std() > 5e-3
+        assert np.abs(wav - expected).max() < 1e-4  # at most 1.3e-6 where this was written
+    # Nothing stays behind: the same weights under the same names, and bit for bit the same audio.
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    np.testing.assert_array_equal(decode_alone(model, codes[0]), alone[0])
+
+
+def test_neighbours_do_not_leak(codec):
+    first, second, other = random_codes([30, 50, 50], codec.codebook_size)
+    assert second != other
+    [a, _], [b, _] = decode_together(codec.model, [first, second]), decode_together(codec.model, [first, other])
+    np.testing.assert_array_equal(a, b)
+    [c, _] = decode_together(codec.model, [first, second + other])
+    np.testing.assert_allclose(c, a, rtol=0, atol=1e-5)
+
+
+def test_equal_lengths_need_no_masks(codec, monkeypatch):
+    codes = random_codes([30, 30], codec.codebook_size)
+    with torch.no_grad():
+        expected = codec.model.decode(audio_codes=torch.tensor(codes)[:, None]).audio_values[:, 0]
+        monkeypatch.setattr("codec_batching.padding_hidden", None)
+        assert torch.equal(decode_ragged(codec.model, codes), expected)
+
+
+def test_hooks_are_gone_after_an_error(codec, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    codes = random_codes([30, 20], codec.codebook_size)
+    expected = decode_alone(codec.model, codes[0])
+    monkeypatch.setattr(codec.model, "decode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decode_together(codec.model, codes)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(decode_alone(codec.model, codes[0]), expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_either_attention_is_masked(attention):
+    model = build_native(seed=0)
+    model.set_attn_implementation(attention)
+    codes = random_codes([9, 20], 4**4)
+    for ids, wav in zip(codes, decode_together(model, codes), strict=True):
+        np.testing.assert_allclose(wav, decode_alone(model, ids), rtol=0, atol=1e-5)
+
+
+def test_masked_group_norm_by_hand():
+    norm = torch.nn.GroupNorm(1, 2, eps=0.0)
+    norm.weight.data, norm.bias.data = torch.tensor([1.0, 10.0]), torch.tensor([0.0, 5.0])
+    # valid are 1, 3 | 5, 7: mean 4, variance (9 + 1 + 1 + 9) / 4 = 5; the 100s are padding
+    x = torch.tensor([[[1.0, 3.0, 100.0], [5.0, 7.0, 100.0]]])
+    root = 5**0.5
+    expected = torch.tensor([[[-3 / root, -1 / root, 0.0], [5 + 10 / root, 5 + 30 / root, 0.0]]])
+    torch.testing.assert_close(masked_group_norm(norm, x, torch.tensor([[True, True, False]])), expected)
+
+
+def test_window_envelope_is_the_heads(codec):
+    head = codec.model.acoustic_decoder.head
+    windows = head.window.square().numpy()
+    expected = np.zeros(4 * 320 + 2 * head.padding)
+    for frame in range(3):  # the fourth is padding
+        expected[frame * 320 : frame * 320 + len(windows)] += windows
+    envelope = window_envelope(head, torch.tensor([[True, True, True, False]]))
+    assert envelope.shape == (1, 4 * 320)
+    np.testing.assert_allclose(envelope[0].numpy(), expected[head.padding : -head.padding].clip(1e-11), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batch_codes, padding_codes, expected",
+    [
+        (100, 0, [[6], [3, 5], [1], [0, 4], [2]]),  # one length only
+        (100, 10, [[6, 3, 5], [1, 0], [4], [2]]),   # 40 brings 1 into [39]; two items of 40 fill 80 of 100
+        (100, 100, [[6, 3, 5], [1, 0], [4], [2]]),  # 39 after three items of 9 or 10 would make 4 * 39 = 156
+        (120, 2, [[6, 3, 5], [1, 0, 4], [2]]),      # 75 is alone: 4 * 75 = 300
+        (9, 100, [[6], [3], [5], [1], [0], [4], [2]]),
+    ],
+)
+def test_batches_by_budget(batch_codes, padding_codes, expected):
+    assert _batches([40, 39, 75, 10, 40, 10, 9], batch_codes, padding_codes) == expected
+
+
+def test_forward_passes_keep_to_the_budget():
+    codec = SpeechCodec(build_native(seed=0))
+    codes = random_codes([10, 31, 12, 400, 11, 10, 30, 12], codec.codebook_size)
+    expected = [decode_alone(codec.model, ids) for ids in codes]
+    passes = []  # (items, frames) of each
+    codec.model.acoustic_decoder.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[:2]))
+    for codec.batch_codes, codec.padding_codes, planned in (
+        (24, 0, [(2, 10), (1, 11), (2, 12), (1, 30), (1, 31), (1, 400)]),
+        (48, 5, [(4, 12), (1, 12), (1, 30), (1, 31), (1, 400)]),
+        (60, 5, [(5, 12), (1, 30), (1, 31), (1, 400)]),
+        (62, 5, [(5, 12), (2, 31), (1, 400)]),
+    ):
+        passes.clear()
+        wavs = codec.decode(codes)
+        assert passes == planned
+        for wav, alone in zip(wavs, expected, strict=True):  # the caller's order
+            np.testing.assert_allclose(wav, alone, rtol=0, atol=1e-5)
+
+
+def test_encode_never_pads(codec, monkeypatch):
+    monkeypatch.setattr(codec, "padding_codes", 1_000)
+    wavs = [chirp(n) for n in (3_000, 2_900, 3_000)]
+    assert codec.encode(wavs) == [codec.encode([wav])[0] for wav in wavs]
 
 
 def test_nothing_in_nothing_out(codec):
@@ -138,6 +278,7 @@ def test_nothing_in_nothing_out(codec):
 def test_half_precision_is_close_and_returns_float32(codec, native_folder, dtype, tolerance):
     half = SpeechCodec.from_pretrained(str(native_folder), dtype=dtype)
     assert half.model.dtype == dtype
+    half.padding_codes = 100  # one pass, padded
     codes = random_codes([40, 25], codec.codebook_size)
     for wav, expected in zip(half.decode(codes), codec.decode(codes), strict=True):
         assert wav.dtype == np.float32

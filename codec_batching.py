@@ -103,9 +103,9 @@ def window_envelope(head: nn.Module, valid: torch.Tensor) -> torch.Tensor:
     Args:
         valid: (batch, frames), bool.
     Returns:
-        (batch, frames * hop_length), float32; 0 far from valid frames.
+        (batch, frames * hop_length), float32; at least 1e-11, as in the head.
     """
     parts = head.window.square().view(-1, head.hop_length)  # a window is as long as 4 hops
     overlap = len(parts) - 1
     hops = sum(F.pad(valid, (i, overlap - i))[..., None] * part for i, part in enumerate(parts))
-    return hops.flatten(1)[:, head.padding : -head.padding].clamp(min=1e-11)  # as the head does
+    return hops.flatten(1)[:, head.padding : -head.padding].clamp(min=1e-11)

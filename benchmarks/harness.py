@@ -132,6 +132,7 @@ def plot_growth(path: Path, curves: dict[str, dict[str, tuple[list[float], list[
         axis.grid(True, which="both", alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 
 from reward_models import REWARDS, load_config, load_rewards
 from reward_models.prosody import DurationReward, LogF0SpreadReward, duration_reward, log_f0_std
@@ -22,6 +23,7 @@ class HummingCodec:
 
     codebook_size: int = 64
     decoded: list = field(default_factory=list)
+    device: torch.device = torch.device("cpu")
 
     def decode(self, codes):
         self.decoded.append(len(codes))
@@ -192,6 +194,31 @@ def test_bad_configs(tmp_path, config, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")) as error:
         load_config(path)
     assert str(path) in str(error.value)
+
+
+class Moved:
+    """Stands for a model: keeps where it was moved to."""
+
+    def __init__(self):
+        self.places = []
+
+    def to(self, device):
+        self.places.append(device.type)
+
+
+def test_offloaded_models_are_on_their_device_only_while_they_listen():
+    codec, scorer = HummingCodec(device=torch.device("meta")), PerfectScorer()
+    codec.model, scorer.model = Moved(), Moved()
+    decode, seen = codec.decode, []
+    codec.decode = lambda codes: seen.append(codec.device.type) or decode(codes)
+    listener = Listener(TOKENS, codec, scorer, 2, offload=True)
+    assert codec.model.places == scorer.model.places == ["cpu"]
+    hear = [ids([5] * 20), ids([9] * 20)], ["a", "a"], None, lambda name, value: None
+    listener.hear(*hear)
+    listener.hear(*hear)  # heard already: nothing moves
+    assert seen == ["meta"]
+    assert codec.model.places == scorer.model.places == ["cpu", "meta", "cpu"]
+    assert codec.device.type == scorer.device.type == "cpu"
 
 
 def test_bad_config_files_and_values(tmp_path, listener):

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 SHORTER = {
     "train.py": "--max_steps 2 --per_device_train_batch_size 8 --max_completion_length 40",
     "evaluation.py": "--texts eight.txt --num_players 2",
-    "benchmarks/codec.py": "--repeats 1 --rollouts 8 --no-growth",
-    "benchmarks/reward.py": "--repeats 1 --rollouts 8",
-    "benchmarks/rollout.py": "--repeats 1 --rollouts 8 --codes 40 --no-growth",
-    "benchmarks/train_step.py": "--repeats 1 --steps 1 --per_device_train_batch_size 8 --max_completion_length 80",
+    "benchmarks/codec.py": "--threads 1 --repeats 1 --rollouts 8 --no-growth",
+    "benchmarks/reward.py": "--threads 1 --repeats 1 --rollouts 8",
+    "benchmarks/rollout.py": "--threads 1 --repeats 1 --rollouts 8 --codes 40 --no-growth",
+    "benchmarks/train_step.py": "--threads 1 --repeats 1 --steps 1 --per_device_train_batch_size 8",
 }
 NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
 

@@ -3,6 +3,10 @@ r"""Measure checkpoints on held-out texts: error rates by outside judges, prosod
     python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
       --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
 
+    python evaluation.py --task asr --models SFT=tiny/llasa_asr RL=llasa-asr --clips tiny/asr/heldout.parquet \
+      --temperature 0 --long_s 3 --output_dir report
+
+With --task asr the checkpoints transcribe --clips instead: evaluation_asr.py says what is measured.
 Writes results.json (every clip), results.md (the table) and report.html (one page with players, no other file
 needed), anew after each row. The texts, one row of numbers per checkpoint and temperature:
 
@@ -27,30 +31,19 @@ import numpy as np
 from tqdm import tqdm
 from transformers import set_seed
 
+import evaluation_asr
 from audio import audio_failure, load_audio
 from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
 from evaluation_report import summarize, write_reports
-from inference import (
-    DEFAULT_CODEC,
-    DEFAULT_WHISPER,
-    Policy,
-    Sample,
-    best_of,
-    check_codebook,
-    check_sampling,
-    decode_samples,
-    load_tokenizer,
-    read_text,
-    recorded,
-    whisper_rewards,
-)
+from inference import MAX_NEW_TOKENS, best_of, check_sampling, read_text, whisper_rewards
 from judges import load_judges
+from policy import DEFAULT_CODEC, DEFAULT_WHISPER, MIN_ROOM, Policy, Sample, load_tokenizer, recorded
 from reward_models.prosody import log_f0_std
 from reward_models.rollouts import is_repetitive
 from reward_whisper import CER_LANGUAGES, WhisperScorer, error_rate, language_code
 from run_record import provenance
-from speech_codec import SpeechCodec
-from speech_tokens import SAMPLE_RATE, tts_prompt
+from speech_codec import SpeechCodec, check_codebook, decode_rollouts
+from speech_tokens import SAMPLE_RATE, TASKS, asr_prompt, tts_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -158,9 +151,19 @@ Row = tuple[dict, list[np.ndarray]]  # for results.json, and the waveforms of th
 
 
 def measure(
-    bench: Bench, name: str, items: list[Item], produce: Callable[[], Produced], seeds: list[int] | None = None, **about
+    bench: Bench,
+    name: str,
+    items: list[Item],
+    produce: Callable[[], Produced],
+    seeds: list[int] | None = None,
+    reader: Policy | None = None,
+    **about,
 ) -> Row:
-    """One row of the results, its metrics apart. Without seeds nothing is random and one pass is enough."""
+    """One row of the results, its metrics apart. Without seeds nothing is random and one pass is enough.
+
+    Args:
+        reader: the policy that spoke, if it is to read its own codes back.
+    """
     clips, first_wavs, compute_s = [], None, 0.0
     for seed in seeds or [None]:
         if seed is not None:
@@ -168,7 +171,10 @@ def measure(
         start = time.perf_counter()
         samples, wavs = produce()
         compute_s += time.perf_counter() - start
-        clips += judge_clips(bench.judges, items, samples, wavs, seed)
+        judged = judge_clips(bench.judges, items, samples, wavs, seed)
+        if reader is not None:
+            read_back(reader, items, samples, judged, bench.args)
+        clips += judged
         first_wavs = wavs if first_wavs is None else first_wavs
     return {"name": name, **about, "seeds": seeds or [None], "compute_s": compute_s, "clips": clips}, first_wavs
 
@@ -208,6 +214,35 @@ def judge_clips(
     return clips
 
 
+def read_back(
+    policy: Policy, items: list[Item], samples: list[Sample], clips: list[dict], args: argparse.Namespace
+) -> None:
+    """Text -> speech -> text by one model: what it reads in its own codes, as the judge "itself" of each clip."""
+    policy.turn_to("asr")
+    frame = len(policy.encode([asr_prompt([0])], args.max_length)[0]) - 1
+    longest = min(args.max_length, policy.model.config.max_position_embeddings) - frame - MIN_ROOM
+    spoken = [sample.codes[:longest] for sample in samples if sample.codes]
+    read = iter(
+        policy.transcribe(
+            [asr_prompt(codes) for codes in spoken],
+            max_length=args.max_length,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+        )
+    )
+    policy.turn_to("tts")
+    for item, sample, clip in zip(items, samples, clips, strict=True):
+        hyp_text = next(read).text if sample.codes else ""
+        errors = error_rate(item.text, hyp_text, item.language)
+        clip["judges"]["itself"] = {
+            "hyp_text": hyp_text,
+            "error_rate": errors.rate,
+            "edits": errors.edits,
+            "ref_length": errors.ref_length,
+            "nll": None,
+        }
+
+
 def number_or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
@@ -223,6 +258,7 @@ def model_rows(bench: Bench, models: dict[str, str], items: list[Item], prompts:
         for temperature in args.temperature:
             label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
             about = {"seeds": args.seeds, "model": path, "temperature": temperature}
+            about["reader"] = policy if args.cycle else None
             produce = partial(speak, bench, policy, prompts, temperature, label)
             yield measure(bench, label, items, produce, best_of=1, **about)
             if model == 0 and temperature == args.temperature[0] and args.best_of > 1:
@@ -238,7 +274,7 @@ def reference_rows(bench: Bench, items: list[Item], wavs: list[np.ndarray]) -> I
 
     def resynthesise() -> Produced:
         samples = [Sample(codes, ended=True) for codes in bench.codec.encode(wavs)]
-        return samples, decode_samples(bench.codec, samples)
+        return samples, decode_rollouts(bench.codec, [sample.codes for sample in samples])
 
     yield measure(bench, "codec resynthesis", items, resynthesise, **about)
 
@@ -259,7 +295,7 @@ def speak(bench: Bench, policy: Policy, prompts: list, temperature: float, label
         batch_size=bench.args.batch_size,
         progress=label,
     )
-    return samples, decode_samples(bench.codec, samples)
+    return samples, decode_rollouts(bench.codec, [sample.codes for sample in samples])
 
 
 def speak_best(
@@ -292,8 +328,10 @@ def named_models(models: list[str]) -> dict[str, str]:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, best_of=1, batch_size=1, max_length=1, num_players=0)
+    check_at_least(args, best_of=1, batch_size=1, max_length=1, max_new_tokens=1, num_players=0)
     check_sampling(args.temperature, args.top_p)
+    if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
+        raise ValueError("--task tts takes --texts, --task asr takes --clips")
     for name in ("seeds", "temperature", "judge"):
         given = getattr(args, name) or []
         if len(set(given)) < len(given):
@@ -305,6 +343,15 @@ def main(args: argparse.Namespace) -> dict:
     with bad_input_exits():
         check_args(args)
         models = named_models(args.models)
+        check_writable(Path(args.output_dir))
+        args.device = pick_device(args.device)
+        for path in models.values():
+            load_tokenizer(path)
+    return (evaluation_asr.evaluate if args.task == "asr" else evaluate_speech)(args, models)
+
+
+def evaluate_speech(args: argparse.Namespace, models: dict[str, str]) -> dict:
+    with bad_input_exits():
         items = read_items(args.texts, args.language)
         references = read_items(args.references, args.language) if args.references else []
         without_audio = [item.id for item in references if item.audio is None]
@@ -312,8 +359,6 @@ def main(args: argparse.Namespace) -> dict:
             raise ValueError(f"{args.references}: no audio for {without_audio[0]!r}; --references needs readings")
         everything = items + references
         units = units_of(everything)
-        check_writable(Path(args.output_dir))
-        args.device = pick_device(args.device)
         tokens = [load_tokenizer(path)[1] for path in models.values()]
         first = next(iter(models.values()))
         whisper = args.whisper or recorded(first, "whisper", DEFAULT_WHISPER)
@@ -322,7 +367,7 @@ def main(args: argparse.Namespace) -> dict:
         scorer = (judges.get(whisper) or WhisperScorer(whisper, args.device)) if args.best_of > 1 else None
         codec = SpeechCodec.from_pretrained(args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC), args.device)
         for model_tokens in tokens:
-            check_codebook(model_tokens, codec)
+            check_codebook(codec, model_tokens)
         natural = [load_audio(item.audio) for item in references]
         prompts = voice_prompts(codec, items)
 
@@ -350,7 +395,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="[NAME=]PATH", help="checkpoints; the first is the baseline")
-    add("--texts", required=True, help="a .txt, .jsonl or .lst file, see above")
+    add("--task", choices=TASKS, default="tts", help="tts: text to speech; asr: speech to text")
+    add("--texts", help="tts: a .txt, .jsonl or .lst file, see above")
+    add("--clips", help="asr: a data set of create_dataset.py, or of audio and text; text '' where nothing is said")
+    add("--split", default="train", help="of --clips")
+    add("--long_s", type=float, default=20.0, help="asr: clips above so many seconds are reported apart")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="asr: tokens of a transcript")
     add(
         "--references", help="a .jsonl or .lst file with natural readings: rows for them, as they are and resynthesised"
     )
@@ -362,17 +412,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="extend",
         help="Whisper names or paths, and pocketsphinx; default: the reward's Whisper",
     )
-    add("--temperature", type=float, nargs="+", default=[1.0], help="several give a row each; 0 is greedy")
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        help="several give a row each; 0 is greedy. Default: 1 for tts, 0 for asr",
+    )
+    add(
+        "--cycle",
+        action="store_true",
+        help='tts: each checkpoint reads its own speech back, as the judge "itself"; for models of --task both',
+    )
     add("--best_of", type=int, default=1, help="from 2 on: a row for the baseline's best of so many, by the reward")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
-    add("--max_length", type=int, default=2048, help="tokens of prompt and speech together")
+    add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
     add("--batch_size", type=int, default=16, help="clips sampled at a time")
     add("--num_players", type=int, default=8, help="texts to listen to on the page")
     add("--language", default="en", help="of texts that do not say")
     add("--device", default="auto", help="auto is a GPU where there is one")
     add("--codec_id", help=f"default: what the first model's run.json says, else {DEFAULT_CODEC}")
     add("--whisper", help=f"the reward's; default: what the first model's run.json says, else {DEFAULT_WHISPER}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.temperature = args.temperature or [0.0 if args.task == "asr" else 1.0]
+    return args
 
 
 if __name__ == "__main__":

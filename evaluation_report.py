@@ -138,6 +138,7 @@ EXPLANATIONS = {
     "together, by what the judge heard. An empty or silent clip counts all its words as deleted. In brackets the 95 % "
     "bootstrap interval over texts. CER is the same with characters.",
     "by seed": "Mean ± standard deviation of the error rates of the seeds.",
+    "by itself": "What the checkpoint that spoke reads in its own codes (--cycle).",
     "vs first": "Relative change of the error rate from the first row, with its 95 % interval paired by text: "
     "below 0 throughout is a gain.",
     "NLL": "How surprised the judge is by the true text, in nats per token; a failed clip counts 20.",
@@ -277,7 +278,8 @@ def page(results: dict, players: dict[str, list[tuple]], curves: dict[str, bytes
 
 def bars(rows: list[dict], judge: str) -> str:
     """The error rates with their intervals, on one scale from 0."""
-    judged = [(row["name"], row["metrics"]["judges"][judge]) for row in rows]
+    judged = [(row["name"], row["metrics"]["judges"].get(judge)) for row in rows]
+    judged = [(name, metrics) for name, metrics in judged if metrics]  # a recording has nobody to read itself back
     scale = 100 / max(0.01, *(metrics["interval"][1] for _, metrics in judged))
     lines = []
     for name, metrics in judged:

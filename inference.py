@@ -1,211 +1,34 @@
-"""Say texts with a Llasa checkpoint: text, and a voice prompt if there is one, to wav.
+"""Use a Llasa checkpoint: text, and a voice prompt if there is one, to wav; or the other way round, speech to text.
 
     python inference.py --model_name_or_path llasa-grpo-exp1 --text "…" --output sample.wav
+    python inference.py --task asr --model_name_or_path llasa-asr --audio a.wav b.flac --output transcripts.jsonl
 
 One random seed serves the whole run, so the same command writes the same clips on the same machine; another
 --batch_size draws others. Exit codes: 0 something was written; 1 nothing could be; 2 the input was wrong.
 
-Differs from Llasa's model card: the policy is confined to speech codes and END (the distribution it was trained
-on), and a voice prompt's own codes are never decoded, so the wav starts with the new text.
+Differs from Llasa's model card: the policy is confined to speech codes and END, or text and END (the distribution it
+was trained on), and a voice prompt's own codes are never decoded, so the wav starts with the new text.
 """
 
 import argparse
 import json
 import logging
 import math
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import set_seed
 
 from audio import load_audio, save_audio
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, first_line, pick_device
-from speech_tokens import (
-    CODES_PER_SECOND,
-    TEXT_UNDERSTANDING_END,
-    TEXT_UNDERSTANDING_START,
-    SpeechTokens,
-    prepare_model,
-    prepare_tokenizer,
-    prompt_ids,
-    tts_prompt,
-)
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
+from policy import DEFAULT_CODEC, DEFAULT_WHISPER, Policy, Sample, Transcript, recorded
+from speech_tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CODEC = "HKUSTAudio/xcodec2"
-DEFAULT_WHISPER = "large-v3"
-MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech
-
-
-@dataclass
-class Sample:
-    """A rollout: its speech codes, and whether END came before the context ran out."""
-
-    codes: list[int]
-    ended: bool
-
-
-@dataclass
-class Policy:
-    """A Llasa checkpoint that samples speech codes for the prompts of `tts_prompt`."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    tokens: SpeechTokens
-
-    @classmethod
-    def from_pretrained(cls, id_or_path: str, device: str = "auto", dtype: torch.dtype | str = "auto") -> "Policy":
-        """Load a model folder, a LoRA adapter folder or a Hub id, ready to sample.
-
-        Args:
-            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-        Raises:
-            ValueError: no such model, or not a Llasa one.
-        """
-        device = pick_device(device)
-        if dtype == "auto":
-            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        tokenizer, tokens = load_tokenizer(id_or_path)  # before the weights: a wrong model is known at once
-        try:
-            model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
-        except OSError as error:  # what transformers raises for files that are not there
-            raise ValueError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
-        # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
-        model.generation_config = GenerationConfig()
-        prepare_model(model, tokenizer, tokens)
-        return cls(model.to(device).eval(), tokenizer, tokens)
-
-    def encode(self, prompts: list[list[dict[str, str]]], max_length: int = 2048) -> list[list[int]]:
-        """Prompts to token ids.
-
-        Raises:
-            ValueError: a prompt that leaves less than a second of the context for its speech.
-        """
-        ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
-        for prompt, row in zip(prompts, ids, strict=True):
-            if len(row) + MIN_ROOM > limit:
-                text = prompt[-1]["content"].split(TEXT_UNDERSTANDING_START)[-1].removesuffix(TEXT_UNDERSTANDING_END)
-                raise ValueError(
-                    f"the text {text[:60]!r} … is too long: its prompt takes {len(row)} tokens (voice prompt "
-                    f"included) of {limit}, which leaves no room for a second of speech ({MIN_ROOM} codes). "
-                    "Shorten or split it, shorten the voice prompt, or raise --max_length as far as the "
-                    f"model's context of {self.model.config.max_position_embeddings} goes"
-                )
-        return ids
-
-    @torch.inference_mode()
-    def sample(
-        self,
-        prompts: list[list[dict[str, str]]],
-        *,
-        temperature: float = 0.8,
-        top_p: float = 1.0,
-        max_length: int = 2048,
-        batch_size: int = 16,
-        progress: str | None = None,
-    ) -> list[Sample]:
-        """One rollout per prompt, in order. Random: call `transformers.set_seed` before.
-
-        Args:
-            prompts: from `tts_prompt`; a repeated one gives another rollout.
-            temperature: 0 takes the likeliest code each time.
-            max_length: tokens of prompt and speech together; the model's context caps it.
-            progress: label of a progress bar.
-        Raises:
-            ValueError: a prompt too long for the context; nothing has been sampled then.
-        """
-        ids, limit = self.encode(prompts, max_length), self._limit(max_length)
-        samples = [None] * len(ids)
-        # Neighbours in length end at about the same step, so little is spent on padding.
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in trange(0, len(ids), batch_size, desc=progress, disable=progress is None):
-            batch = by_length[start : start + batch_size]
-            completions = self._generate([ids[i] for i in batch], limit, temperature, top_p)
-            for i, completion in zip(batch, completions, strict=True):
-                samples[i] = Sample(*self.tokens.codes(completion))
-        return samples
-
-    def _limit(self, max_length: int) -> int:
-        return min(max_length, self.model.config.max_position_embeddings)
-
-    def _generate(self, ids: list[list[int]], limit: int, temperature: float, top_p: float) -> list[list[int]]:
-        """Completion ids (END included, padding not) of one left-padded batch."""
-        rows = [torch.tensor(row) for row in ids]
-        pad_id = self.tokenizer.pad_token_id
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        output = self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            # The shortest prompt may speak for the longest; the others are cut below, so that what a text
-            # may take does not depend on its neighbours.
-            max_new_tokens=limit - min(map(len, ids)),
-            eos_token_id=self.tokens.end_id,
-            pad_token_id=pad_id,
-            **(sampling if temperature > 0 else {"do_sample": False}),
-        )
-        completions = output[:, input_ids.shape[1] :].tolist()
-        return [completion[: limit - len(row)] for row, completion in zip(ids, completions, strict=True)]
-
-
-def load_tokenizer(id_or_path: str) -> tuple[object, SpeechTokens]:
-    """A model's tokenizer, ready for prompts, and where its codes are; ValueError if it is not a Llasa's."""
-    check_model_exists(id_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(id_or_path)
-    except OSError as error:
-        raise ValueError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
-    return tokenizer, prepare_tokenizer(tokenizer)
-
-
-def check_model_exists(id_or_path: str) -> None:
-    """Raise ValueError for what is neither a model folder nor of the shape of a Hub id (owner/name)."""
-    folder = Path(id_or_path)
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{id_or_path}: no model in this folder: it has no config.json or adapter_config.json")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", id_or_path) or folder.parent.is_dir():
-        raise ValueError(
-            f"no such model: {id_or_path!r}. Give a folder saved by train.py, tiny/llasa, or a Hub id "
-            "such as HKUSTAudio/Llasa-1B-Multilingual"
-        )
-
-
-def recorded(model: str, key: str, default: str) -> str:
-    """What the model's run was made with: `key` ("codec_id", "whisper") of its run.json, else `default`.
-
-    A path that is not there from the working directory is tried from the project's folder.
-    """
-    for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
-        if (folder / "run.json").is_file():
-            value = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(key)
-            if value:
-                ours = Path(__file__).parent / value
-                return str(ours) if ours.exists() and not Path(value).exists() else value
-    return default
-
-
-def check_codebook(tokens: SpeechTokens, codec) -> None:
-    if tokens.num_codes != codec.codebook_size:
-        raise ValueError(
-            f"the policy has {tokens.num_codes} speech codes and the codec {codec.codebook_size}: "
-            "they do not belong together; give the policy's codec with --codec_id"
-        )
-
-
-def decode_samples(codec, samples: list[Sample]) -> list[np.ndarray]:
-    """Rollouts to float32 waveforms at 16 kHz, in order; one without codes has no samples, shape (0,)."""
-    spoken = [sample.codes for sample in samples if sample.codes]
-    wavs = iter(codec.decode(spoken) if spoken else [])
-    return [next(wavs) if sample.codes else np.zeros(0, np.float32) for sample in samples]
+# --task asr: of one transcript; 30 s of fast speech are some 150 words
+MAX_NEW_TOKENS = 256
 
 
 def whisper_rewards(
@@ -272,8 +95,12 @@ def check_sampling(temperatures: list[float], top_p: float) -> None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1)
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_new_tokens=1)
     check_sampling([args.temperature], args.top_p)
+    spoken = args.text is not None or args.text_file is not None
+    if spoken != (args.task == "tts"):
+        given = "--text or --text_file" if spoken else "--audio or --dataset"
+        raise ValueError(f"{given} is for --task {'tts' if spoken else 'asr'}; this is --task {args.task}")
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ValueError(
             "a voice prompt needs both --ref_audio and --ref_text (what is said in it); only "
@@ -296,23 +123,23 @@ def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs
     return written
 
 
-def main(args: argparse.Namespace) -> None:
-    from speech_codec import SpeechCodec  # here: --help and bad input need not wait for it
+def speak(args: argparse.Namespace) -> None:
+    # Here: --help and bad input need not wait for it
+    from speech_codec import SpeechCodec, check_codebook, decode_rollouts
 
     with bad_input_exits():
-        check_args(args)
         texts = read_texts(args)
         for text in texts:
             tts_prompt(text)
         ref_wav = load_audio(args.ref_audio) if args.ref_audio else None
-        paths = output_paths(args.output, len(texts), args.num_samples)
+        paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
         check_writable(paths[0].parent)
 
         device = pick_device(args.device)
         policy = Policy.from_pretrained(args.model_name_or_path, device)
         codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
         codec = SpeechCodec.from_pretrained(codec_id, device)
-        check_codebook(policy.tokens, codec)
+        check_codebook(codec, policy.tokens)
         ref_codes = None if ref_wav is None else codec.encode([ref_wav])[0]
         prompts = [tts_prompt(text, args.ref_text, ref_codes) for text in texts]
         policy.encode(prompts, args.max_length)  # a text too long is known before Whisper is loaded
@@ -333,7 +160,7 @@ def main(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress="sampling",
     )
-    wavs = decode_samples(codec, samples)
+    wavs = decode_rollouts(codec, [sample.codes for sample in samples])
     if scorer is not None:
         repeated = [text for text in texts for _ in range(times)]
         rewards = whisper_rewards(scorer, samples, wavs, repeated, [args.language] * len(repeated))
@@ -345,6 +172,81 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+# --- Speech to text ---------------------------------------------------------------------------------------
+
+
+def speech_to_read(args: argparse.Namespace, codec_id: str, device: str) -> tuple[list[dict], list[list[int]]]:
+    """What names each clip in the output (its "audio", or "index" and "id" in the data set), and its codes."""
+    from speech_codec import SpeechCodec
+
+    if args.audio is not None:
+        wavs = [load_audio(path) for path in args.audio]
+        codec = SpeechCodec.from_pretrained(codec_id, device)
+        return [{"audio": path} for path in args.audio], codec.encode(wavs)
+    from dataset_io import load_any_dataset
+
+    rows = load_any_dataset(args.dataset, args.split)
+    if "audio_codes" not in rows.column_names:
+        raise ValueError(f"{args.dataset} has no column 'audio_codes'; make it with create_dataset.py, or give --audio")
+    names = [{"index": i} for i in range(len(rows))]
+    if "id" in rows.column_names:
+        names = [name | {"id": row_id} for name, row_id in zip(names, rows["id"], strict=True)]
+    return names, list(rows["audio_codes"])
+
+
+def read(args: argparse.Namespace) -> None:
+    """Transcripts to the terminal (of --audio) and to --output, one line of JSON per clip."""
+    with bad_input_exits():
+        output = args.output and Path(args.output)
+        if args.dataset is not None and output is None:
+            raise ValueError("--dataset: give --output a .jsonl file for the transcripts")
+        if output is not None:
+            if output.suffix != ".jsonl":
+                raise ValueError(f"--output {output}: transcripts are written to a .jsonl file")
+            check_writable(output.parent)
+        device = pick_device(args.device)
+        codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
+        names, codes = speech_to_read(args, codec_id, device)
+        policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr")
+        for clip in codes:
+            policy.tokens.ids(clip)  # another codec's codes
+        prompts = [asr_prompt(clip) for clip in codes for _ in range(args.num_samples)]
+        policy.encode(prompts, args.max_length)
+
+    set_seed(args.seed)
+    transcripts = policy.transcribe(
+        prompts,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_length=args.max_length,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        progress="transcribing",
+    )
+    write_transcripts(output, names, transcripts, args.num_samples, shown=args.audio is not None)
+
+
+def write_transcripts(
+    output: Path | None, names: list[dict], transcripts: list[Transcript], num_samples: int, shown: bool
+) -> None:
+    lines = []
+    for number, name in enumerate(names):
+        own = transcripts[number * num_samples : (number + 1) * num_samples]
+        texts, ended = [one.text for one in own], [one.ended for one in own]
+        lines.append(json.dumps({**name, "transcripts": texts, "ended": ended}, ensure_ascii=False) + "\n")
+        for one in own if shown else ():
+            logger.info("%s  %r%s", name["audio"], one.text, "" if one.ended else "  (never ended, cut)")
+    if output is not None:
+        output.write_text("".join(lines), encoding="utf-8")
+        logger.info("%d clips, %d transcripts each: %s", len(names), num_samples, output)
+
+
+def main(args: argparse.Namespace) -> None:
+    with bad_input_exits():
+        check_args(args)
+    (read if args.task == "asr" else speak)(args)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -352,26 +254,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="what to say; may be given several times")
     source.add_argument("--text_file", help="a UTF-8 file with one text a line; - is stdin")
+    source.add_argument("--audio", nargs="+", help="--task asr: clips to transcribe (wav, flac, ogg, mp3)")
+    source.add_argument("--dataset", help="--task asr: a data set with speech codes, from create_dataset.py")
+    add("--task", choices=TASKS, default="tts", help="tts: text to speech; asr: speech to text")
     add(
         "--output",
-        default="sample.wav",
-        help="a .wav file; several clips are numbered from it, text by text: sample_000.wav, sample_001.wav, "
-        "with --num_samples sample_000_0.wav, sample_000_1.wav. Anything else is a folder for such clips",
+        help="tts: a .wav file (default sample.wav); several clips are numbered from it, text by text: "
+        "sample_000.wav, sample_001.wav, with --num_samples sample_000_0.wav, sample_000_1.wav. Anything else is a "
+        "folder for such clips. asr: a .jsonl file with the transcripts, a line a clip, which select_rl_data.py reads",
     )
+    add("--split", default="train", help="of --dataset")
     add("--ref_audio", help="voice prompt: the clip to speak like (wav, flac, ogg, mp3)")
     add("--ref_text", help="voice prompt: what is said in --ref_audio")
-    add("--num_samples", type=int, default=1, help="clips per text")
+    add("--num_samples", type=int, default=1, help="clips per text, or transcripts per clip")
     add("--best_of", type=int, default=1, help="draw so many for each clip and keep Whisper's favourite")
-    add("--temperature", type=float, default=0.8, help="of sampling; 0 takes the likeliest code")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
-    add("--max_length", type=int, default=2048, help="tokens of prompt and speech together")
+    add("--temperature", type=float, help="of sampling; 0 takes the likeliest token. Default: 0.8 for tts, 0 for asr")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this share")
+    add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
+    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="asr: tokens of a transcript")
     add("--seed", type=int, default=0, help="of sampling")
     add("--batch_size", type=int, default=16, help="clips sampled at a time")
     add("--device", default="auto", help="auto is a GPU where there is one")
     add("--language", default="en", help="of the texts, for --best_of")
     add("--codec_id", help=f"default: what the model's run.json says, else {DEFAULT_CODEC}")
     add("--whisper", help=f"for --best_of; default: what the model's run.json says, else {DEFAULT_WHISPER}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature is None:
+        args.temperature = 0.0 if args.task == "asr" else 0.8
+    return args
 
 
 if __name__ == "__main__":

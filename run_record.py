@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from audio import save_audio
-
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
 # What the reward curve shows where it was logged: (log key, label)
 CURVES = (
     ("reward", "reward"),
-    ("wer", "WER (reward ASR)"),
+    ("wer", "WER of the rollouts"),
     ("nll", "NLL per token"),
     ("duration_s", "duration, s"),
     ("log_f0_std", "spread of ln F0"),
+    ("share_hallucination", "hallucinations"),
+    ("insertions", "insertions per word"),
+    ("deletions", "deletions per word"),
     ("kl", "KL to the reference"),
-    ("entropy", "entropy per code"),
+    ("entropy", "entropy per token"),
     ("loss", "loss"),
 )
 
@@ -95,28 +96,11 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
 
 
 class SampleSaver(TrainerCallback):
-    """Every `every` steps, the first rollouts of the batch as wav, with their texts and transcripts."""
+    """Every `every` steps, the first rollouts of the batch: what the listener (or reader) heard last."""
 
     def __init__(self, listener, every: int, count: int):
         self.listener, self.every, self.count = listener, every, count
 
     def on_step_end(self, args, state, control, **_):
-        rollouts = self.listener.rollouts
-        if not self.every or state.global_step % self.every or rollouts is None or not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "transcripts.jsonl").open("w") as lines:
-            for i in range(min(self.count, len(rollouts.codes))):
-                score = rollouts.scores[i]
-                if rollouts.failures[i] not in ("empty", "non_finite"):
-                    save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
-                record = {
-                    "rollout": i,
-                    "text": rollouts.texts[i],
-                    "heard": score.hyp_text,
-                    "wer": score.wer,
-                    "nll": score.nll,
-                    "failure": rollouts.failures[i],
-                }
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
+            self.listener.save_last(Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}", self.count)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from codec_batching import decode_ragged
-from speech_tokens import HOP_LENGTH, SAMPLE_RATE
+from speech_tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 
 # How clips are put into forward passes, from the shortest to the longest: the next one joins if the pass stays within
 # BATCH_CODES and the padding this adds within PADDING_CODES. Both are in codes (50 a second), and padding counts.
@@ -167,6 +167,21 @@ class SpeechCodec:
             for i, wav in zip(batch, audio.float().cpu().numpy(), strict=True):
                 wavs[i] = wav[: len(codes[i]) * HOP_LENGTH]
         return wavs
+
+
+def decode_rollouts(codec: SpeechCodec, codes: list[list[int]]) -> list[np.ndarray]:
+    """As `SpeechCodec.decode`, for a policy that may have said nothing: without codes no samples, shape (0,)."""
+    spoken = [ids for ids in codes if ids]
+    wavs = iter(codec.decode(spoken) if spoken else [])
+    return [next(wavs) if ids else np.zeros(0, np.float32) for ids in codes]
+
+
+def check_codebook(codec: SpeechCodec, tokens: SpeechTokens) -> None:
+    if codec.codebook_size != tokens.num_codes:
+        raise ValueError(
+            f"the codec has {codec.codebook_size} codes and the policy speaks {tokens.num_codes}: "
+            "they do not belong together; give the policy's codec with --codec_id"
+        )
 
 
 def _batches(lengths: list[int], batch_codes: int, padding_codes: int) -> list[list[int]]:

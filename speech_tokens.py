@@ -1,13 +1,19 @@
-"""The Llasa format: special tokens, the prompt, and codes as token ids. Written here and nowhere else.
+"""The Llasa format: special tokens, the prompts, and codes as token ids. Written here and nowhere else.
 
 A Llasa policy is a Llama whose tokenizer carries one plain added token `<|s_N|>` per speech code and eight
-markers. A text-to-speech prompt is a user turn followed by the *opening* of the assistant's turn:
+markers. A prompt is a user turn followed by the *opening* of the assistant's turn. Text to speech ("tts"):
 
     user       Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>
     assistant  <|SPEECH_GENERATION_START|>{codes of the voice prompt, if any}
 
-and the policy answers with codes and `<|SPEECH_GENERATION_END|>` (Llasa, arXiv 2502.04128). TRL renders every
-prompt with a generation prompt after it, so the opening of the assistant's turn lives in the chat template
+and the policy answers with codes and `<|SPEECH_GENERATION_END|>` (Llasa, arXiv 2502.04128). Recognition ("asr", the
+same model the other way round, its §4.3; the paper does not print this prompt, it is the first one mirrored):
+
+    user       Convert the speech to text:<|SPEECH_UNDERSTANDING_START|>{codes}<|SPEECH_UNDERSTANDING_END|>
+    assistant  <|TEXT_GENERATION_START|>
+
+and the policy answers with text and `<|TEXT_GENERATION_END|>`. TRL renders every prompt with a generation prompt
+after it, so the opening of the assistant's turn travels with the user's message and is written by the chat template
 (`prepare_tokenizer`); an assistant message at the end of the prompt would be closed and ignored.
 """
 
@@ -20,30 +26,31 @@ SAMPLE_RATE = 16_000  # Hz: the codec's and Whisper's
 HOP_LENGTH = 320  # samples per code
 CODES_PER_SECOND = SAMPLE_RATE // HOP_LENGTH  # 50, so 256 new tokens are 5.1 s of speech
 
+TEXT_GENERATION_START = "<|TEXT_GENERATION_START|>"
+TEXT_GENERATION_END = "<|TEXT_GENERATION_END|>"
 TEXT_UNDERSTANDING_START = "<|TEXT_UNDERSTANDING_START|>"
 TEXT_UNDERSTANDING_END = "<|TEXT_UNDERSTANDING_END|>"
 SPEECH_GENERATION_START = "<|SPEECH_GENERATION_START|>"
 SPEECH_GENERATION_END = "<|SPEECH_GENERATION_END|>"
+SPEECH_UNDERSTANDING_START = "<|SPEECH_UNDERSTANDING_START|>"
+SPEECH_UNDERSTANDING_END = "<|SPEECH_UNDERSTANDING_END|>"
 # In the order of their ids in Llasa-1B: 128256 … 128263; `<|s_0|>` follows at 128264.
 SPECIAL_TOKENS = (
-    "<|TEXT_GENERATION_START|>",
-    "<|TEXT_GENERATION_END|>",
+    TEXT_GENERATION_START,
+    TEXT_GENERATION_END,
     TEXT_UNDERSTANDING_START,
     TEXT_UNDERSTANDING_END,
     SPEECH_GENERATION_START,
     SPEECH_GENERATION_END,
-    "<|SPEECH_UNDERSTANDING_START|>",
-    "<|SPEECH_UNDERSTANDING_END|>",
+    SPEECH_UNDERSTANDING_START,
+    SPEECH_UNDERSTANDING_END,
 )
+TASKS = ("tts", "asr")
 
 # Llama-3.2's own template writes today's date into the system turn unless it is given one: a policy
 # trained in May would see another prompt in June.
 _DATE_PIN = "{%- set date_string = '26 Jul 2024' %}"
-_OPEN_SPEECH = (
-    "{%- if add_generation_prompt %}"
-    "{{- '" + SPEECH_GENERATION_START + "' + (messages[-1]['ref_speech'] or '') }}"
-    "{%- endif %}"
-)
+_OPEN_ANSWER = "{%- if add_generation_prompt %}{{- messages[-1]['opening'] }}{%- endif %}"
 
 
 def code_token(code: int) -> str:
@@ -61,7 +68,7 @@ def tts_prompt(
         ref_codes: codes of the voice prompt; the assistant's turn opens with them, so the policy
             continues in that voice.
     Returns:
-        One user message. `ref_speech` is read by the chat template that `prepare_tokenizer` sets.
+        One user message. `opening` is read by the chat template that `prepare_tokenizer` sets.
     Raises:
         ValueError: an empty text, a text with a `<|…|>` marker in it, or half a voice prompt.
     """
@@ -79,29 +86,41 @@ def tts_prompt(
         if re.search(r"<\|[^|]*\|>", value):
             raise ValueError(f"{name} holds a control token: {value!r}; give plain text without <|…|>")
     content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{spoken}{TEXT_UNDERSTANDING_END}"
-    return [
-        {
-            "role": "user",
-            "content": content,
-            "ref_speech": "".join(map(code_token, ref_codes or [])),
-        }
-    ]
+    opening = SPEECH_GENERATION_START + "".join(map(code_token, ref_codes or []))
+    return [{"role": "user", "content": content, "opening": opening}]
+
+
+def asr_prompt(codes: list[int]) -> list[dict[str, str]]:
+    """The conversation that asks for what is said in `codes`, as text; one user message, as from `tts_prompt`.
+
+    Raises:
+        ValueError: no codes.
+    """
+    if not codes:
+        raise ValueError("there is no speech to read: the list of codes is empty")
+    speech = "".join(map(code_token, codes))
+    content = f"Convert the speech to text:{SPEECH_UNDERSTANDING_START}{speech}{SPEECH_UNDERSTANDING_END}"
+    return [{"role": "user", "content": content, "opening": TEXT_GENERATION_START}]
 
 
 @dataclass(frozen=True)
 class SpeechTokens:
-    """Where the speech codes live in a tokenizer's vocabulary.
+    """Where speech codes and text live in a tokenizer's vocabulary.
 
     Attributes:
         start_id, end_id: SPEECH_GENERATION_START and _END.
         first_code_id: id of `<|s_0|>`; code c is `first_code_id + c`.
         num_codes: size of the codebook (65,536 for XCodec2).
+        num_text_ids: text is the ids [0, num_text_ids), the vocabulary without any added token.
+        text_end_id: TEXT_GENERATION_END.
     """
 
     start_id: int
     end_id: int
     first_code_id: int
     num_codes: int
+    num_text_ids: int
+    text_end_id: int
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "SpeechTokens":
@@ -125,12 +144,37 @@ class SpeechTokens:
                 f"the speech codes of {tokenizer.name_or_path!r} are not one run of ids from <|s_0|> on; "
                 "only Llasa's layout is supported"
             )
-        return cls(vocab[SPEECH_GENERATION_START], vocab[SPEECH_GENERATION_END], first, len(codes))
+        if min(vocab.values()) < tokenizer.vocab_size:
+            raise ValueError(
+                f"the added tokens of {tokenizer.name_or_path!r} do not follow its text vocabulary of "
+                f"{tokenizer.vocab_size}; only Llasa's layout is supported"
+            )
+        return cls(
+            start_id=vocab[SPEECH_GENERATION_START],
+            end_id=vocab[SPEECH_GENERATION_END],
+            first_code_id=first,
+            num_codes=len(codes),
+            num_text_ids=tokenizer.vocab_size,
+            text_end_id=vocab[TEXT_GENERATION_END],
+        )
 
     @property
     def speech_ids(self) -> list[int]:
         """All that a speaking policy may sample: END and the codes."""
         return [self.end_id, *range(self.first_code_id, self.first_code_id + self.num_codes)]
+
+    @property
+    def text_ids(self) -> list[int]:
+        """All that a recognising policy may sample: text and TEXT_GENERATION_END."""
+        return [*range(self.num_text_ids), self.text_end_id]
+
+    def answer_ids(self, task: str) -> list[int]:
+        """All that a policy may sample in a task of TASKS; in "both", for training only, either."""
+        return {"tts": self.speech_ids, "asr": self.text_ids, "both": self.text_ids + self.speech_ids}[task]
+
+    def answer_end_id(self, task: str) -> int:
+        """What an answer ends with."""
+        return self.text_end_id if task == "asr" else self.end_id
 
     def ids(self, codes: list[int]) -> list[int]:
         """Codes to token ids; raises ValueError for a code outside the codebook."""
@@ -164,11 +208,11 @@ class SpeechTokens:
         return codes, ended
 
 
-def prepare_tokenizer(tokenizer) -> SpeechTokens:
-    """Make `tokenizer` render, stop and pad as a Llasa policy needs. In place, idempotent.
+def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
+    """Make `tokenizer` render, stop and pad as a Llasa policy needs in a task. In place, idempotent.
 
-    - the chat template opens the assistant's speech (see the module's docstring) and pins the date;
-    - EOS is SPEECH_GENERATION_END, which is what TRL cuts and counts completions by;
+    - the chat template opens the assistant's answer (see the module's docstring) and pins the date;
+    - EOS is the END of the task's answers, which is what TRL cuts and counts completions by;
     - the padding token is another one than EOS, else the end would be masked as padding.
 
     Raises:
@@ -177,10 +221,10 @@ def prepare_tokenizer(tokenizer) -> SpeechTokens:
     tokens = SpeechTokens.from_tokenizer(tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
-    if _OPEN_SPEECH not in tokenizer.chat_template:
-        tokenizer.chat_template = _DATE_PIN + tokenizer.chat_template + _OPEN_SPEECH
-    tokenizer.eos_token = SPEECH_GENERATION_END
-    if tokenizer.pad_token in (None, SPEECH_GENERATION_END):
+    if _OPEN_ANSWER not in tokenizer.chat_template:
+        tokenizer.chat_template = _DATE_PIN + tokenizer.chat_template + _OPEN_ANSWER
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokens.answer_end_id(task))
+    if tokenizer.pad_token in (None, SPEECH_GENERATION_END, TEXT_GENERATION_END):
         padding = [t for t in ("<|finetune_right_pad_id|>", "<|end_of_text|>") if t in tokenizer.get_vocab()]
         if not padding:
             raise ValueError(
@@ -192,14 +236,24 @@ def prepare_tokenizer(tokenizer) -> SpeechTokens:
 
 
 def prompt_ids(tokenizer, prompt: list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt from `tts_prompt`: the very call that TRL makes."""
+    """Token ids of a prompt from `tts_prompt` or `asr_prompt`: the very call that TRL makes."""
     return tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
 
 
-def prepare_model(model, tokenizer, tokens: SpeechTokens) -> None:
-    """Confine the model to speech codes and END, and write END and the padding token into its configs."""
-    confine_head(model, tokens.speech_ids)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokens.end_id
+def written_text(tokenizer, completion_ids: list[int], end_id: int) -> tuple[str, bool]:
+    """A completion's ids to the text before END, and whether END came.
+
+    Other control tokens are kept: what the policy wrote is to be seen as it is.
+    """
+    ended = end_id in completion_ids
+    written = completion_ids[: completion_ids.index(end_id)] if ended else completion_ids
+    return tokenizer.decode(written, skip_special_tokens=False).strip(), ended
+
+
+def prepare_model(model, tokenizer, tokens: SpeechTokens, task: str = "tts") -> None:
+    """Confine the model to what a task's answers are made of, and write END and padding into its configs."""
+    confine_head(model, tokens.answer_ids(task))
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokens.answer_end_id(task)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

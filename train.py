@@ -4,11 +4,14 @@
       --reward_config reward_models/prosody_reward.json --output_dir llasa-grpo-exp1
     python train.py --config configs/tiny.yaml                       # the small world, two CPU cores
     python train.py --method sft --dataset tokenized_dataset --output_dir llasa-sft
+    python train.py --task asr --dataset rl_data.parquet …           # the other way round: to understand
+
+--task asr: GRPO for recognition with rule-based rewards (arXiv 2509.18569), after --method sft --task asr, or both.
 
 Every flag of TRL's GRPOConfig (SFTConfig with --method sft) and ModelConfig is a flag here, and a key of --config.
 Differs from the paper: the NLL is a mean per token, as in every public code; PPO's clip is TRL's, and does nothing
 while each rollout serves one update; the policy is confined to speech codes and END. The paper states no number of
-steps, batch size or sampling settings.
+steps, batch size or sampling settings. arXiv 2509.18569 has groups of 12 for recognition, here 8 unless told.
 """
 
 import argparse
@@ -31,15 +34,16 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_p
 import memory
 from cli import bad_input_exits, check_writable
 from dataset_io import load_any_dataset
-from inference import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
-from reward_models import load_config, load_rewards, unknown_key
+from policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
+from reward_models import DEFAULT_CONFIG, load_config, load_rewards, unknown_key
+from reward_models.asr_rules import Reader
 from reward_models.rollouts import Listener
 from reward_whisper import WhisperScorer
 from run_record import SampleSaver, plot_curves, write_run
 from speech_codec import SpeechCodec
 from speech_tokens import prepare_model, prompt_ids
 from speech_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
-from training_data import grpo_rows, one_long_epoch, sft_rows
+from training_data import grpo_asr_rows, grpo_rows, one_long_epoch, sft_rows
 
 logger = logging.getLogger("train")
 
@@ -51,7 +55,17 @@ class ScriptArguments:
     dataset: str = field(default=None, metadata={"help": "Hub id, saved folder, or a .json/.jsonl/.csv/.parquet file."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
     method: str = field(default="grpo", metadata={"help": "grpo, or sft before it.", "choices": ["grpo", "sft"]})
-    reward_config: str = field(default="reward_models/whisper.json", metadata={"help": "Rewards and their weights."})
+    task: str = field(
+        default="tts",
+        metadata={
+            "help": "tts speaks, asr recognises; both makes a supervised example each way of every row (sft only).",
+            "choices": ["tts", "asr", "both"],
+        },
+    )
+    reward_config: str = field(
+        default=None,
+        metadata={"help": "Rewards and their weights; default: reward_models/whisper.json, for asr asr_rules.json."},
+    )
     codec_id: str = field(default=None, metadata={"help": "XCodec2; default: the policy's run.json, else the hub's."})
     whisper: str = field(default=None, metadata={"help": "Whisper of the reward; default likewise, else large-v3."})
     sample_steps: int = field(
@@ -61,7 +75,11 @@ class ScriptArguments:
     offload_rewards: bool = field(
         default=False, metadata={"help": "Keep codec and Whisper on the CPU while they do not listen."}
     )
-    max_length_total: int = field(default=2048, metadata={"help": "Llasa's context: prompt and speech, in tokens."})
+    max_length_total: int = field(default=2048, metadata={"help": "Llasa's context: prompt and answer, in tokens."})
+
+
+# Speech of up to 30 s, Whisper's window; what is said in 30 s
+MAX_COMPLETION_LENGTH = {"tts": 1500, "asr": 256}
 
 
 def _on_gpu() -> bool:
@@ -89,12 +107,12 @@ class GRPORecipe(GRPOConfig):
     cache_implementation: str = "static"
     # With vLLM: over 1,000 codes the default's ratio of whole sequences is about 0 (prepare_vllm)
     vllm_importance_sampling_mode: str = "token_truncate"
-    # Not stated there: 64 rollouts a step, each used once; speech of up to 30 s, Whisper's window
+    # Not stated there: 64 rollouts a step, each used once
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 8
     num_iterations: int = 1
     epsilon: float = 0.2
-    max_completion_length: int = 1500
+    max_completion_length: int | None = None  # filled in: MAX_COMPLETION_LENGTH of the task
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     num_train_epochs: float = 1.0
@@ -110,7 +128,7 @@ class GRPORecipe(GRPOConfig):
 
 @dataclass
 class SFTRecipe(SFTConfig):
-    """TRL's SFTConfig; the loss is on the speech codes and END only."""
+    """TRL's SFTConfig; the loss is on the answer only: speech codes, or text, and END."""
 
     output_dir: str = "llasa-sft"
     # Llasa (arXiv 2502.04128): lr 5e-5, cosine, warm-up 3 %, 2,048 tokens
@@ -175,7 +193,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOReci
         recipe = SFTRecipe if _method(argv) == "sft" else GRPORecipe
         parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=__doc__.split("\n\n")[0])
         _check_names(parser, argv)
-        return parser.parse_args_and_config(argv)
+        script, args, model_args = parser.parse_args_and_config(argv)
+        if script.method == "grpo":
+            if script.task == "both":
+                raise ValueError("--task both is for --method sft; GRPO trains one task at a time: give tts or asr")
+            script.reward_config = script.reward_config or DEFAULT_CONFIG[script.task]
+            args.max_completion_length = args.max_completion_length or MAX_COMPLETION_LENGTH[script.task]
+        return script, args, model_args
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -230,10 +254,14 @@ def prompts_per_step(args: GRPORecipe) -> int:
     return max(1, rollouts // args.num_generations // args.num_iterations)
 
 
-def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer) -> tuple[datasets.Dataset, int]:
+def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer, tokens) -> tuple[datasets.Dataset, int]:
     """The run's rows in the order they are used, and the tokens of its longest prompt and completion together."""
     rows = load_any_dataset(script.dataset, script.dataset_split)
-    rows = grpo_rows(rows, script.dataset, tokenizer, args.max_completion_length, script.max_length_total)
+    lengths = args.max_completion_length, script.max_length_total
+    if script.task == "asr":
+        rows = grpo_asr_rows(rows, script.dataset, tokenizer, tokens, *lengths)
+    else:
+        rows = grpo_rows(rows, script.dataset, tokenizer, *lengths)
     per_step = prompts_per_step(args)
     if len(rows) < per_step:
         raise ValueError(
@@ -247,28 +275,35 @@ def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer) -> tuple[
     return one_long_epoch(rows, steps * per_step, args.seed), longest
 
 
-def load_model(model_args: ModelConfig, tokenizer, tokens):
+def load_model(model_args: ModelConfig, tokenizer, tokens, task: str):
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         **{k: v for k, v in options.items() if v is not None},
     )
-    prepare_model(model, tokenizer, tokens)
+    prepare_model(model, tokenizer, tokens, task)
     return model
 
 
+def make_listener(script, args, tokenizer, tokens) -> Listener | Reader:
+    """What the rewards of the task look at; text needs neither codec nor Whisper."""
+    if script.task == "asr":
+        return Reader(tokenizer, tokens.text_end_id)
+    codec = SpeechCodec.from_pretrained(script.codec_id, device=args.device)
+    scorer = WhisperScorer(script.whisper, device=args.device)
+    return Listener(tokens, codec, scorer, args.num_generations, script.offload_rewards)
+
+
 def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int) -> SpeechGRPOTrainer:
-    device = args.device
-    codec = SpeechCodec.from_pretrained(script.codec_id, device=device)
-    scorer = WhisperScorer(script.whisper, device=device)
-    listener = Listener(tokens, codec, scorer, args.num_generations, script.offload_rewards)
-    rewards, args.reward_weights = load_rewards(script.reward_config, listener)
+    listener = make_listener(script, args, tokenizer, tokens)
+    rewards, args.reward_weights = load_rewards(script.reward_config, listener, script.task)
+    allowed_ids = tokens.answer_ids(script.task)
     if args.use_vllm:
-        prepare_vllm(args, tokens.speech_ids, tokens.end_id, script.max_length_total)
+        prepare_vllm(args, allowed_ids, tokens.answer_end_id(script.task), script.max_length_total)
     trainer = SpeechGRPOTrainer(
-        allowed_ids=tokens.speech_ids,
-        model=load_model(model_args, tokenizer, tokens),
+        allowed_ids=allowed_ids,
+        model=load_model(model_args, tokenizer, tokens, script.task),
         reward_funcs=rewards,
         args=args,
         train_dataset=rows,
@@ -280,16 +315,17 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
     return trainer
 
 
-def report_memory(trainer: SpeechGRPOTrainer, listener: Listener, longest: int) -> None:
+def report_memory(trainer: SpeechGRPOTrainer, listener: Listener | Reader, longest: int) -> None:
     """Say what a step will need, and warn where the GPU has less."""
     policy = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
+    hears = isinstance(listener, Listener)
     parts = memory.estimate(
         policy,
         trainer.ref_model,
-        [listener.codec.model, listener.scorer.model],
-        memory.listening_bytes(listener.scorer),
+        [listener.codec.model, listener.scorer.model] if hears else [],
+        memory.listening_bytes(listener.scorer) if hears else 0,
         memory.shapes_of(policy, trainer.args, longest),
-        listener.offload,
+        hears and listener.offload,
     )
     logger.info(memory.report(parts))
     if trainer.accelerator.device.type == "cuda":
@@ -300,7 +336,7 @@ def report_memory(trainer: SpeechGRPOTrainer, listener: Listener, longest: int) 
 
 def sft_trainer(script, args, model_args, tokenizer, tokens, rows) -> SFTTrainer:
     return SFTTrainer(
-        model=load_model(model_args, tokenizer, tokens),
+        model=load_model(model_args, tokenizer, tokens, script.task),
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -317,17 +353,17 @@ def main(arguments: tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig])
                 raise ValueError(f"--{name} is missing; see python train.py --help")
         check_writable(Path(args.output_dir))
         checkpoint = find_checkpoint(args)
-        tokenizer, tokens = load_tokenizer(model_args.model_name_or_path)
+        tokenizer, tokens = load_tokenizer(model_args.model_name_or_path, script.task)
         script.codec_id = script.codec_id or recorded(model_args.model_name_or_path, "codec_id", DEFAULT_CODEC)
         script.whisper = script.whisper or recorded(model_args.model_name_or_path, "whisper", DEFAULT_WHISPER)
         if script.method == "grpo":
-            rewards = load_config(script.reward_config)
-            rows, longest = grpo_dataset(script, args, tokenizer)
+            rewards = load_config(script.reward_config, script.task)
+            rows, longest = grpo_dataset(script, args, tokenizer, tokens)
             trainer = grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest)
         else:
             rewards = None
             rows = load_any_dataset(script.dataset, script.dataset_split)
-            rows = sft_rows(rows, script.dataset, tokenizer, tokens, args.max_length)
+            rows = sft_rows(rows, script.dataset, tokenizer, tokens, args.max_length, script.task)
             trainer = sft_trainer(script, args, model_args, tokenizer, tokens, rows)
 
     facts = {"script": asdict(script), "recipe": args.to_dict(), "model": asdict(model_args), "reward": rewards}

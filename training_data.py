@@ -5,12 +5,15 @@ import logging
 import datasets
 import numpy as np
 
-from speech_tokens import SpeechTokens, prompt_ids, tts_prompt
+from reward_whisper import normalize_text
+from speech_tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
 
 logger = logging.getLogger(__name__)
 
 SPEECH_COLUMN = "audio_codes"
 REFERENCE_COLUMNS = ("ref_text", "ref_codes")
+KEYWORDS_COLUMN = "keywords"
+TASK_COLUMN = "task"
 
 
 def _prompt(row: dict) -> list[dict]:
@@ -46,42 +49,123 @@ def _checked_prompts(rows: datasets.Dataset, name: str, tokenizer, room: int, ma
     return prompts
 
 
-def grpo_rows(
-    rows: datasets.Dataset, name: str, tokenizer, max_completion_length: int, max_length: int
-) -> datasets.Dataset:
-    """Rows of GRPO: `prompt`, `text`, `language`; codes of recorded speech, if any, are not used."""
-    prompts = _checked_prompts(rows, name, tokenizer, max_completion_length, max_length)
-    languages = rows["language"] if "language" in rows.column_names else ["en"] * len(rows)
-    return datasets.Dataset.from_dict({"prompt": prompts, "text": list(rows["text"]), "language": list(languages)})
-
-
-def sft_rows(rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens, max_length: int) -> datasets.Dataset:
-    """Rows of SFT: token ids of prompt + speech + END, and a mask that is 1 on the speech and END."""
+def _speech(rows: datasets.Dataset, name: str, tokens: SpeechTokens) -> list[list[int]]:
+    """The rows' codes; ValueError names the first row whose codes are missing or another codec's."""
     if SPEECH_COLUMN not in rows.column_names:
         raise ValueError(f"{name} has no column {SPEECH_COLUMN!r}: make it with create_dataset.py first")
-    prompts = _checked_prompts(rows, name, tokenizer, 0, max_length)
-    examples = {"input_ids": [], "completion_mask": []}
-    too_long = 0
-    for index, (prompt, codes) in enumerate(zip(prompts, rows[SPEECH_COLUMN], strict=True)):
+    speech = list(rows[SPEECH_COLUMN])
+    for index, codes in enumerate(speech):
         if not codes:
             raise ValueError(f"{name}, row {index}: no {SPEECH_COLUMN}; drop the row or encode it again")
         try:
-            speech = [*tokens.ids(codes), tokens.end_id]
+            tokens.ids(codes)
         except ValueError as error:
             raise ValueError(f"{name}, row {index}: {error}") from None
-        opening = prompt_ids(tokenizer, prompt)
-        if len(opening) + len(speech) > max_length:
-            too_long += 1
-            continue
-        examples["input_ids"].append(opening + speech)
-        examples["completion_mask"].append([0] * len(opening) + [1] * len(speech))
-    if not examples["input_ids"]:
+    return speech
+
+
+def _transcripts(rows: datasets.Dataset, name: str) -> list[str]:
+    """The rows' texts, "" where nothing is said; ValueError names the first row without one."""
+    if "text" not in rows.column_names:
+        raise ValueError(f"{name} has no column 'text' (it has {', '.join(rows.column_names)}); what is said in a clip")
+    texts = list(rows["text"])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}, row {index}: text is {text!r}; give what is said in the clip, '' for nothing")
+    return texts
+
+
+def _languages(rows: datasets.Dataset) -> list[str]:
+    if "language" not in rows.column_names:
+        return ["en"] * len(rows)
+    return [language or "en" for language in rows["language"]]
+
+
+def grpo_rows(
+    rows: datasets.Dataset, name: str, tokenizer, max_completion_length: int, max_length: int
+) -> datasets.Dataset:
+    """Rows of GRPO that speaks: `prompt`, `text`, `language`; codes of recorded speech, if any, are not used."""
+    prompts = _checked_prompts(rows, name, tokenizer, max_completion_length, max_length)
+    return datasets.Dataset.from_dict({"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)})
+
+
+def grpo_asr_rows(
+    rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens, max_completion_length: int, max_length: int
+) -> datasets.Dataset:
+    """Rows of GRPO that recognises: `prompt`, `text` (the reference), `language`, and `keywords` where there are any.
+
+    Raises:
+        ValueError: a row without codes, of whose text no reward can be made, or too long for the context.
+    """
+    speech, texts, languages = _speech(rows, name, tokens), _transcripts(rows, name), _languages(rows)
+    prompts = [asr_prompt(codes) for codes in speech]
+    for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
+        if not normalize_text(text, language):
+            raise ValueError(
+                f"{name}, row {index}: the text {text!r} has no word in it, so no error rate can be made of it; "
+                "drop the row (--method sft takes clips in which nothing is said)"
+            )
+        length = len(prompt_ids(tokenizer, prompt))
+        if length + max_completion_length > max_length:
+            raise ValueError(
+                f"{name}, row {index}: the clip's prompt is {length} tokens and its text may take "
+                f"{max_completion_length}, more than the {max_length} of the context; drop the row, or lower "
+                "--max_completion_length"
+            )
+    columns = {"prompt": prompts, "text": texts, "language": languages}
+    if KEYWORDS_COLUMN in rows.column_names:
+        columns[KEYWORDS_COLUMN] = [list(words or []) for words in rows[KEYWORDS_COLUMN]]
+    return datasets.Dataset.from_dict(columns)
+
+
+def sft_rows(
+    rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens, max_length: int, task: str = "tts"
+) -> datasets.Dataset:
+    """Rows of SFT: token ids of prompt + answer + END, and a mask that is 1 on the answer and END.
+
+    Args:
+        task: "tts" answers with the speech, "asr" with the text; "both" makes an example of each of every row, or
+            of the one that the row's column `task` names: noisy speech is good to read and bad to speak.
+    """
+    examples, total = {"input_ids": [], "completion_mask": []}, 0
+    for one, answers in (("tts", _spoken_answers), ("asr", _written_answers)):
+        chosen = _rows_of_task(rows, name, task, one)
+        total += len(chosen)
+        for opening, answer in answers(chosen, name, tokenizer, tokens, max_length) if len(chosen) else ():
+            if len(opening) + len(answer) <= max_length:
+                examples["input_ids"].append(opening + answer)
+                examples["completion_mask"].append([0] * len(opening) + [1] * len(answer))
+    too_long = total - len(examples["input_ids"])
+    if too_long == total:
         raise ValueError(f"{name}: none of the {len(rows)} rows fits into --max_length {max_length} tokens")
     if too_long:
-        logger.warning(
-            "%s: %d of %d rows are longer than %d tokens and left out", name, too_long, len(rows), max_length
-        )
+        logger.warning("%s: %d of %d examples are longer than %d tokens, left out", name, too_long, total, max_length)
     return datasets.Dataset.from_dict(examples)
+
+
+def _rows_of_task(rows: datasets.Dataset, name: str, task: str, one: str) -> datasets.Dataset:
+    """The rows that --task `task` makes examples of `one` of."""
+    if task != "both":
+        return rows if task == one else rows.select([])
+    if TASK_COLUMN not in rows.column_names:
+        return rows
+    named = rows[TASK_COLUMN]
+    for index, value in enumerate(named):
+        if value not in (None, *TASKS):
+            raise ValueError(f"{name}, row {index}: {TASK_COLUMN} is {value!r}; give {', '.join(TASKS)} or nothing")
+    return rows.select([index for index, value in enumerate(named) if value in (None, one)])
+
+
+def _spoken_answers(rows, name: str, tokenizer, tokens: SpeechTokens, max_length: int):
+    speech = _speech(rows, name, tokens)
+    for prompt, codes in zip(_checked_prompts(rows, name, tokenizer, 0, max_length), speech, strict=True):
+        yield prompt_ids(tokenizer, prompt), [*tokens.ids(codes), tokens.end_id]
+
+
+def _written_answers(rows, name: str, tokenizer, tokens: SpeechTokens, max_length: int):
+    for codes, text in zip(_speech(rows, name, tokens), _transcripts(rows, name), strict=True):
+        written = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        yield prompt_ids(tokenizer, asr_prompt(codes)), [*written, tokens.text_end_id]
 
 
 def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:

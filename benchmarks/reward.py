@@ -52,9 +52,9 @@ import reward_whisper
 import whisper_decoding
 from audio import audio_failure
 from cli import pick_device
-from inference import Policy, Sample, decode_samples
+from policy import Policy
 from reward_whisper import MAX_NLL, WhisperScorer, harmonic_mean, nll_reward, wer_reward
-from speech_codec import SpeechCodec
+from speech_codec import SpeechCodec, decode_rollouts
 from speech_tokens import CODES_PER_SECOND, tts_prompt
 
 LARGE_V3 = {
@@ -130,7 +130,7 @@ def _hear(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str)
 def in_batches(codec: SpeechCodec, scorer: WhisperScorer, codes: list[list[int]], texts: list[str]) -> list[Heard]:
     """The project's way, as `reward_models` does it."""
     reward_whisper.normalize_text.cache_clear()  # the same transcripts come back only in a benchmark
-    wavs = decode_samples(codec, [Sample(ids, ended=True) for ids in codes])
+    wavs = decode_rollouts(codec, codes)
     scores = scorer.score(wavs, texts)
     rewards = [0.0 if s.failure else harmonic_mean(wer_reward(s.wer), nll_reward(s.nll)) for s in scores]
     return [Heard(s.hyp_text, s.wer, s.nll, reward) for s, reward in zip(scores, rewards, strict=True)]

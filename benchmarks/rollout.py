@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import pick_device
 from confined_head import confine_head
-from inference import Policy
+from policy import Policy
 from speech_tokens import SpeechTokens, tts_prompt
 
 # Llama-3.2-1B with Llasa's vocabulary: 1.37 B parameters, the embeddings (397 M) tied to the head
@@ -46,7 +46,14 @@ LLASA_1B = {
     "max_position_embeddings": 131_072,
     "tie_word_embeddings": True,
 }
-LLASA_1B_TOKENS = SpeechTokens(start_id=128_260, end_id=128_261, first_code_id=128_264, num_codes=65_536)
+LLASA_1B_TOKENS = SpeechTokens(
+    start_id=128_260,
+    end_id=128_261,
+    first_code_id=128_264,
+    num_codes=65_536,
+    num_text_ids=128_000,
+    text_end_id=128_257,
+)
 LLASA_1B_PROMPT = 80  # tokens: Llama's turns and a sentence
 PAD_ID = 128_004
 

@@ -26,7 +26,7 @@ from trl import GRPOTrainer
 import memory
 import train
 from cli import pick_device
-from inference import load_tokenizer
+from policy import load_tokenizer
 from reward_whisper import WhisperScorer
 from speech_codec import SpeechCodec
 from tiny.llasa import new_tokenizer
@@ -81,7 +81,7 @@ def parsed(args: argparse.Namespace, folder: str, steps: int, flags: list[str]):
 def ours(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:
     script, recipe, model_args = parsed(args, folder, steps, args.flags)
     tokenizer, tokens = load_tokenizer(model_args.model_name_or_path)
-    rows, length = train.grpo_dataset(script, recipe, tokenizer)
+    rows, length = train.grpo_dataset(script, recipe, tokenizer, tokens)
     return train.grpo_trainer(script, recipe, model_args, tokenizer, tokens, rows, length)
 
 
@@ -89,7 +89,7 @@ def obvious(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:
     script, recipe, model_args = parsed(args, folder, steps, args.flags)
     recipe.cache_implementation = None
     tokenizer, tokens = load_tokenizer(model_args.model_name_or_path)
-    rows, _ = train.grpo_dataset(script, recipe, tokenizer)
+    rows, _ = train.grpo_dataset(script, recipe, tokenizer, tokens)
     codec = SpeechCodec.from_pretrained(script.codec_id, recipe.device)
     scorer = WhisperScorer(script.whisper, recipe.device, torch.float32)
 
@@ -98,7 +98,7 @@ def obvious(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:
         heard = one_at_a_time(codec, scorer, [codes for codes, _ in parts], text)
         return [item.reward if ended else 0.0 for item, (_, ended) in zip(heard, parts, strict=True)]
 
-    model = train.load_model(model_args, tokenizer, tokens)
+    model = train.load_model(model_args, tokenizer, tokens, script.task)
     forbid_by_bias(model, tokens)
     trainer = GRPOTrainer(
         model=model,

@@ -10,10 +10,15 @@ import inspect
 import json
 from pathlib import Path
 
+from reward_models.asr_rules import AsrRulesReward
 from reward_models.intelligibility import WhisperReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
 
-REWARDS = {"whisper": WhisperReward, "duration": DurationReward, "log_f0_spread": LogF0SpreadReward}
+REWARDS = {  # by task, then by name: what judges speech cannot judge text
+    "tts": {"whisper": WhisperReward, "duration": DurationReward, "log_f0_spread": LogF0SpreadReward},
+    "asr": {"asr_rules": AsrRulesReward},
+}
+DEFAULT_CONFIG = {"tts": "reward_models/whisper.json", "asr": "reward_models/asr_rules.json"}
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -23,15 +28,17 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown key {key!r}.{hint} Known: {', '.join(sorted(known))}"
 
 
-def load_config(path: str | Path) -> dict[str, dict[str, float]]:
+def load_config(path: str | Path, task: str = "tts") -> dict[str, dict[str, float]]:
     """Read and check a reward config.
 
+    Args:
+        task: a key of REWARDS; a reward of another task is an unknown one.
     Returns:
         {reward: {"weight": …, parameter: …}}, weights filled in with 1.
     Raises:
         ValueError: no such file, not JSON, an unknown reward or parameter, a value that is no number.
     """
-    path = Path(path)
+    path, rewards = Path(path), REWARDS[task]
     if not path.is_file():
         shipped = ", ".join(str(p) for p in sorted(Path(__file__).parent.glob("*.json")))
         raise ValueError(f"no reward config {path}; give a JSON file, such as {shipped}")
@@ -40,11 +47,14 @@ def load_config(path: str | Path) -> dict[str, dict[str, float]]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict) or not config:
-        raise ValueError(f"{path}: expected an object with at least one of {', '.join(REWARDS)}")
+        raise ValueError(f"{path}: expected an object with at least one of {', '.join(rewards)}")
     for name, parameters in config.items():
-        if name not in REWARDS:
-            raise ValueError(f"{path}: {unknown_key(name, list(REWARDS))}")
-        known = ["weight", *list(inspect.signature(REWARDS[name]).parameters)[1:]]
+        others = [other for other in REWARDS if name in REWARDS[other] and other != task]
+        if others:
+            raise ValueError(f"{path}: {name} is a reward of --task {others[0]}, this is --task {task}")
+        if name not in rewards:
+            raise ValueError(f"{path}: {unknown_key(name, list(rewards))}")
+        known = ["weight", *list(inspect.signature(rewards[name]).parameters)[1:]]
         if not isinstance(parameters, dict):
             raise ValueError(f"{path}: {name} must be an object with {', '.join(known)}; got {parameters!r}")
         for key, value in parameters.items():
@@ -55,18 +65,18 @@ def load_config(path: str | Path) -> dict[str, dict[str, float]]:
     return {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
 
 
-def load_rewards(path: str | Path, listener) -> tuple[list, list[float]]:
+def load_rewards(path: str | Path, listener, task: str = "tts") -> tuple[list, list[float]]:
     """The reward functions and weights that `GRPOTrainer` takes.
 
     Args:
         path: a reward config.
-        listener: the `reward_models.rollouts.Listener` all of them share.
+        listener: what all of them share: a `reward_models.rollouts.Listener`, for "asr" a `asr_rules.Reader`.
     """
     rewards, weights = [], []
-    for name, parameters in load_config(path).items():
+    for name, parameters in load_config(path, task).items():
         weight = parameters.pop("weight")
         try:
-            rewards.append(REWARDS[name](listener, **parameters))
+            rewards.append(REWARDS[task][name](listener, **parameters))
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from None
         weights.append(weight)

@@ -6,6 +6,7 @@ and lean one way: a misrecognition called a hallucination teaches the wrong thin
 missed mostly has few words right, and an R1 near 0.
 """
 
+import json
 import math
 import re
 import unicodedata
@@ -13,8 +14,10 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 
 from reward_whisper import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
+from speech_tokens import written_text
 
 RULES = ("unended", "empty", "script", "repetition", "length", "no_overlap")
 
@@ -249,12 +252,14 @@ class Transcripts:
     """A batch of completions as text, each list in the batch's order.
 
     Attributes:
+        ref_texts: the references.
         hyp_texts: what the policy wrote before END.
         ended: whether END came.
         errors: against the references.
         rules: the broken one of RULES ("unended" goes first), or None.
     """
 
+    ref_texts: list[str]
     hyp_texts: list[str]
     ended: list[bool]
     errors: list[ErrorRate]
@@ -314,15 +319,28 @@ class Reader:
         return self.transcripts
 
     def _read(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
-        ended = [self.end_id in ids for ids in completion_ids]
-        # Other control tokens are kept: what the policy wrote is to be seen as it is.
-        hyps = [
-            self.tokenizer.decode(ids[: ids.index(self.end_id)] if end else ids, skip_special_tokens=False).strip()
-            for ids, end in zip(completion_ids, ended, strict=True)
-        ]
+        read = [written_text(self.tokenizer, ids, self.end_id) for ids in completion_ids]
+        hyps, ended = [text for text, _ in read], [end for _, end in read]
         items = list(zip(texts, hyps, languages, strict=True))
         rules = [hallucination(*item) if end else "unended" for item, end in zip(items, ended, strict=True)]
-        return Transcripts(hyps, ended, [error_rate(*item) for item in items], rules)
+        return Transcripts(texts, hyps, ended, [error_rate(*item) for item in items], rules)
+
+    def save_last(self, folder: Path, count: int) -> None:
+        """The first transcripts of the batch that was read last, to folder/transcripts.jsonl."""
+        if self.transcripts is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        last = self.transcripts
+        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
+            for i in range(min(count, len(last.hyp_texts))):
+                record = {
+                    "rollout": i,
+                    "text": last.ref_texts[i],
+                    "written": last.hyp_texts[i],
+                    "wer": last.errors[i].rate,
+                    "failure": last.rules[i],
+                }
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 class AsrRulesReward:

@@ -4,15 +4,17 @@
 or a metric asks for it.
 """
 
+import json
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from audio import audio_failure
+from audio import audio_failure, save_audio
 from reward_models.prosody import log_f0_std
 from reward_whisper import Score, WhisperScorer
-from speech_codec import SpeechCodec
+from speech_codec import SpeechCodec, check_codebook, decode_rollouts
 from speech_tokens import CODES_PER_SECOND, SpeechTokens
 
 REPEATED_SPAN_S = 0.5  # longer than any held vowel or pause inside a sentence
@@ -67,9 +69,7 @@ class Rollouts:
 
     @cached_property
     def wavs(self) -> list[np.ndarray]:
-        spoken = [codes for codes in self.codes if codes]
-        decoded = iter(self.listener.codec.decode(spoken))
-        return [next(decoded) if codes else np.zeros(0, np.float32) for codes in self.codes]
+        return decode_rollouts(self.listener.codec, self.codes)
 
     @cached_property
     def scores(self) -> list[Score]:
@@ -128,11 +128,7 @@ class Listener:
     def __init__(
         self, tokens: SpeechTokens, codec: SpeechCodec, scorer: WhisperScorer, group_size: int, offload: bool = False
     ):
-        if codec.codebook_size != tokens.num_codes:
-            raise ValueError(
-                f"the codec has {codec.codebook_size} codes and the policy speaks {tokens.num_codes}: "
-                "they do not belong together (see --codec_id)"
-            )
+        check_codebook(codec, tokens)
         self.tokens, self.codec, self.scorer, self.group_size = tokens, codec, scorer, group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
@@ -162,3 +158,24 @@ class Listener:
             for name, value in metrics.items():
                 log_metric(name, value)
         return self.rollouts
+
+    def save_last(self, folder: Path, count: int) -> None:
+        """The first rollouts of the batch that was heard last, as wav, and folder/transcripts.jsonl."""
+        rollouts = self.rollouts
+        if rollouts is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
+            for i in range(min(count, len(rollouts.codes))):
+                score = rollouts.scores[i]
+                if rollouts.failures[i] not in ("empty", "non_finite"):
+                    save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
+                record = {
+                    "rollout": i,
+                    "text": rollouts.texts[i],
+                    "heard": score.hyp_text,
+                    "wer": score.wer,
+                    "nll": score.nll,
+                    "failure": rollouts.failures[i],
+                }
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -343,7 +343,7 @@ def test_a_batch_is_read_and_logged_once(reader):
 def test_only_what_comes_before_end_is_read(reader):
     """And the texts of a real tokenizer come back as they are, control tokens included."""
     assert call(AsrRulesReward(reader), [reader.tokenizer.ids("yes") + [5, 6]], ["yes"]) == [1.0]
-    from inference import load_tokenizer
+    from policy import load_tokenizer
 
     tokenizer, _ = load_tokenizer("tiny/llasa")
     end_id = tokenizer.convert_tokens_to_ids("<|TEXT_GENERATION_END|>")
@@ -381,9 +381,8 @@ def test_keywords_must_be_lists(reader):
     ("name", "weights"),
     [("asr_wer", (1, 0, 0, 0)), ("asr_wer_hallucination", (1, 1, 0, 0)), ("asr_rules", (1, 1, 1, 0))],
 )
-def test_shipped_configs(reader, monkeypatch, name, weights):
-    monkeypatch.setitem(reward_models.REWARDS, "asr_rules", AsrRulesReward)
+def test_shipped_configs(reader, name, weights):
     path = Path("reward_models") / f"{name}.json"
-    [reward], [weight] = reward_models.load_rewards(path, reader)
+    [reward], [weight] = reward_models.load_rewards(path, reader, "asr")
     assert weight == 1.0 and list(json.loads(path.read_text())) == ["asr_rules"] == [reward.__name__]
     assert tuple(reward.weights[term] for term in ("accuracy", "hallucination", "keywords", "exact")) == weights

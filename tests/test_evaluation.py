@@ -12,8 +12,8 @@ import evaluation
 import evaluation_report as report
 import judges
 from audio import load_audio, save_audio
-from inference import Sample
 from judges import PocketsphinxJudge, spoken_words
+from policy import Sample
 from reward_whisper import Score, error_rate
 
 

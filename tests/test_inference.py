@@ -146,7 +146,7 @@ def test_sampled_frequencies_are_the_models(policy):
         expected = (policy.model(ids).logits[0, -1] / 1.5).softmax(-1)
     set_seed(0)
     n = 2_000
-    first = policy._generate(ids.tolist() * n, ids.shape[1] + 1, 1.5, 1.0)
+    first = policy._generate(ids.tolist() * n, [ids.shape[1] + 1] * n, 1.5, 1.0)
     counts = torch.bincount(torch.tensor([row[0] for row in first]), minlength=len(expected)) / n
     assert 0.5 * (counts - expected).abs().sum() < 0.1
 
@@ -313,8 +313,8 @@ def test_bad_input_exits_2_before_any_model_is_loaded(options, message, tmp_path
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
     save_audio(tmp_path / "ref.wav", np.sin(np.arange(4_000) * 0.1))
-    for loader in (inference.AutoTokenizer, inference.AutoModelForCausalLM):
-        monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    for loader in ("AutoTokenizer", "AutoModelForCausalLM"):
+        monkeypatch.setattr(f"policy.{loader}.from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     argv = ["--model_name_or_path", "owner/name", "--output", "{tmp}/a.wav", *options]
     with pytest.raises(SystemExit) as exit:
         inference.main(inference.parse_args([option.replace("{tmp}", str(tmp_path)) for option in argv]))
@@ -333,7 +333,7 @@ def test_another_models_codec_exits_2(policy_path, codec, tmp_path, monkeypatch,
     monkeypatch.setattr(ToneCodec, "codebook_size", 7)
     with pytest.raises(SystemExit) as exit:
         run(policy_path, "--output", tmp_path / "a.wav")
-    assert exit.value.code == 2 and "64 speech codes and the codec 7" in caplog.text
+    assert exit.value.code == 2 and "the codec has 7 codes and the policy speaks 64" in caplog.text
 
 
 def test_model_without_speech_tokens_exits_2(policy_path, codec, tmp_path, caplog):

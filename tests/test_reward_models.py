@@ -14,7 +14,7 @@ from reward_models.rollouts import Listener, is_repetitive
 from reward_whisper import MAX_NLL, Score, harmonic_mean
 from speech_tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 
-TOKENS = SpeechTokens(start_id=0, end_id=1, first_code_id=10, num_codes=64)
+TOKENS = SpeechTokens(start_id=0, end_id=1, first_code_id=10, num_codes=64, num_text_ids=0, text_end_id=2)
 
 
 @dataclass
@@ -233,6 +233,13 @@ def test_bad_config_files_and_values(tmp_path, listener):
 
 
 def test_every_reward_has_a_name_of_its_own():
-    names = [reward.__name__ for reward in (cls.__dict__["__name__"] and cls for cls in REWARDS.values())]
-    assert len(set(names)) == len(REWARDS)
+    classes = [cls for rewards in REWARDS.values() for cls in rewards.values()]
+    assert len({cls.__dict__["__name__"] for cls in classes}) == len(classes)
+
+
+def test_a_reward_of_the_other_task_is_named(tmp_path):
+    with pytest.raises(ValueError, match="asr_rules is a reward of --task asr, this is --task tts"):
+        load_config("reward_models/asr_rules.json")
+    with pytest.raises(ValueError, match="whisper is a reward of --task tts, this is --task asr"):
+        load_config("reward_models/prosody_reward.json", "asr")
     assert harmonic_mean(1.0, 1.0) == 1.0

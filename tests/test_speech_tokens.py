@@ -4,15 +4,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from inference import Policy
+from policy import Policy
 from speech_tokens import (
     SPECIAL_TOKENS,
     SpeechTokens,
+    asr_prompt,
     code_token,
     prepare_model,
     prepare_tokenizer,
     prompt_ids,
     tts_prompt,
+    written_text,
 )
 from tiny.llasa import LLAMA_TOKENS, new_model, new_tokenizer
 
@@ -67,8 +69,16 @@ def tokenizer(request):
     return small_tokenizer() if request.param == "small" else llasa_1b_tokenizer()
 
 
-def by_hand(tokenizer, text: str, ref_codes: list[int]) -> list[int]:
-    """The prompt written out token by token."""
+ASKED = {
+    "tts": ("Convert the text to speech:", "<|TEXT_UNDERSTANDING_START|>", "<|TEXT_UNDERSTANDING_END|>"),
+    "asr": ("Convert the speech to text:", "<|SPEECH_UNDERSTANDING_START|>", "<|SPEECH_UNDERSTANDING_END|>"),
+}
+OPENING = {"tts": "<|SPEECH_GENERATION_START|>", "asr": "<|TEXT_GENERATION_START|>"}
+
+
+def by_hand(tokenizer, given: str, ref_codes: list[int], task: str = "tts") -> list[int]:
+    """The prompt written out token by token; `given` is a text, or the tokens of codes."""
+    asked, start, end = ASKED[task]
     token_id = tokenizer.convert_tokens_to_ids
 
     def words(string: str) -> list[int]:
@@ -88,28 +98,26 @@ def by_hand(tokenizer, text: str, ref_codes: list[int]) -> list[int]:
         token_id("<|start_header_id|>"),
         *words("user"),
         token_id("<|end_header_id|>"),
-        *words("\n\nConvert the text to speech:"),
-        token_id("<|TEXT_UNDERSTANDING_START|>"),
-        *words(text),
-        token_id("<|TEXT_UNDERSTANDING_END|>"),
+        *words(f"\n\n{asked}"),
+        token_id(start),
+        *words(given),
+        token_id(end),
         token_id("<|eot_id|>"),
         token_id("<|start_header_id|>"),
         *words("assistant"),
         token_id("<|end_header_id|>"),
         *words("\n\n"),
-        token_id("<|SPEECH_GENERATION_START|>"),
+        token_id(OPENING[task]),
         *(token_id(f"<|s_{code}|>") for code in ref_codes),
     ]
 
 
-def continue_final_message(tokenizer, template: str, text: str, ref_codes: list[int]) -> list[int]:
+def continue_final_message(tokenizer, template: str, given: str, ref_codes: list[int], task="tts") -> list[int]:
     """How Llasa's model card renders it: an assistant turn that is left open."""
+    asked, start, end = ASKED[task]
     chat = [
-        {
-            "role": "user",
-            "content": f"Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>",
-        },
-        {"role": "assistant", "content": "<|SPEECH_GENERATION_START|>" + "".join(f"<|s_{c}|>" for c in ref_codes)},
+        {"role": "user", "content": f"{asked}{start}{given}{end}"},
+        {"role": "assistant", "content": OPENING[task] + "".join(f"<|s_{c}|>" for c in ref_codes)},
     ]
     return tokenizer.apply_chat_template(
         chat,
@@ -148,7 +156,7 @@ def by_trl(tokenizer, prompts: list, tmp_path) -> list[list[int]]:
 
 
 def test_one_prompt_four_ways(tokenizer, tmp_path):
-    own_template = tokenizer.chat_template.split("{%- if add_generation_prompt %}{{- '<|SPEECH")[0]
+    own_template = tokenizer.chat_template.split("{%- if add_generation_prompt %}{{- messages[-1]")[0]
     prepare_tokenizer(tokenizer)
     prompts = [tts_prompt(TEXT), tts_prompt(TEXT, REF_TEXT, REF_CODES)]
     texts, codes = [TEXT, f"{REF_TEXT} {TEXT}"], [[], REF_CODES]
@@ -160,10 +168,23 @@ def test_one_prompt_four_ways(tokenizer, tmp_path):
     policy = Policy(None, tokenizer, SpeechTokens.from_tokenizer(tokenizer))
     assert [prompt_ids(policy.tokenizer, prompt) for prompt in prompts] == expected
 
+    speech = "<|s_3|><|s_0|><|s_63|>"
+    expected = by_hand(tokenizer, speech, [], "asr")
+    assert continue_final_message(tokenizer, own_template, speech, [], "asr") == expected
+    assert by_trl(tokenizer, [asr_prompt([3, 0, 63])], tmp_path) == [expected]
+    assert prompt_ids(policy.tokenizer, asr_prompt([3, 0, 63])) == expected
+
 
 def test_ids_of_llasa_1b():
     tokens = prepare_tokenizer(llasa_1b_tokenizer())
-    assert tokens == SpeechTokens(start_id=128_260, end_id=128_261, first_code_id=128_264, num_codes=65_536)
+    assert tokens == SpeechTokens(
+        start_id=128_260,
+        end_id=128_261,
+        first_code_id=128_264,
+        num_codes=65_536,
+        num_text_ids=128_000,
+        text_end_id=128_257,
+    )
     assert tokens.ids([0, 65_535]) == [128_264, 193_799]
 
 
@@ -178,7 +199,7 @@ def test_prepare_is_idempotent_and_stops_at_end():
 
 
 def test_ids_and_codes():
-    tokens = SpeechTokens(start_id=4, end_id=5, first_code_id=8, num_codes=10)
+    tokens = SpeechTokens(start_id=4, end_id=5, first_code_id=8, num_codes=10, num_text_ids=3, text_end_id=3)
     assert tokens.codes(tokens.ids([3, 9])) == ([3, 9], False)
     assert tokens.codes([8, 17, 5]) == ([0, 9], True)
     assert tokens.codes([5]) == ([], True)
@@ -244,6 +265,37 @@ def test_confined_policy_samples_what_it_is_trained_on():
         max_new_tokens=20,
     )
     assert set(sampled[:, ids.shape[1] :].flatten().tolist()) <= {*allowed, tokenizer.pad_token_id}
+
+
+def test_a_recognising_policy_writes_text_alone():
+    tokenizer = small_tokenizer()
+    tokens = prepare_tokenizer(tokenizer, "asr")
+    assert tokenizer.eos_token == "<|TEXT_GENERATION_END|>" and tokenizer.pad_token != tokenizer.eos_token
+    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+    prepare_model(model, tokenizer, tokens, "asr")
+    assert model.generation_config.eos_token_id == tokens.text_end_id
+    ids = torch.tensor([prompt_ids(tokenizer, asr_prompt([1, 2, 3]))])
+    torch.manual_seed(0)
+    sampled = model.generate(
+        ids.repeat(8, 1),
+        attention_mask=torch.ones(8, ids.shape[1], dtype=torch.long),
+        do_sample=True,
+        max_new_tokens=20,
+    )
+    added = set(tokenizer.get_added_vocab().values()) - {tokens.text_end_id, tokenizer.pad_token_id}
+    assert not set(sampled[:, ids.shape[1] :].flatten().tolist()) & added
+    assert sorted(tokens.answer_ids("both")) == sorted([*tokens.text_ids, *tokens.speech_ids])
+
+
+def test_text_is_read_up_to_its_end():
+    tokenizer = small_tokenizer()
+    tokens = prepare_tokenizer(tokenizer, "asr")
+    written = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert written_text(tokenizer, [*written, tokens.text_end_id, *written], tokens.text_end_id) == (TEXT, True)
+    assert written_text(tokenizer, written, tokens.text_end_id) == (TEXT, False)
+    assert written_text(tokenizer, [tokens.text_end_id], tokens.text_end_id) == ("", True)
+    with pytest.raises(ValueError, match="no speech to read"):
+        asr_prompt([])
 
 
 def test_llama_markers_come_before_the_added_tokens():

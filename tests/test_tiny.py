@@ -8,11 +8,11 @@ import pytest
 from transformers import set_seed
 
 from audio import load_audio
-from inference import Policy, decode_samples
 from judges import PocketsphinxJudge
+from policy import Policy
 from reward_models.prosody import log_f0_std
 from reward_whisper import WhisperScorer, corpus_error_rate
-from speech_codec import SpeechCodec
+from speech_codec import SpeechCodec, decode_rollouts
 from speech_tokens import tts_prompt
 
 ROWS = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()]
@@ -97,7 +97,7 @@ def test_policy_stumbles_as_stated(policy, codec, whisper):
     prompts = [tts_prompt(text) for text in TEXTS] * 3
     samples = policy.sample(prompts, temperature=1.0, max_length=160, batch_size=48)
     assert np.mean([sample.ended for sample in samples]) > 0.7
-    scores = whisper.score(decode_samples(codec, samples), TEXTS * 3, "en")
+    scores = whisper.score(decode_rollouts(codec, [sample.codes for sample in samples]), TEXTS * 3, "en")
     assert 0.15 <= wer([score.hyp_text for score in scores], TEXTS * 3) <= 0.60
 
 
@@ -116,7 +116,8 @@ def test_a_voice_prompt_selects_the_voice(policy, codec, natural):
         set_seed(0)
         prompts = [tts_prompt(TEXTS[40 + i], TEXTS[i], codes[i]) for i in own]
         samples = policy.sample(prompts, temperature=0.7, max_length=300)
-        said[speaker] = f0([wav for wav in decode_samples(codec, samples) if len(wav) > 3_200])
+        wavs = decode_rollouts(codec, [sample.codes for sample in samples])
+        said[speaker] = f0([wav for wav in wavs if len(wav) > 3_200])
         recorded[speaker] = f0([natural[i] for i in own])
     assert recorded["slt"] > 1.3 * recorded["rms"]
     for speaker in said:

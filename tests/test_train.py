@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from inference import Policy
+from policy import Policy
 from speech_tokens import tts_prompt
 
 SHORT = [
@@ -192,7 +192,7 @@ def test_sft_trains_on_speech_alone(tmp_path):
 def test_sft_mask_covers_codes_and_end():
     import datasets
 
-    from inference import load_tokenizer
+    from policy import load_tokenizer
     from training_data import sft_rows
 
     tokenizer, tokens = load_tokenizer("tiny/llasa")

@@ -24,13 +24,14 @@ import numpy as np
 import soundfile as sf
 import torch
 from tqdm import tqdm
-from transformers import SeamlessM4TFeatureExtractor, Xcodec2Model
+from transformers import AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Model
 
 import train
 from speech_codec import SpeechCodec
 from speech_tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
 from tiny.corpus import SPEAKERS, babble, sentences, speak_all
 from tiny.llasa import new_model, new_tokenizer
+from tiny.recognition import RARE_NAMES, Mix, clips_of, rows_of
 from tiny.train_codec import NUM_CODES, new_codec, train_codec, train_decoder
 from tiny.train_whisper import mel, train_whisper
 
@@ -231,7 +232,51 @@ def build_policy(work_dir: Path) -> None:
     shutil.copy(policy / "run.json", TINY / "llasa")
 
 
-STAGES = {"codec": build_codec, "texts": build_texts, "whisper": build_whisper, "policy": build_policy}
+def build_recognition(work_dir: Path) -> None:
+    """Clips to recognise: few for supervised training, some to pick RL data from, and some that nothing trains on."""
+    folder = TINY / "asr"
+    folder.mkdir(exist_ok=True)
+    (folder / "keywords.txt").write_text("\n".join(RARE_NAMES) + "\n")
+    every, codec = sentences(SEED), SpeechCodec.from_pretrained(str(TINY / "codec"))
+    sets = {  # name: sentences, clips, mix
+        "sft": (every[:TRAIN_CLIPS], 2_400, Mix(long=0.04, rare=0.02, nothing=0.03)),
+        "pool": (every[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS], 2_000, Mix(long=0.15, rare=0.08)),
+        "heldout": (every[TRAIN_CLIPS + RL_TEXTS : -HELDOUT_TEXTS], 500, Mix(long=0.25, rare=0.12, nothing=0.1)),
+    }
+    for number, (name, (texts, count, mix)) in enumerate(sets.items()):
+        rows = rows_of(clips_of(texts, count, mix, SEED + number), codec, SEED + number)
+        if name == "sft":  # the policy is not to forget how to speak: a third of the rows are TTS, without noise
+            spoken = datasets.Dataset.from_parquet(str(TINY / "speech.parquet"))
+            spoken = spoken.remove_columns(["ref_text", "ref_codes"])
+            spoken = spoken.filter(lambda row: row["speaker"] == DEFAULT_SPEAKER).select(range(1_200))
+            rows = datasets.concatenate_datasets(
+                [
+                    rows.add_column("task", ["asr"] * len(rows)),
+                    spoken.add_column("task", ["tts"] * len(spoken)),
+                ]
+            )
+        rows.to_parquet(folder / f"{name}.parquet")
+        logger.info("recognition: %s, %d rows, %.0f s", name, len(rows), sum(rows["duration_s"]))
+
+
+def build_recogniser(work_dir: Path) -> None:
+    """The same model both ways: tiny/llasa, taught to recognise while it goes on speaking."""
+    trained = work_dir / "llasa_asr"
+    if not (trained / "run.json").exists():
+        train.main(train.parse_args(["--config", "configs/tiny_asr_sft.yaml", "--output_dir", str(trained)]))
+    train.AutoModelForCausalLM.from_pretrained(trained).half().save_pretrained(TINY / "llasa_asr")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(TINY / "llasa_asr")
+    shutil.copy(trained / "run.json", TINY / "llasa_asr")
+
+
+STAGES = {
+    "codec": build_codec,
+    "texts": build_texts,
+    "whisper": build_whisper,
+    "policy": build_policy,
+    "recognition": build_recognition,
+    "recogniser": build_recogniser,
+}
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -1,0 +1,234 @@
+"""What `evaluation.py --task asr` does: checkpoints that recognise, measured on clips with known texts.
+
+Corpus-level WER with its insertions, deletions and substitutions, hallucinations by the rules of
+reward_models/asr_rules.py, keyword recall and precision, short and long clips apart, and clips in which nothing is
+said, where every word is made up. Writes results.json (every transcript) and results.md (the table).
+"""
+
+import argparse
+import json
+import logging
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import set_seed
+
+from audio import load_audio
+from cli import bad_input_exits
+from dataset_io import AUDIO_COLUMNS, load_any_dataset
+from evaluation_report import interval, percent, percents, resampled_sums
+from policy import DEFAULT_CODEC, Policy, Transcript, recorded
+from reward_models.asr_rules import find_keywords, hallucination, keyword_index
+from reward_whisper import error_rate, normalize_text
+from run_record import provenance
+from speech_codec import SpeechCodec
+from speech_tokens import CODES_PER_SECOND, asr_prompt
+
+logger = logging.getLogger("evaluation")
+
+KINDS = ("substitutions", "deletions", "insertions")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Speech codes and what is said in them, "" for nothing; keywords as `select_rl_data.py` finds them."""
+
+    id: str
+    codes: list[int]
+    text: str
+    language: str
+    keywords: list[str]
+
+    @property
+    def duration_s(self) -> float:
+        return len(self.codes) / CODES_PER_SECOND
+
+
+def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechCodec]) -> list[Clip]:
+    """The clips of a data set with codes, or with paths of audio.
+
+    Args:
+        language: of the rows that do not say.
+        codec: called once if there are only recordings.
+    Raises:
+        OSError, ValueError: no such set; no text, no codes and no audio; an unknown language.
+    """
+    rows = load_any_dataset(path, split)
+    if "text" not in rows.column_names:
+        raise ValueError(f"{path} has no column 'text' (it has {', '.join(rows.column_names)})")
+    if "audio_codes" in rows.column_names:
+        speech = list(rows["audio_codes"])
+    else:
+        speech = codec().encode(_recordings(rows, path))
+    column = {name: rows[name] if name in rows.column_names else None for name in ("id", "language", "keywords")}
+    clips = []
+    for i, (text, codes) in enumerate(zip(rows["text"], speech, strict=True)):
+        if not codes:
+            raise ValueError(f"{path}, row {i}: no audio_codes")
+        row_id, row_language, keywords = (column[name] and column[name][i] for name in column)
+        clip = Clip(str(row_id or i), codes, (text or "").strip(), row_language or language, keywords or [])
+        if clip.text and not normalize_text(clip.text, clip.language):
+            raise ValueError(f"{path}, row {i}: the text {clip.text!r} has no word in it; give '' for nothing said")
+        clips.append(clip)
+    if not any(clip.text for clip in clips):
+        raise ValueError(f"{path}: in none of its clips is anything said")
+    return clips
+
+
+def _recordings(rows, path: str) -> list[np.ndarray]:
+    names = [name for name in AUDIO_COLUMNS if name in rows.column_names]
+    if not names:
+        raise ValueError(f"{path} has neither audio_codes nor audio (one of {', '.join(AUDIO_COLUMNS)})")
+    file = Path(path)
+    folder = file if file.is_dir() else file.parent
+    return [load_audio(str(folder / name)) for name in rows[names[0]]]
+
+
+def judged(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
+    """Everything measured on one transcript, ready for JSON."""
+    entry = {
+        "id": clip.id,
+        "seed": seed,
+        "duration_s": clip.duration_s,
+        "text": clip.text,
+        "hyp_text": transcript.text,
+        "ended": transcript.ended,
+        "words": len(normalize_text(transcript.text, clip.language).split()),
+    }
+    if not clip.text:
+        return entry
+    errors = error_rate(clip.text, transcript.text, clip.language)
+    rule = hallucination(clip.text, transcript.text, clip.language) if transcript.ended else "unended"
+    index = keyword_index(clip.keywords, clip.language)
+    said, heard = (find_keywords(text, index, clip.language) for text in (clip.text, transcript.text))
+    return {
+        **entry,
+        **{kind: getattr(errors, kind) for kind in KINDS},
+        "ref_length": errors.ref_length,
+        "hallucination": rule,
+        "keywords": {"said": said.total(), "heard": heard.total(), "hits": (said & heard).total()},
+    }
+
+
+def all_keywords(clips: list[Clip]) -> list[Clip]:
+    """The clips, each with the keywords of all: one that is written where it was not said is to be seen."""
+    every = sorted({keyword for clip in clips for keyword in clip.keywords})
+    return [Clip(clip.id, clip.codes, clip.text, clip.language, every) for clip in clips]
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------
+
+
+def error_metrics(entries: list[dict], num_seeds: int) -> dict | None:
+    """Rates over all reference words, the WER's 95 % interval by resampling clips (all seeds of one together)."""
+    if not entries:
+        return None
+    counts = np.array([[entry[key] for entry in entries] for key in (*KINDS, "ref_length")])
+    counts = counts.reshape(len(counts), num_seeds, -1).sum(axis=1)
+    edits, length = counts[:3].sum(axis=0), counts[3]
+    resampled_edits, resampled_length = resampled_sums(np.stack([edits, length]))
+    rates = {kind: float(total / length.sum()) for kind, total in zip(KINDS, counts.sum(axis=1), strict=False)}
+    rules = [entry["hallucination"] for entry in entries]
+    return {
+        "wer": float(edits.sum() / length.sum()),
+        "interval": interval(resampled_edits / resampled_length),
+        **rates,
+        "hallucinations": 1 - rules.count(None) / len(rules),
+        "unended": rules.count("unended") / len(rules),
+    }
+
+
+def summarize(entries: list[dict], num_seeds: int, long_s: float) -> dict:
+    """Metrics of all transcripts of a row; None where there is no such clip."""
+    spoken = [entry for entry in entries if entry["text"]]
+    nothing = [entry for entry in entries if not entry["text"]]
+    said, heard, hits = (sum(entry["keywords"][key] for entry in spoken) for key in ("said", "heard", "hits"))
+    return {
+        "all": error_metrics(spoken, num_seeds),
+        "short": error_metrics([entry for entry in spoken if entry["duration_s"] <= long_s], num_seeds),
+        "long": error_metrics([entry for entry in spoken if entry["duration_s"] > long_s], num_seeds),
+        "keyword_recall": hits / said if said else None,
+        "keyword_precision": hits / heard if heard else None,
+        "words_on_nothing": sum(entry["words"] for entry in nothing) / len(nothing) if nothing else None,
+        "nothing_with_words": sum(entry["words"] > 0 for entry in nothing) / len(nothing) if nothing else None,
+    }
+
+
+def cells(row: dict) -> list[str]:
+    metrics = row["metrics"]
+    line = [row["name"]]
+    for part in ("all", "short", "long"):
+        own = metrics[part]
+        rates = " / ".join(f"{100 * own[key]:.1f}" for key in ("wer", "insertions", "deletions")) if own else "–"
+        line.append(f"{rates} {percents(own['interval'])}" if own else "–")
+    for key in ("hallucinations", "unended"):
+        line.append(percent(metrics["all"][key]))
+    line += [percent(metrics[key]) for key in ("keyword_recall", "keyword_precision", "nothing_with_words")]
+    return line
+
+
+HEADER = ("", "all: WER / ins / del, % [95 %]", "short", "long", "hallucinations", "unended")
+HEADER += ("keyword recall", "keyword precision", "words where nothing is said")
+
+
+def write_reports(folder: Path, results: dict) -> None:
+    lines = [HEADER, ["---"] * len(HEADER), *map(cells, results["rows"])]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    about = f"{results['num_clips']} clips, long above {results['arguments']['long_s']:g} s"
+    head = f"{about} · {results['date']} · {results['git_commit']}\n\n    {shlex.join(results['argv'])}"
+    (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / "results.md").write_text(f"{head}\n\n{table}\n", encoding="utf-8")
+
+
+# --- The script -------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
+    """Rows of checkpoints × temperatures; returns what results.json holds.
+
+    Args:
+        args: of evaluation.py, checked; `clips` is the data set.
+        models: name -> path.
+    """
+    with bad_input_exits():
+        first = next(iter(models.values()))
+        codec_id = args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC)
+        clips = read_clips(
+            args.clips, args.split, args.language, lambda: SpeechCodec.from_pretrained(codec_id, args.device)
+        )
+        clips = all_keywords(clips)
+    prompts = [asr_prompt(clip.codes) for clip in clips]
+    results = {**provenance(), "arguments": vars(args), "models": models, "num_clips": len(clips), "rows": []}
+    for name, path in models.items():
+        with bad_input_exits():
+            policy = Policy.from_pretrained(path, args.device, task="asr")
+            for clip in clips:
+                policy.tokens.ids(clip.codes)  # another codec's codes
+            policy.encode(prompts, args.max_length)
+        for temperature in args.temperature:
+            seeds = args.seeds if temperature > 0 else [None]  # the likeliest words are the same each time
+            label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
+            entries = []
+            for seed in seeds:
+                if seed is not None:
+                    set_seed(seed)
+                transcripts = policy.transcribe(
+                    prompts,
+                    temperature=temperature,
+                    top_p=args.top_p,
+                    max_length=args.max_length,
+                    max_new_tokens=args.max_new_tokens,
+                    batch_size=args.batch_size,
+                    progress=label,
+                )
+                entries += [judged(*pair, seed) for pair in zip(clips, transcripts, strict=True)]
+            metrics = summarize(entries, len(seeds), args.long_s)
+            row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "metrics": metrics}
+            results["rows"].append({**row, "clips": entries})
+            write_reports(Path(args.output_dir), results)
+            logger.info("%s: %.2f %% of the words wrong", label, 100 * metrics["all"]["wer"])
+    logger.info("table: %s", Path(args.output_dir) / "results.md")
+    return results

@@ -1,0 +1,226 @@
+"""A Llasa checkpoint that answers: codes for text, or text for codes. What every script loads and samples with."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from cli import first_line, pick_device
+from speech_tokens import (
+    CODES_PER_SECOND,
+    TEXT_UNDERSTANDING_END,
+    TEXT_UNDERSTANDING_START,
+    SpeechTokens,
+    prepare_model,
+    prepare_tokenizer,
+    prompt_ids,
+    written_text,
+)
+
+DEFAULT_CODEC = "HKUSTAudio/xcodec2"
+DEFAULT_WHISPER = "large-v3"
+MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech, or as many tokens of text
+
+
+@dataclass
+class Sample:
+    """A spoken rollout: its speech codes, and whether END came before the context ran out."""
+
+    codes: list[int]
+    ended: bool
+
+
+@dataclass
+class Transcript:
+    """A written rollout: its text, and whether END came before the limit."""
+
+    text: str
+    ended: bool
+
+
+@dataclass
+class Policy:
+    """A Llasa checkpoint; in task "tts" it samples speech for `tts_prompt`s, in "asr" text for `asr_prompt`s."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    tokens: SpeechTokens
+    task: str = "tts"
+
+    @classmethod
+    def from_pretrained(
+        cls, id_or_path: str, device: str = "auto", dtype: torch.dtype | str = "auto", task: str = "tts"
+    ) -> "Policy":
+        """Load a model folder, a LoRA adapter folder or a Hub id, ready to sample.
+
+        Args:
+            dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+        Raises:
+            ValueError: no such model, or not a Llasa one.
+        """
+        device = pick_device(device)
+        if dtype == "auto":
+            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        tokenizer, tokens = load_tokenizer(id_or_path, task)  # before the weights: a wrong model is known at once
+        try:
+            model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
+        except OSError as error:  # what transformers raises for files that are not there
+            raise ValueError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
+        # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
+        model.generation_config = GenerationConfig()
+        prepare_model(model, tokenizer, tokens, task)
+        return cls(model.to(device).eval(), tokenizer, tokens, task)
+
+    def turn_to(self, task: str) -> None:
+        """Make the same model answer in another task from now on."""
+        prepare_tokenizer(self.tokenizer, task)
+        prepare_model(self.model, self.tokenizer, self.tokens, task)
+        self.task = task
+
+    def encode(self, prompts: list[list[dict[str, str]]], max_length: int = 2048) -> list[list[int]]:
+        """Prompts to token ids.
+
+        Raises:
+            ValueError: a prompt that leaves less than MIN_ROOM tokens of the context for its answer.
+        """
+        ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
+        for prompt, row in zip(prompts, ids, strict=True):
+            if len(row) + MIN_ROOM > limit:
+                raise ValueError(self._too_long(prompt, len(row), limit))
+        return ids
+
+    def _too_long(self, prompt: list[dict[str, str]], length: int, limit: int) -> str:
+        raise_it = f"or raise --max_length as far as the model's context of {self._limit(2**62)} goes"
+        if self.task == "asr":
+            return (
+                f"a clip is too long: its prompt takes {length} tokens ({CODES_PER_SECOND} codes a second) of {limit}, "
+                f"which leaves no room for {MIN_ROOM} tokens of text. Cut the clip, {raise_it}"
+            )
+        text = prompt[-1]["content"].split(TEXT_UNDERSTANDING_START)[-1].removesuffix(TEXT_UNDERSTANDING_END)
+        return (
+            f"the text {text[:60]!r} … is too long: its prompt takes {length} tokens (voice prompt included) of "
+            f"{limit}, which leaves no room for a second of speech ({MIN_ROOM} codes). Shorten or split it, shorten "
+            f"the voice prompt, {raise_it}"
+        )
+
+    def sample(self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options) -> list[Sample]:
+        """One spoken rollout per prompt of `tts_prompt`; arguments and errors as for `answer`."""
+        assert self.task == "tts", "call turn_to('tts') first"
+        return [Sample(*self.tokens.codes(ids)) for ids in self.answer(prompts, temperature=temperature, **options)]
+
+    def transcribe(
+        self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
+    ) -> list[Transcript]:
+        """One written rollout per prompt of `asr_prompt`; arguments and errors as for `answer`."""
+        assert self.task == "asr", "call turn_to('asr') first"
+        answers = self.answer(prompts, temperature=temperature, **options)
+        return [Transcript(*written_text(self.tokenizer, ids, self.tokens.text_end_id)) for ids in answers]
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prompts: list[list[dict[str, str]]],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        max_length: int = 2048,
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+        progress: str | None = None,
+    ) -> list[list[int]]:
+        """The ids that the policy answers each prompt with, END included where it came, in the prompts' order.
+
+        Random where the temperature is not 0: call `transformers.set_seed` before.
+
+        Args:
+            prompts: a repeated one gives another rollout.
+            temperature: 0 takes the likeliest token each time.
+            max_length: tokens of prompt and answer together; the model's context caps it.
+            max_new_tokens: of the answer alone.
+            progress: label of a progress bar.
+        Raises:
+            ValueError: a prompt too long for the context; nothing has been sampled then.
+        """
+        ids, limit = self.encode(prompts, max_length), self._limit(max_length)
+        limits = [min(limit, len(row) + (max_new_tokens or limit)) for row in ids]
+        answers = [None] * len(ids)
+        # Neighbours in length end at about the same step, so little is spent on padding.
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in trange(0, len(ids), batch_size, desc=progress, disable=progress is None):
+            batch = by_length[start : start + batch_size]
+            completions = self._generate([ids[i] for i in batch], [limits[i] for i in batch], temperature, top_p)
+            for i, completion in zip(batch, completions, strict=True):
+                answers[i] = completion
+        return answers
+
+    def _limit(self, max_length: int) -> int:
+        return min(max_length, self.model.config.max_position_embeddings)
+
+    def _generate(
+        self, ids: list[list[int]], limits: list[int], temperature: float, top_p: float
+    ) -> list[list[int]]:
+        """Completion ids (END included, padding not) of one left-padded batch, prompt and completion within limits."""
+        rows = [torch.tensor(row) for row in ids]
+        pad_id = self.tokenizer.pad_token_id
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        room = [limit - len(row) for row, limit in zip(ids, limits, strict=True)]
+        output = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            # The shortest prompt may speak for the longest; the others are cut below, so that what a text
+            # may take does not depend on its neighbours.
+            max_new_tokens=max(room),
+            eos_token_id=self.tokens.answer_end_id(self.task),
+            pad_token_id=pad_id,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        completions = output[:, input_ids.shape[1] :].tolist()
+        end_id = self.tokens.answer_end_id(self.task)
+        return [
+            cut[: cut.index(end_id) + 1] if end_id in (cut := completion[:most]) else cut
+            for most, completion in zip(room, completions, strict=True)
+        ]
+
+
+def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTokens]:
+    """A model's tokenizer, ready for a task's prompts, and where its codes are; ValueError if it is not a Llasa's."""
+    check_model_exists(id_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(id_or_path)
+    except OSError as error:
+        raise ValueError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
+    return tokenizer, prepare_tokenizer(tokenizer, task)
+
+
+def check_model_exists(id_or_path: str) -> None:
+    """Raise ValueError for what is neither a model folder nor of the shape of a Hub id (owner/name)."""
+    folder = Path(id_or_path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{id_or_path}: no model in this folder: it has no config.json or adapter_config.json")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", id_or_path) or folder.parent.is_dir():
+        raise ValueError(
+            f"no such model: {id_or_path!r}. Give a folder saved by train.py, tiny/llasa, or a Hub id "
+            "such as HKUSTAudio/Llasa-1B-Multilingual"
+        )
+
+
+def recorded(model: str, key: str, default: str) -> str:
+    """What the model's run was made with: `key` ("codec_id", "whisper") of its run.json, else `default`.
+
+    A path that is not there from the working directory is tried from the project's folder.
+    """
+    for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
+        if (folder / "run.json").is_file():
+            value = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(key)
+            if value:
+                ours = Path(__file__).parent / value
+                return str(ours) if ours.exists() and not Path(value).exists() else value
+    return default

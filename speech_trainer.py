@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer, made to fit speech: what is different here from TRL 1.16 is in this file.
 
-- Scoring: the head's allowed rows only (confined_head.py), at the completions' positions only.
+- Scoring: the head's allowed rows only (confined_head.py), at the completions' positions only; a prompt that is long
+  beside its completions (speech to be recognised) is read once for its whole group.
 - Sampling: half-precision weights are cast once a batch of rollouts, not once a code.
 - vLLM: what it needs to stop at END and say nothing but speech, and the settings that would teach it nothing.
 """
@@ -67,7 +68,12 @@ def score_confined(model, temperature: float) -> None:
     def scored(*args, labels=None, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
             return forward(*args, **kwargs) if labels is None else forward(*args, labels=labels, **kwargs)
-        hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
+        prompt_length = int((labels != -100).any(dim=0).int().argmax())
+        groups = shared_prompts(model, kwargs, prompt_length) if not args else None
+        if groups is not None:
+            hidden = states_of_groups(model, kwargs["input_ids"], kwargs["attention_mask"], prompt_length, groups)
+        else:
+            hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
         labels = labels[:, 1:]
         mask = labels != -100
         head = model.get_output_embeddings()
@@ -90,6 +96,67 @@ def score_confined(model, temperature: float) -> None:
         return FusedCausalLMOutput(log_probs=spread[0], entropy=spread[1], label_mask=mask)
 
     model.forward = scored
+
+
+PACKED_SHARE = 0.5  # of the tokens: attention to a packed row costs more than to a causal one
+
+
+def shared_prompts(model, inputs: dict, prompt_length: int) -> torch.Tensor | None:
+    """The prompt of each row by number, shape (rows,), where reading each prompt once is worth it; else None.
+
+    Speech of 5 s has 250 tokens and what is said in it 20: of 8 rollouts of one clip nine tenths are the same tokens.
+    """
+    if set(inputs) != {"input_ids", "attention_mask"} or model.config._attn_implementation != "sdpa":
+        return None  # packed rows need a mask of their own
+    prompts = torch.cat([inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")], dim=1)
+    unique, groups = torch.unique(prompts, dim=0, return_inverse=True)
+    rows, length = inputs["input_ids"].shape
+    packed = len(unique) * (prompt_length + int(groups.bincount().max()) * (length - prompt_length))
+    return groups if packed <= PACKED_SHARE * rows * length else None
+
+
+def states_of_groups(
+    model, input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_length: int, groups: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states as the model gives them row by row, each prompt read once for all rows that share it.
+
+    A packed row is one prompt and behind it its completions, none of which sees another: [prompt, c_1, c_2, …], every
+    c_i at the positions that follow the prompt. Equal to the model's own up to rounding.
+
+    Args:
+        input_ids, attention_mask: (rows, length), prompts padded on the left to `prompt_length`.
+        groups: from `shared_prompts`.
+    Returns:
+        (rows, length − 1, hidden size); 0 before the prompt's last token, where nothing is scored.
+    """
+    rows, length = input_ids.shape
+    room, device = length - prompt_length, input_ids.device
+    same = groups[:, None] == groups
+    slots = same.tril(-1).sum(dim=1)  # how many rows of the prompt come before
+    num_slots = int(slots.max()) + 1
+    columns = prompt_length + slots[:, None] * room + torch.arange(room, device=device)
+
+    packed = input_ids.new_zeros(int(groups.max()) + 1, prompt_length + num_slots * room)
+    valid = torch.zeros_like(packed, dtype=torch.bool)
+    for target, source in ((packed, input_ids), (valid, attention_mask.bool())):
+        target[groups, :prompt_length] = source[:, :prompt_length]
+        target[groups[:, None], columns] = source[:, prompt_length:]
+
+    slot = torch.arange(num_slots, device=device).repeat_interleave(room)
+    segments = torch.cat([slot.new_full((prompt_length,), -1), slot])
+    after = torch.arange(room, device=device).repeat(num_slots) + prompt_length
+    positions = torch.cat([torch.arange(prompt_length, device=device), after])
+    own = (segments == -1) | (segments == segments[:, None])
+    # Padding sees itself: a softmax of nothing is NaN.
+    seen = (own.tril() & valid[:, None]) | torch.eye(len(segments), dtype=torch.bool, device=device)
+    states = model.base_model(
+        input_ids=packed, attention_mask=seen[:, None], position_ids=positions[None], use_cache=False
+    ).last_hidden_state
+
+    before = torch.cat([columns.new_full((rows, 1), prompt_length - 1), columns[:, :-1]], dim=1)
+    hidden = states.new_zeros(rows, length - 1, states.shape[-1])
+    hidden[:, prompt_length - 1 :] = states[groups[:, None], before]
+    return hidden
 
 
 # With any of these vLLM samples from a cut distribution, and its log-probs are those of the cut one.

@@ -5,8 +5,9 @@ import torch
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
+import speech_trainer
 from confined_head import FORBIDDEN_LOGIT, ConfinedHead, confine_head
-from speech_tokens import prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
+from speech_tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
 from speech_trainer import prepare_vllm, score_confined
 from tiny.llasa import new_model, new_tokenizer
 
@@ -87,6 +88,57 @@ def test_scores_and_gradients_are_those_of_trls_full_head(tokenizer, tokens, tem
     logits = model(ids, attention_mask=mask).logits[:, :-1] / temperature
     by_hand = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(narrow.log_probs, by_hand.masked_fill(labels[:, 1:] == -100, 0))
+
+
+def long_prompts(tokenizer, tokens):
+    """Six rollouts of two clips, mixed, the prompts padded on the left and the texts on the right."""
+    texts = ["Anna", "Anna found", TEXT, "two", "boxes.", "found two"]
+    pad, width = tokenizer.pad_token_id, 8
+    prompts = [prompt_ids(tokenizer, asr_prompt(codes)) for codes in ([5, 6, 7] * 20, [9] * 40)]
+    longest, rows = max(map(len, prompts)), []
+    for i, text in enumerate(texts):
+        prompt = prompts[i % 2]
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"][: width - 1] + [tokens.text_end_id]
+        left, right = longest - len(prompt), width - len(answer)
+        rows.append(
+            (
+                [pad] * left + prompt + answer + [pad] * right,
+                [0] * left + [1] * (len(prompt) + len(answer)) + [0] * right,
+                [-100] * longest + answer + [-100] * right,
+            )
+        )
+    return [torch.tensor(part) for part in zip(*rows, strict=True)]
+
+
+def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, monkeypatch):
+    tokens = prepare_tokenizer(tokenizer, "asr")
+    ids, mask, labels = long_prompts(tokenizer, tokens)
+    results, lengths = [], []
+    for packed in (False, True):
+        monkeypatch.setattr(speech_trainer, "PACKED_SHARE", 0.5 if packed else 0.0)
+        model = new_model(tokenizer, seed=0, hidden=48, layers=3)
+        prepare_model(model, tokenizer, tokens, "asr")
+        score_confined(model, temperature=0.7)
+        model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        (out.log_probs * torch.arange(1.0, 7)[:, None]).sum().backward()
+        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
+    prompt_length = ids.shape[1] - 8
+    assert lengths == [ids.shape, (2, prompt_length + 3 * 8)]
+    (each, each_grads), (once, once_grads) = results
+    assert each.log_probs.abs().sum() > 1
+    torch.testing.assert_close(once.log_probs, each.log_probs)
+    torch.testing.assert_close(once.entropy, each.entropy)
+    for name in each_grads:
+        torch.testing.assert_close(once_grads[name], each_grads[name], msg=name)
+
+
+def test_short_prompts_are_not_packed(model, tokenizer, tokens):
+    ids, mask, labels = batch(tokenizer, tokens)
+    length = int((labels != -100).any(dim=0).int().argmax())
+    assert speech_trainer.shared_prompts(model, {"input_ids": ids, "attention_mask": mask}, length) is None
 
 
 def test_kept_rows_give_the_same_logits_and_go(model, tokenizer, tokens):

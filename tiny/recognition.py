@@ -2,7 +2,7 @@
 
     python -m tiny.build --stage recognition
 
-Speech as it comes: mostly short, at times several sentences long, under noise of any strength, at times nothing but
+Speech as it comes: mostly short, at times several sentences long, at times under noise, at times nothing but
 noise or silence, and names that supervised training hardly saw.
 """
 
@@ -19,8 +19,8 @@ from tiny.corpus import SPEAKERS, speak_all
 
 RARE_NAMES = "Victoria Edward Barbara Thomas Angela Frederick".split()  # the keywords
 PAUSE_S = 0.12  # between the sentences of a long clip
-SNR_DB = (-4.0, 16.0)  # of the noise
-NOISY_SHARE = 0.8
+SNR_DB = (10.0, 30.0)  # of the noise; below, little of the speech survives the codec
+NOISY_SHARE = 0.6
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def test_reward_needs_neither_codec_nor_whisper(model):
 
 # --- Training ---------------------------------------------------------------------------------------------
 
-WORDS = {word: 2 + 8 * i for i, word in enumerate("anna peter apples horses hats birds books two".split())}
+WORDS = {word: 2 + 8 * i for i, word in enumerate("anna peter apples horses hats birds books shoes".split())}
 
 
 def spell(text: str) -> list[int]:
@@ -124,8 +124,8 @@ def spell(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def spelled(tmp_path_factory) -> Path:
-    """All sentences of two words, a word being six codes of its own."""
-    texts = [f"{a} {b}" for a in WORDS for b in WORDS]
+    """All sentences of three words, a word being six codes of its own."""
+    texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS]
     rows = [{"text": text, "audio_codes": spell(text), "speaker": text.split()[0]} for text in texts]
     path = tmp_path_factory.mktemp("spelled") / "rows.parquet"
     datasets.Dataset.from_list(rows).to_parquet(path)
@@ -133,25 +133,24 @@ def spelled(tmp_path_factory) -> Path:
 
 
 SMALL = (
-    "--num_codes 64 --vocab_size 270 --hidden_size 64 --num_heads 4 --encoder_layers 1 --decoder_layers 1 --dropout 0"
+    "--num_codes 64 --vocab_size 300 --hidden_size 64 --num_heads 4 --encoder_layers 1 --decoder_layers 1 --dropout 0"
 )
 
 
 def test_training_learns_words_in_new_sentences(spelled, tmp_path):
     flags = f"--dataset {spelled} --labels speaker --output_dir {tmp_path} {SMALL} --dropout 0"
-    flags += " --heldout_share 0.2 --steps 300 --batch_size 16 --learning_rate 3e-3"
+    flags += " --heldout_share 0.2 --steps 300 --batch_size 16 --learning_rate 3e-3 --code_noise 0.1"
     train_token2text.main(train_token2text.parse_args(flags.split()))
     found = json.loads((tmp_path / "run.json").read_text())["heldout"]
-    assert found["wer"] <= 0.2
-    assert found["wer_noisy"] <= 0.6
-    assert found["accuracy_speaker"] >= 0.8
+    assert found["wer"] <= 0.5  # a guess is wrong in seven words of eight
+    assert found["accuracy_speaker"] >= 0.95
     assert found["log_prob"] > found["log_prob_wrong_text"] + 1
 
 
 def test_no_text_is_on_both_sides(spelled):
     rows, heldout = train_token2text.split_by_text(datasets.Dataset.from_parquet(str(spelled)), 0.25, seed=0)
-    assert len(set(heldout["text"])) == 16 and not set(rows["text"]) & set(heldout["text"])
-    assert len(rows) + len(heldout) == 64
+    assert len(set(heldout["text"])) == 128 and not set(rows["text"]) & set(heldout["text"])
+    assert len(rows) + len(heldout) == 512
 
 
 def test_batches_hold_every_row_once_an_epoch():

@@ -7,10 +7,12 @@ Rows need `text` and `audio_codes`; `language` (Whisper's code) is English where
 
 A reward that policies are trained against is attacked by them, so it is trained on more than clean speech: label
 smoothing, codes replaced at random, noise on the embeddings (as arXiv 2512.04552 found for emotions). The last also
-makes the reward smooth, and a gradient in the codes is worth no more than that; too much of it costs accuracy. A CTC
-loss on the encoder makes it find out early which codes say which text. Held-out rows are of texts that training never sees.
-Prints and writes to run.json, on the held-out rows: the WER of greedy transcripts from clean codes and from codes of
-which a tenth is random; the mean log P per token of the right text and of another row's; the accuracy of each label.
+makes the reward smooth, and its gradient in the codes is worth no more than that; too much of it costs accuracy. A CTC
+loss on the encoder makes it find out early which codes say which text.
+
+Held-out rows are of texts that training never sees. Prints and writes to run.json, on these rows: the WER of greedy
+transcripts from clean codes and from codes of which a tenth is random; the mean log P per token of the right text and
+of another row's; the accuracy of each label.
 
 Exit code 2: the input was wrong.
 """

@@ -50,8 +50,10 @@ def straight_through(
     Returns:
         (positions, width).
     """
-    uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
-    scores = (logits - torch.log(-torch.log(uniform))) / temperature
+    # −ln(−ln u) is Gumbel noise; in place, for it is as large as the logits.
+    noise = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
+    noise = noise.log_().neg_().log_().neg_()
+    scores = (logits + noise) / temperature
     mixed = scores.softmax(-1) @ embedding
     # The second term is exactly 0 forward.
     return embedding[scores.argmax(-1)] + (mixed - mixed.detach()) if hard else mixed
@@ -91,7 +93,7 @@ def _in_full(logits: torch.Tensor) -> torch.Tensor:
 def draw_codes(
     hidden: torch.Tensor, reference_hidden: torch.Tensor | None, weight: torch.Tensor, *settings
 ) -> tuple[torch.Tensor, ...]:
-    """`draw_chunk` of any number of positions, in chunks whose logits are made again in the backward pass.
+    """`draw_chunk` of any number of positions; if they are more than a chunk, the logits of each are made twice.
 
     Args:
         hidden: (positions, hidden size), at least one.
@@ -99,6 +101,8 @@ def draw_codes(
         weight: (rows, hidden size), the confined head's; `settings` are the other arguments of `draw_chunk`.
     """
     size = max(1, CHUNK_LOGITS // len(weight))
+    if len(hidden) <= size:
+        return draw_chunk(hidden, reference_hidden, weight, *settings)
     references = [None] * math.ceil(len(hidden) / size)
     if reference_hidden is not None:
         references = reference_hidden.split(size)

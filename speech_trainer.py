@@ -8,6 +8,9 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -52,11 +55,28 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@dataclass
+class ScoredOutput(FusedCausalLMOutput):
+    """`made`: what `from_head` made of the hidden states."""
+
+    made: Any = None
+
+
+@contextlib.contextmanager
+def whole_rows(head: ConfinedHead) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`head.rows()`, also where the weight is spread over processes."""
+    with maybe_gather_lm_head_ctx(head.weight, None):  # of ZeRO-3
+        weight, bias = head.rows()
+        yield weight.full_tensor() if isinstance(weight, DTensor) else weight, bias  # of FSDP2
+
+
 def score_confined(model, temperature: float) -> None:
     """Have TRL's GRPOTrainer score completions over the head's rows alone, and at the completions' positions alone.
 
     `model(..., labels=, fused_lm_head=True)` is how it asks for log-probs and entropies; its own answer takes every
     row of the head and, on a CPU, every position of the prompt. Call it after the trainer is built.
+    With `from_head=` the model's answer has `made` = from_head(hidden, weight, bias), of the same pass: hidden
+    (batch, time − 1, width), which predicts the tokens from the second on, and the head's `whole_rows`.
 
     Args:
         model: the causal LM under PEFT and other wrappers, with a ConfinedHead.
@@ -65,21 +85,26 @@ def score_confined(model, temperature: float) -> None:
     forward = model.forward
 
     @functools.wraps(forward)
-    def scored(*args, labels=None, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:
+    def scored(*args, labels=None, fused_lm_head=False, from_head=None, **kwargs):
+        if not fused_lm_head and from_head is None:
             return forward(*args, **kwargs) if labels is None else forward(*args, labels=labels, **kwargs)
-        prompt_length = int((labels != -100).any(dim=0).int().argmax())
-        groups = shared_prompts(model, kwargs, prompt_length) if not args else None
+        groups = None
+        if from_head is None and not args:  # it wants the states row by row
+            prompt_length = int((labels != -100).any(dim=0).int().argmax())
+            groups = shared_prompts(model, kwargs, prompt_length)
         if groups is not None:
             hidden = states_of_groups(model, kwargs["input_ids"], kwargs["attention_mask"], prompt_length, groups)
         else:
             hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
-        labels = labels[:, 1:]
-        mask = labels != -100
         head = model.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(head.weight, None):  # of ZeRO-3
-            weight, bias = head.rows()
-            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight  # of FSDP2
+        output = ScoredOutput()
+        with whole_rows(head) as (weight, bias):
+            if from_head is not None:
+                output.made = from_head(hidden, weight, bias)
+            if not fused_lm_head:
+                return output
+            labels = labels[:, 1:]
+            mask = labels != -100
             log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
                 hidden[mask],
                 weight,
@@ -92,8 +117,11 @@ def score_confined(model, temperature: float) -> None:
                 ("log_probs", "entropy"),
             )
         # masked_scatter keeps the output connected to the model where no position is scored
-        spread = [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy)]
-        return FusedCausalLMOutput(log_probs=spread[0], entropy=spread[1], label_mask=mask)
+        output.log_probs, output.entropy = (
+            values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy)
+        )
+        output.label_mask = mask
+        return output
 
     model.forward = scored
 

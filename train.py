@@ -4,6 +4,7 @@
       --reward_config reward_models/prosody_reward.json --output_dir llasa-grpo-exp1
     python train.py --config configs/tiny.yaml                       # the small world, two CPU cores
     python train.py --method sft --dataset tokenized_dataset --output_dir llasa-sft
+    python train.py --method grpo+diffro --token2text token2text …   # the differentiable reward as well (diffro.py)
     python train.py --task asr --dataset rl_data.parquet …           # the other way round: to understand
 
 --task asr: GRPO for recognition with rule-based rewards (arXiv 2509.18569), after --method sft --task asr, or both.
@@ -34,10 +35,12 @@ from trl import GRPOConfig, ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_p
 import memory
 from cli import bad_input_exits, check_writable
 from dataset_io import load_any_dataset
+from diffro import FILTERS, METHODS, DiffROTrainer
 from policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
-from reward_models import DEFAULT_CONFIG, load_config, load_rewards, unknown_key
+from reward_models import DEFAULT_CONFIG, load_config, load_rewards, models_needed, unknown_key
 from reward_models.asr_rules import Reader
 from reward_models.rollouts import Listener
+from reward_models.token2text import Token2Text
 from reward_whisper import WhisperScorer
 from run_record import SampleSaver, plot_curves, write_run
 from speech_codec import SpeechCodec
@@ -54,7 +57,13 @@ class ScriptArguments:
 
     dataset: str = field(default=None, metadata={"help": "Hub id, saved folder, or a .json/.jsonl/.csv/.parquet file."})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    method: str = field(default="grpo", metadata={"help": "grpo, or sft before it.", "choices": ["grpo", "sft"]})
+    method: str = field(
+        default="grpo",
+        metadata={
+            "help": "grpo; diffro, the differentiable reward; both; or sft before them.",
+            "choices": [*METHODS, "sft"],
+        },
+    )
     task: str = field(
         default="tts",
         metadata={
@@ -68,6 +77,24 @@ class ScriptArguments:
     )
     codec_id: str = field(default=None, metadata={"help": "XCodec2; default: the policy's run.json, else the hub's."})
     whisper: str = field(default=None, metadata={"help": "Whisper of the reward; default likewise, else large-v3."})
+    token2text: str = field(default=None, metadata={"help": "DiffRO's reward model, from train_token2text.py."})
+    diffro_weight: float = field(default=1.0, metadata={"help": "Of DiffRO's loss beside GRPO's (grpo+diffro)."})
+    diffro_filter: str = field(
+        default=None,
+        metadata={
+            "help": "Rollouts DiffRO learns from: none (all), positive (advantage above 0), clean (these, if they "
+            "ended and do not repeat themselves). Default: none for diffro, clean for grpo+diffro.",
+            "choices": list(FILTERS),
+        },
+    )
+    diffro_labels: list[str] = field(
+        default_factory=list, metadata={"help": "Columns whose labels DiffRO is to bring out too (token2text's heads)."}
+    )
+    gumbel_temperature: float = field(default=1.0, metadata={"help": "Of DiffRO's Gumbel-softmax."})
+    gumbel_temperature_end: float = field(default=None, metadata={"help": "At the last step; linear in between."})
+    gumbel_hard: bool = field(
+        default=True, metadata={"help": "token2text reads one code a step (the paper's); false: mixtures of codes."}
+    )
     sample_steps: int = field(
         default=50, metadata={"help": "Keep a few rollouts as wav every so many steps; 0: never."}
     )
@@ -194,12 +221,26 @@ def parse_args(argv: list[str] | None = None) -> tuple[ScriptArguments, GRPOReci
         parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=__doc__.split("\n\n")[0])
         _check_names(parser, argv)
         script, args, model_args = parser.parse_args_and_config(argv)
-        if script.method == "grpo":
-            if script.task == "both":
-                raise ValueError("--task both is for --method sft; GRPO trains one task at a time: give tts or asr")
-            script.reward_config = script.reward_config or DEFAULT_CONFIG[script.task]
+        if script.method != "sft":
+            fill_in(script)
             args.max_completion_length = args.max_completion_length or MAX_COMPLETION_LENGTH[script.task]
         return script, args, model_args
+
+
+def fill_in(script: ScriptArguments) -> None:
+    """What --task and --method leave open, and what they rule out."""
+    if script.task == "both":
+        raise ValueError("--task both is for --method sft; GRPO trains one task at a time: give tts or asr")
+    reads = "diffro" in script.method
+    if reads and script.task == "asr":
+        raise ValueError(f"--method {script.method} is for --task tts: text is no speech that token2text could read")
+    if reads and not script.token2text:
+        raise ValueError(
+            f"--method {script.method} needs --token2text, a folder from train_token2text.py (tiny/token2text)"
+        )
+    default = "reward_models/token2text.json" if script.method == "diffro" else DEFAULT_CONFIG[script.task]
+    script.reward_config = script.reward_config or default
+    script.diffro_filter = script.diffro_filter or ("none" if script.method == "diffro" else "clean")
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -261,7 +302,7 @@ def grpo_dataset(script: ScriptArguments, args: GRPORecipe, tokenizer, tokens) -
     if script.task == "asr":
         rows = grpo_asr_rows(rows, script.dataset, tokenizer, tokens, *lengths)
     else:
-        rows = grpo_rows(rows, script.dataset, tokenizer, *lengths)
+        rows = grpo_rows(rows, script.dataset, tokenizer, *lengths, script.diffro_labels)
     per_step = prompts_per_step(args)
     if len(rows) < per_step:
         raise ValueError(
@@ -290,9 +331,16 @@ def make_listener(script, args, tokenizer, tokens) -> Listener | Reader:
     """What the rewards of the task look at; text needs neither codec nor Whisper."""
     if script.task == "asr":
         return Reader(tokenizer, tokens.text_end_id)
-    codec = SpeechCodec.from_pretrained(script.codec_id, device=args.device)
-    scorer = WhisperScorer(script.whisper, device=args.device)
-    return Listener(tokens, codec, scorer, args.num_generations, script.offload_rewards)
+    needs, codec, scorer, token2text = models_needed(script.reward_config), None, None, None
+    if "diffro" in script.method or "token2text" in needs:
+        if not script.token2text:
+            raise ValueError(f"{script.reward_config}: the reward token2text needs --token2text, its model's folder")
+        token2text = Token2Text.from_pretrained(script.token2text, args.device)
+    if "codec" in needs:
+        codec = SpeechCodec.from_pretrained(script.codec_id, device=args.device)
+    if "whisper" in needs:
+        scorer = WhisperScorer(script.whisper, device=args.device)
+    return Listener(tokens, codec, scorer, args.num_generations, script.offload_rewards, token2text)
 
 
 def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int) -> SpeechGRPOTrainer:
@@ -301,8 +349,23 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
     allowed_ids = tokens.answer_ids(script.task)
     if args.use_vllm:
         prepare_vllm(args, allowed_ids, tokens.answer_end_id(script.task), script.max_length_total)
-    trainer = SpeechGRPOTrainer(
-        allowed_ids=allowed_ids,
+    if script.method == "grpo":
+        trainer_class, own = SpeechGRPOTrainer, {"allowed_ids": allowed_ids}
+    else:
+        trainer_class = DiffROTrainer
+        own = {
+            "tokens": tokens,
+            "token2text": listener.token2text,
+            "method": script.method,
+            "diffro_weight": script.diffro_weight,
+            "filter": script.diffro_filter,
+            "gumbel_temperature": script.gumbel_temperature,
+            "gumbel_temperature_end": script.gumbel_temperature_end,
+            "gumbel_hard": script.gumbel_hard,
+            "label_columns": tuple(script.diffro_labels),
+        }
+    trainer = trainer_class(
+        **own,
         model=load_model(model_args, tokenizer, tokens, script.task),
         reward_funcs=rewards,
         args=args,
@@ -318,14 +381,14 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
 def report_memory(trainer: SpeechGRPOTrainer, listener: Listener | Reader, longest: int) -> None:
     """Say what a step will need, and warn where the GPU has less."""
     policy = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
-    hears = isinstance(listener, Listener)
+    codec, scorer = (getattr(listener, name, None) for name in ("codec", "scorer"))
     parts = memory.estimate(
         policy,
         trainer.ref_model,
-        [listener.codec.model, listener.scorer.model] if hears else [],
-        memory.listening_bytes(listener.scorer) if hears else 0,
+        [part.model for part in (codec, scorer) if part],
+        memory.listening_bytes(scorer) if scorer else 0,
         memory.shapes_of(policy, trainer.args, longest),
-        hears and listener.offload,
+        bool(codec) and listener.offload,
     )
     logger.info(memory.report(parts))
     if trainer.accelerator.device.type == "cuda":
@@ -356,7 +419,7 @@ def main(arguments: tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig])
         tokenizer, tokens = load_tokenizer(model_args.model_name_or_path, script.task)
         script.codec_id = script.codec_id or recorded(model_args.model_name_or_path, "codec_id", DEFAULT_CODEC)
         script.whisper = script.whisper or recorded(model_args.model_name_or_path, "whisper", DEFAULT_WHISPER)
-        if script.method == "grpo":
+        if script.method != "sft":
             rewards = load_config(script.reward_config, script.task)
             rows, longest = grpo_dataset(script, args, tokenizer, tokens)
             trainer = grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest)

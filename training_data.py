@@ -82,11 +82,16 @@ def _languages(rows: datasets.Dataset) -> list[str]:
 
 
 def grpo_rows(
-    rows: datasets.Dataset, name: str, tokenizer, max_completion_length: int, max_length: int
+    rows: datasets.Dataset, name: str, tokenizer, max_completion_length: int, max_length: int, labels: list[str] = ()
 ) -> datasets.Dataset:
-    """Rows of GRPO that speaks: `prompt`, `text`, `language`; codes of recorded speech, if any, are not used."""
+    """Rows of RL that speaks: `prompt`, `text`, `language`, and the columns `labels`; recorded codes are not used."""
     prompts = _checked_prompts(rows, name, tokenizer, max_completion_length, max_length)
-    return datasets.Dataset.from_dict({"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)})
+    columns = {"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)}
+    for label in labels:
+        if label not in rows.column_names:
+            raise ValueError(f"{name} has no column {label!r} (--diffro_labels); it has {', '.join(rows.column_names)}")
+        columns[label] = list(rows[label])
+    return datasets.Dataset.from_dict(columns)
 
 
 def grpo_asr_rows(

@@ -2,7 +2,8 @@
 
     {"whisper": {"weight": 1.0, "alpha_wer": 3.0}, "duration": {"weight": 0.5}}
 
-Adding a reward is one class in a file of this folder, one line in REWARDS, a test, and a row in the README.
+Adding a reward is one class in a file of this folder (its `needs` says what it listens with), one line in REWARDS, a
+test, and a row in the README.
 """
 
 import difflib
@@ -11,11 +12,19 @@ import json
 from pathlib import Path
 
 from reward_models.asr_rules import AsrRulesReward
+from reward_models.diversity import DiversityReward
 from reward_models.intelligibility import WhisperReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
+from reward_models.token2text import Token2TextReward
 
 REWARDS = {  # by task, then by name: what judges speech cannot judge text
-    "tts": {"whisper": WhisperReward, "duration": DurationReward, "log_f0_spread": LogF0SpreadReward},
+    "tts": {
+        "whisper": WhisperReward,
+        "token2text": Token2TextReward,
+        "duration": DurationReward,
+        "log_f0_spread": LogF0SpreadReward,
+        "diversity": DiversityReward,
+    },
     "asr": {"asr_rules": AsrRulesReward},
 }
 DEFAULT_CONFIG = {"tts": "reward_models/whisper.json", "asr": "reward_models/asr_rules.json"}
@@ -63,6 +72,11 @@ def load_config(path: str | Path, task: str = "tts") -> dict[str, dict[str, floa
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{path}: {name}: {key} must be a number, got {value!r}")
     return {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
+
+
+def models_needed(path: str | Path) -> set[str]:
+    """Which of "codec", "whisper" and "token2text" the speech rewards of a config listen with."""
+    return {model for name in load_config(path) for model in REWARDS["tts"][name].needs}
 
 
 def load_rewards(path: str | Path, listener, task: str = "tts") -> tuple[list, list[float]]:

@@ -16,6 +16,7 @@ class WhisperReward:
     """
 
     __name__ = "whisper"
+    needs = ("codec", "whisper")
 
     def __init__(
         self, listener, alpha_wer: float = 3.0, alpha_nll: float = 3.0, lambda_wer: float = 0.6, lambda_nll: float = 0.4

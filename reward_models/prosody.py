@@ -49,6 +49,7 @@ class DurationReward:
     """`duration_reward` of the number of codes: keeps the policy from slowing down or rushing."""
 
     __name__ = "duration"
+    needs = ()
 
     def __init__(self, listener):
         self.listener = listener
@@ -68,6 +69,7 @@ class LogF0SpreadReward:
     """
 
     __name__ = "log_f0_spread"
+    needs = ("codec",)
 
     def __init__(self, listener, ceiling: float = 0.3):
         if ceiling <= 0:

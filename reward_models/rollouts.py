@@ -1,7 +1,7 @@
 """What one batch of rollouts sounds like. All rewards of a batch look at the same `Rollouts`.
 
-`Listener` holds the codec and the Whisper; `Rollouts` computes each thing at most once and only if a reward
-or a metric asks for it.
+`Listener` holds the codec, the Whisper and the token-to-text model, or those of them that the rewards need;
+`Rollouts` computes each thing at most once and only if a reward or a metric asks for it.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 
 from audio import audio_failure, save_audio
 from reward_models.prosody import log_f0_std
+from reward_models.token2text import Token2Text
 from reward_whisper import Score, WhisperScorer
 from speech_codec import SpeechCodec, check_codebook, decode_rollouts
 from speech_tokens import CODES_PER_SECOND, SpeechTokens
@@ -51,7 +52,9 @@ class Rollouts:
         codes: ids in the codebook; `ended`: whether END came.
         wavs: float32 mono at 16 kHz; shape (0,) where there are no codes.
         scores: `reward_whisper.Score`.
-        failures: None, or why a rollout earns the lowest reward: "unended", "empty", "silent", "non_finite".
+        text_log_probs: mean log P per text token by the token-to-text model.
+        failures: None, or why a rollout earns the lowest reward: "unended", "empty", "silent", "non_finite" (the last
+            two only where a codec is there to hear them).
         log_f0_stds: natural-log units; NaN where there is no voice.
     """
 
@@ -76,11 +79,16 @@ class Rollouts:
         return self.listener.scorer.score(self.wavs, self.texts, self.languages)
 
     @cached_property
+    def text_log_probs(self) -> list[float]:
+        return self.listener.token2text.score(self.codes, self.texts, self.languages)
+
+    @cached_property
     def failures(self) -> list[str | None]:
-        return [
-            audio_failure(wav) or (None if ended else "unended")
-            for wav, ended in zip(self.wavs, self.ended, strict=True)
-        ]
+        if self.listener.codec is None:
+            inaudible = [None if codes else "empty" for codes in self.codes]
+        else:
+            inaudible = [audio_failure(wav) for wav in self.wavs]
+        return [failure or (None if ended else "unended") for failure, ended in zip(inaudible, self.ended, strict=True)]
 
     @cached_property
     def log_f0_stds(self) -> list[float]:
@@ -98,46 +106,68 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """What the log shows of a batch besides its rewards; means over the rollouts (F0: the first of each group)."""
-        failures = self.failures
-        # Praat takes as long for a clip as the codec: one rollout of each prompt shows a collapse as well.
-        f0 = np.asarray([self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)])
-        return {
-            "wer": float(np.mean([score.wer for score in self.scores])),
-            "nll": float(np.mean([score.nll for score in self.scores])),
+        failures, listener = self.failures, self.listener
+        found = {
             "duration_s": float(np.mean([len(codes) / CODES_PER_SECOND for codes in self.codes])),
-            "log_f0_std": float(np.nanmean(f0)) if np.isfinite(f0).any() else float("nan"),
             "share_truncated": 1 - float(np.mean(self.ended)),
             "share_empty": failures.count("empty") / len(failures),
-            "share_silent": failures.count("silent") / len(failures),
-            "share_non_finite": failures.count("non_finite") / len(failures),
             "share_repetitive": float(np.mean([is_repetitive(codes) for codes in self.codes])),
         }
+        if listener.codec is not None:
+            # Praat takes as long for a clip as the codec: one rollout of each prompt shows a collapse as well.
+            f0 = np.asarray([self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)])
+            found |= {
+                "log_f0_std": float(np.nanmean(f0)) if np.isfinite(f0).any() else float("nan"),
+                "share_silent": failures.count("silent") / len(failures),
+                "share_non_finite": failures.count("non_finite") / len(failures),
+            }
+        if listener.scorer is not None:
+            found |= {
+                "wer": float(np.mean([score.wer for score in self.scores])),
+                "nll": float(np.mean([score.nll for score in self.scores])),
+            }
+        if listener.token2text is not None:
+            found |= {"text_log_prob": float(np.mean(self.text_log_probs))}
+        return found
 
 
 class Listener:
-    """Codec and Whisper, and the rollouts that were heard last.
+    """Codec, Whisper and token-to-text model, and the rollouts that were heard last.
 
     TRL calls every reward function of a batch with the same list of completions: the first call makes the
     `Rollouts` (and logs their metrics), the others find it here.
 
     Args:
+        codec, scorer, token2text: None where no reward needs it; Whisper needs the codec.
         offload: keep codec and Whisper on the CPU, and on their device only while they listen; each way they take
             a copy of all their weights.
     """
 
     def __init__(
-        self, tokens: SpeechTokens, codec: SpeechCodec, scorer: WhisperScorer, group_size: int, offload: bool = False
+        self,
+        tokens: SpeechTokens,
+        codec: SpeechCodec | None,
+        scorer: WhisperScorer | None,
+        group_size: int,
+        offload: bool = False,
+        token2text: Token2Text | None = None,
     ):
-        check_codebook(codec, tokens)
-        self.tokens, self.codec, self.scorer, self.group_size = tokens, codec, scorer, group_size
+        if codec is None and scorer is not None:
+            raise ValueError("Whisper hears what the codec decodes; give a codec too, or no Whisper")
+        if codec is not None:
+            check_codebook(codec, tokens)
+        if token2text is not None:
+            token2text.check_codebook(tokens.num_codes)
+        self.tokens, self.codec, self.scorer, self.token2text = tokens, codec, scorer, token2text
+        self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
-        self.device, self.offload = codec.device, offload
+        self.device, self.offload = codec.device if codec else torch.device("cpu"), offload
         if offload:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        for part in (self.codec, self.scorer):
+        for part in filter(None, (self.codec, self.scorer)):
             part.model.to(device)
             part.device = device
         if self.device.type == "cuda":
@@ -167,15 +197,12 @@ class Listener:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
             for i in range(min(count, len(rollouts.codes))):
-                score = rollouts.scores[i]
-                if rollouts.failures[i] not in ("empty", "non_finite"):
+                if self.codec is not None and rollouts.failures[i] not in ("empty", "non_finite"):
                     save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
-                record = {
-                    "rollout": i,
-                    "text": rollouts.texts[i],
-                    "heard": score.hyp_text,
-                    "wer": score.wer,
-                    "nll": score.nll,
-                    "failure": rollouts.failures[i],
-                }
+                record = {"rollout": i, "text": rollouts.texts[i], "failure": rollouts.failures[i]}
+                if self.scorer is not None:
+                    score = rollouts.scores[i]
+                    record |= {"heard": score.hyp_text, "wer": score.wer, "nll": score.nll}
+                if self.token2text is not None:
+                    record["text_log_prob"] = rollouts.text_log_probs[i]
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")

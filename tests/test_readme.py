@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 SHORTER = {  # what a command holds: flags that make it short
     "inference.py --task asr .*--dataset": "--dataset sixty.parquet --max_new_tokens 20",
     "select_rl_data.py": "--dataset sixty.parquet",
+    "train_token2text.py": "--steps 2 --batch_size 4",
     "train.py": "--max_steps 2 --per_device_train_batch_size 8 --max_completion_length 40",
     "evaluation.py --models": "--texts eight.txt --num_players 2",
     "evaluation.py --task asr": "--clips sixty.parquet",
@@ -74,7 +75,7 @@ def test_flags_of_the_real_commands_exist(command):
     assert module.parse_args(words[words.index(script) + 1 :])
 
 
-SCRIPTS = ["create_dataset", "select_rl_data", "train", "inference", "evaluation", "reward_whisper"]
+SCRIPTS = ["create_dataset", "select_rl_data", "train", "inference", "evaluation", "reward_whisper", "train_token2text"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

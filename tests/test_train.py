@@ -169,6 +169,29 @@ def test_lora(tmp_path):
     assert policy.sample([tts_prompt("Anna found two boxes.")], max_length=120)[0].codes
 
 
+DIFFRO = ("--token2text", "tiny/token2text", "--max_steps", "1", "--max_completion_length", "80")
+
+
+def logged(folder: Path) -> dict:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
+
+
+def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch):
+    for name in ("SpeechCodec", "WhisperScorer"):
+        monkeypatch.setattr(train, name, None)
+    rewards = ("--reward_config", "reward_models/token2text.json")
+    run("--method", "diffro", *DIFFRO, *rewards, "--output_dir", str(tmp_path))
+    entry = logged(tmp_path)
+    assert entry["diffro_share_kept"] > 0 and entry["diffro_reward"] < 0 and entry["grad_norm"] > 0
+    assert "text_log_prob" in entry and "wer" not in entry
+
+
+def test_grpo_and_diffro_together(tmp_path):
+    run("--method", "grpo+diffro", "--diffro_filter", "positive", *DIFFRO, "--output_dir", str(tmp_path))
+    entry = logged(tmp_path)
+    assert 0 < entry["diffro_share_kept"] < 1 and {"wer", "text_log_prob", "diffro_reward"} <= entry.keys()
+
+
 def test_sft_trains_on_speech_alone(tmp_path):
     train.main(
         train.parse_args(
@@ -233,6 +256,11 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),
         (["--num_generations", "3"], "divisible by num_generations"),
         (["--resume_from_checkpoint", str(tmp_path)], "no checkpoint there"),
+        (["--method", "diffro"], "--method diffro needs --token2text"),
+        (["--method", "diffro", "--token2text", "x", "--task", "asr"], "--method diffro is for --task tts"),
+        (["--method", "grpo+diffro", "--token2text", "nowhere"], "nowhere"),
+        (["--method", "grpo+diffro", *DIFFRO, "--diffro_labels", "mood"], "no column 'mood'"),
+        (["--reward_config", "reward_models/token2text.json"], "the reward token2text needs --token2text"),
     ]
     for flags, message in cases:
         caplog.clear()

@@ -1,4 +1,4 @@
-"""Make the small world: corpus, XCodec2, Whisper, the texts and codes, and a supervised Llasa.
+"""Make the small world: corpus, XCodec2, Whisper, the texts and codes, a supervised Llasa, and DiffRO's reward model.
 
     python -m tiny.build --work_dir build            # everything, about an hour and a half on two cores
     python -m tiny.build --work_dir build --stage codec whisper
@@ -27,6 +27,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Model
 
 import train
+import train_token2text
+from audio import load_audio
 from speech_codec import SpeechCodec
 from speech_tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
 from tiny.corpus import SPEAKERS, babble, sentences, speak_all
@@ -279,6 +281,24 @@ def build_recogniser(work_dir: Path) -> None:
     shutil.copy(policy / "run.json", TINY / "llasa_asr")
 
 
+def build_token2text(work_dir: Path) -> None:
+    """All training clips of both speakers, as codes, by train_token2text.py itself; judged on tiny/heldout."""
+    texts, speakers, _ = clips(work_dir)
+    codes = [item.tolist() for item in pickle.loads((work_dir / "codes.pkl").read_bytes())]
+    rows = {"text": texts, "audio_codes": codes, "speaker": speakers}
+    datasets.Dataset.from_dict(rows).to_parquet(work_dir / "token2text.parquet")
+    heldout = [json.loads(line) for line in (TINY / "heldout" / "metadata.jsonl").read_text().splitlines()]
+    wavs = [load_audio(TINY / "heldout" / row["file_name"]) for row in heldout]
+    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
+    rows = {name: [row[name] for row in heldout] for name in ("text", "speaker")} | {"audio_codes": codec.encode(wavs)}
+    datasets.Dataset.from_dict(rows).to_parquet(work_dir / "token2text_heldout.parquet")
+    flags = f"--dataset {work_dir}/token2text.parquet --heldout_dataset {work_dir}/token2text_heldout.parquet"
+    flags += f" --labels speaker --output_dir tiny/token2text --num_codes {NUM_CODES} --vocab_size 320"
+    flags += " --hidden_size 128 --num_heads 4 --encoder_layers 3 --decoder_layers 2"
+    flags += f" --steps 2000 --learning_rate 2e-3 --seed {SEED} --device cpu"
+    train_token2text.main(train_token2text.parse_args(flags.split()))
+
+
 STAGES = {
     "codec": build_codec,
     "texts": build_texts,
@@ -286,6 +306,7 @@ STAGES = {
     "policy": build_policy,
     "recognition": build_recognition,
     "recogniser": build_recogniser,
+    "token2text": build_token2text,
 }
 
 

@@ -1,0 +1,344 @@
+"""DiffRO: the reward as a differentiable function of what the policy says, alone or beside GRPO.
+
+Each rollout o_1 … o_T is given to the policy once more. At every step it draws a code õ_t from P(· | o_<t) by
+Gumbel-softmax, and a token-to-text model (reward_models/token2text.py) reads these: R = mean log P(text | õ_1 … õ_T).
+Forward a drawn code is one code, backward it is the softmax it was drawn from (straight-through), so ∂R/∂õ_t reaches
+the policy's logits at once: one parallel pass, no sampling inside, neither codec nor Whisper.
+
+    diffro       loss = −R + β · KL(policy ‖ reference), over all tokens of the confined head   (arXiv 2507.05911)
+    grpo+diffro  loss = GRPO + λ · (−R where the sample filter keeps the rollout)               (arXiv 2509.18569)
+
+Stated by the papers: the hard forward (2509.18569), the context o_<t (arXiv 2505.17589, §2.2), the KL over the whole
+distribution at each step (same place), the filter "advantage > 0". Not stated, and chosen here: R is a mean over the
+text's tokens and the KL one over the rollout's; noise is added to the logits that sampling divides by its temperature;
+temperature 1 of the Gumbel-softmax (arXiv 2606.28249 takes 2 → 1 → 0.8); λ = 1; a rollout that the filter drops counts
+0 in a mean over all. Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R says
+of an end reaches the policy by GRPO alone.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from reward_models.rollouts import is_repetitive
+from reward_models.token2text import Token2Text
+from speech_tokens import SpeechTokens
+from speech_trainer import SpeechGRPOTrainer
+
+METHODS = ("grpo", "diffro", "grpo+diffro")
+FILTERS = ("none", "positive", "clean")
+
+# Logits that exist at once: 128 MiB in float32 for each of the half dozen copies of a backward pass, which are 512
+# positions of Llasa's 65,537 rows. All of 8 × 1,000 positions would be 2 GiB for each.
+CHUNK_LOGITS = 2**25
+
+
+def straight_through(
+    logits: torch.Tensor, embedding: torch.Tensor, temperature: float, hard: bool = True
+) -> torch.Tensor:
+    """Embeddings of codes drawn by Gumbel-softmax.
+
+    Args:
+        logits: (positions, num_codes); they need not be normalised.
+        embedding: (num_codes, width), of the model that reads the codes.
+        temperature: of the softmax; it does not change which code is drawn.
+        hard: the drawn code's embedding forward, the mixture's gradient backward; else the mixture both ways.
+    Returns:
+        (positions, width).
+    """
+    # −ln(−ln u) is Gumbel noise; in place, for it is as large as the logits.
+    noise = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
+    noise = noise.log_().neg_().log_().neg_()
+    scores = (logits + noise) / temperature
+    mixed = scores.softmax(-1) @ embedding
+    # The second term is exactly 0 forward.
+    return embedding[scores.argmax(-1)] + (mixed - mixed.detach()) if hard else mixed
+
+
+def draw_chunk(
+    hidden: torch.Tensor,
+    reference_hidden: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    reference_weight: torch.Tensor | None,
+    embedding: torch.Tensor,
+    first_row: int,
+    sampling_temperature: float,
+    gumbel_temperature: float,
+    hard: bool,
+    measured: bool,
+) -> tuple[torch.Tensor, ...]:
+    """At each position: a drawn code's embedding; if `measured`, KL to the reference (0 without one) and entropy."""
+    logits = _in_full(F.linear(hidden, weight, bias)) / sampling_temperature
+    drawn = straight_through(logits[:, first_row:], embedding, gumbel_temperature, hard)
+    if not measured:
+        return (drawn,)
+    log_probs = logits.log_softmax(-1)
+    probs = log_probs.exp()
+    entropy = -(probs * log_probs).sum(-1).detach()
+    if reference_hidden is None:
+        return drawn, torch.zeros_like(entropy), entropy
+    reference = _in_full(F.linear(reference_hidden, reference_weight, bias)) / sampling_temperature
+    return drawn, (probs * (log_probs - reference.log_softmax(-1))).sum(-1), entropy
+
+
+def _in_full(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def draw_codes(
+    hidden: torch.Tensor, reference_hidden: torch.Tensor | None, weight: torch.Tensor, *settings
+) -> tuple[torch.Tensor, ...]:
+    """`draw_chunk` of any number of positions; if they are more than a chunk, the logits of each are made twice.
+
+    Args:
+        hidden: (positions, hidden size), at least one.
+        reference_hidden: the reference model's, of the same shape, or None.
+        weight: (rows, hidden size), the confined head's; `settings` are the other arguments of `draw_chunk`.
+    """
+    size = max(1, CHUNK_LOGITS // len(weight))
+    if len(hidden) <= size:
+        return draw_chunk(hidden, reference_hidden, weight, *settings)
+    references = [None] * math.ceil(len(hidden) / size)
+    if reference_hidden is not None:
+        references = reference_hidden.split(size)
+    # The noise is drawn again as it was: checkpoint restores the state of the random generator.
+    parts = [
+        checkpoint(draw_chunk, part, reference, weight, *settings, use_reentrant=False)
+        for part, reference in zip(hidden.split(size), references, strict=True)
+    ]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def sample_filter(name: str, advantages: list[float], codes: list[list[int]], ended: list[bool]) -> list[bool]:
+    """Which rollouts DiffRO learns from (arXiv 2509.18569). One without codes is never among them.
+
+    "none": all. "positive": those whose advantage is above 0. "clean": of these, those that ended and do not repeat
+    themselves (`is_repetitive`): the paper's reason for the filter, which a positive advantage does not rule out.
+    """
+    kept = []
+    for advantage, spoken, end in zip(advantages, codes, ended, strict=True):
+        good = bool(spoken) and (name == "none" or advantage > 0)
+        kept.append(good and (name != "clean" or (end and not is_repetitive(spoken))))
+    return kept
+
+
+class DiffROTrainer(SpeechGRPOTrainer):
+    """GRPO, DiffRO, or both on the same rollouts; see the module's docstring.
+
+    The rows of the data set need `text`, may have `language` (Whisper's code; English if not), and have the columns
+    of `label_columns`.
+
+    Args:
+        tokens: of the policy's tokenizer.
+        token2text: the frozen reward model; it is moved to the policy's device.
+        method: "grpo", "diffro" (GRPO's loss is not computed, rewards serve the log and the filter), "grpo+diffro".
+        diffro_weight: λ, from 0 on; only for "grpo+diffro".
+        filter: "none", "positive" or "clean"; see `sample_filter`.
+        gumbel_temperature: at the first step; and, if `gumbel_temperature_end` is given, linear to that at the last.
+        gumbel_hard: straight-through, as the paper; False reads mixtures of codes.
+        label_columns: columns whose label's log-probability is added to R (the multi-task reward, MTR).
+    Logs:
+        diffro_reward (mean R of the rollouts kept), diffro_share_kept, gumbel_temperature; for "diffro" also
+        entropy and, with a β, kl, in nats per token, of the rollouts kept.
+    Raises:
+        ValueError: an unknown method or filter, a number out of its range, a token-to-text model of another codebook
+            or without a head for a label, ZeRO-3 or cast_lm_head_to_fp32.
+    """
+
+    def __init__(
+        self,
+        *args,
+        tokens: SpeechTokens,
+        token2text: Token2Text,
+        method: str = "grpo+diffro",
+        diffro_weight: float = 1.0,
+        filter: str = "clean",
+        gumbel_temperature: float = 1.0,
+        gumbel_temperature_end: float | None = None,
+        gumbel_hard: bool = True,
+        label_columns: tuple[str, ...] = (),
+        **kwargs,
+    ):
+        for name, value, known in (("method", method, METHODS), ("filter", filter, FILTERS)):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+        if not 0 <= diffro_weight < math.inf:
+            raise ValueError(f"diffro_weight must be 0 or more, got {diffro_weight}")
+        end = gumbel_temperature if gumbel_temperature_end is None else gumbel_temperature_end
+        for name, value in (("gumbel_temperature", gumbel_temperature), ("gumbel_temperature_end", end)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        token2text.check_codebook(tokens.num_codes)
+        for column in label_columns:
+            token2text.label_ids(column, [])
+        super().__init__(*args, allowed_ids=tokens.speech_ids, **kwargs)
+        if self.args.cast_lm_head_to_fp32 or self._zero_stage() == 3:
+            raise ValueError(
+                "DiffRO recomputes the head's logits in the backward pass, which neither ZeRO-3 nor "
+                "cast_lm_head_to_fp32 allows; use DDP, ZeRO-2 or FSDP2, and leave cast_lm_head_to_fp32 off"
+            )
+        self.tokens, self.method, self.filter, self.label_columns = tokens, method, filter, label_columns
+        self.diffro_weight = {"grpo": 0.0, "diffro": 1.0}.get(method, diffro_weight)
+        self.gumbel_temperatures, self.gumbel_hard = (gumbel_temperature, end), gumbel_hard
+        self.token2text = token2text.to(self.accelerator.device)
+        self.diffro_beta = 0.0
+        if method == "diffro":  # TRL would compute the sampled estimate of a KL that is computed in full here
+            self.diffro_beta, self.beta = self.beta, 0.0
+
+    def _zero_stage(self) -> int:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin.zero_stage if plugin else 0
+
+    @property
+    def gumbel_temperature(self) -> float:
+        """Of the present step."""
+        start, end = self.gumbel_temperatures
+        return start + (end - start) * min(1.0, self.state.global_step / max(1, self.state.max_steps - 1))
+
+    # --- Rollouts -----------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        """TRL's batch, and what DiffRO needs of each row; TRL shuffles and divides both in the same way."""
+        output = super()._generate_and_score_completions(inputs)
+        if not self.diffro_weight:
+            return output
+        masks = output["completion_mask"].bool()
+        said = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
+        codes, ended = zip(*map(self.tokens.codes, said), strict=True)
+        kept = sample_filter(self.filter, output["advantages"].tolist(), codes, ended)
+        output["diffro_kept"] = torch.tensor(kept, device=masks.device)
+        output["diffro_text"] = [row["text"] for row in inputs]
+        output["diffro_language"] = [row.get("language") or "en" for row in inputs]
+        for column in self.label_columns:
+            output[f"diffro_{column}"] = [row[column] for row in inputs]
+        return output
+
+    # --- Loss ---------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
+        if not self.diffro_weight:
+            return super()._compute_loss(model, inputs)
+        if self.method == "diffro":
+            return self._diffro_loss(model, inputs)
+        rows = inputs["diffro_kept"].nonzero()[:, 0]
+        draw = self._draw(self._positions(inputs, rows))
+        made = []
+
+        def shared_pass(**kwargs):
+            from_head = (lambda hidden, *head: draw(hidden[rows], *head)) if len(rows) else None
+            output = model(**kwargs, from_head=from_head)
+            made.append(output.made)
+            return output
+
+        loss = super()._compute_loss(shared_pass, inputs)
+        rewards = self._rewards(made.pop()[0], inputs, rows) if len(rows) else loss.new_zeros(0)
+        self._log_diffro(inputs, diffro_reward=rewards)
+        return loss - self.diffro_weight * self._mean_over_batch(rewards, inputs)
+
+    def _diffro_loss(self, model, inputs: dict) -> torch.Tensor:
+        """−R + β · KL; the policy reads the rollouts kept and no others."""
+        rows = inputs["diffro_kept"].nonzero()[:, 0]
+        nothing_kept = not len(rows)
+        if nothing_kept:  # the other processes wait for this one's gradients, though they are 0
+            rows = rows.new_zeros(1)
+        positions = self._positions(inputs, rows)
+        positions[:, 0] = True  # a rollout kept has one anyway; the stand-in may be masked
+        batch = {
+            "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)[rows],
+            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)[rows],
+        }
+        with self.accelerator.autocast():
+            reference = self._reference(batch, positions) if self.diffro_beta else (None, None)
+            drawn, kls, entropies = model(**batch, from_head=self._draw(positions, *reference, measured=True)).made
+        if nothing_kept:
+            losses = (drawn.sum() + kls.sum())[None] * 0
+            rewards = kls = entropies = drawn.new_zeros(0)
+        else:
+            rewards = self._rewards(drawn, inputs, rows)
+            measures = kls.new_zeros(2, *positions.shape)
+            measures[:, positions] = torch.stack([kls, entropies])
+            kls, entropies = measures.sum(-1) / positions.sum(-1)
+            losses = self.diffro_beta * kls - rewards
+        logged = {"kl": kls} if self.diffro_beta else {}
+        self._log_diffro(inputs, diffro_reward=rewards, entropy=entropies, **logged)
+        return self._mean_over_batch(losses, inputs)
+
+    def _positions(self, inputs: dict, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, completion length): True where there is a token, END included."""
+        return inputs["completion_mask"][rows].bool()
+
+    def _draw(self, positions: torch.Tensor, reference_states=None, reference_weight=None, measured: bool = False):
+        """What `score_confined` is to make of the hidden states: `draw_codes` at `positions`."""
+        first_row = self.tokens.first_code_id - min(self.tokens.speech_ids)
+        temperatures = self.temperature, self.gumbel_temperature
+
+        def draw(hidden, weight, bias):
+            states = hidden[:, -positions.shape[1] :][positions]
+            head = states, reference_states, weight, bias, reference_weight
+            embedding = self.token2text.embedding.weight
+            return draw_codes(*head, embedding, first_row, *temperatures, self.gumbel_hard, measured)
+
+        return draw
+
+    @torch.no_grad()
+    def _reference(self, batch: dict, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference model's hidden states at `positions`, and its head's weight."""
+
+        def states(hidden, weight, bias):
+            return hidden[:, -positions.shape[1] :][positions], weight
+
+        if self.ref_model is not None:
+            return self.ref_model(**batch, from_head=states).made
+        # With PEFT the reference is the policy without its adapter, or with the adapter as it was.
+        policy = self.accelerator.unwrap_model(self.model)
+        adapter = "ref" if "ref" in policy.peft_config else None
+        with (
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            use_adapter(policy, adapter_name=adapter),
+        ):
+            return self.model(**batch, from_head=states).made
+
+    def _rewards(self, drawn: torch.Tensor, inputs: dict, rows: torch.Tensor) -> torch.Tensor:
+        """R of each of `rows`: mean log P per text token, and log P of its labels.
+
+        Args:
+            drawn: embeddings at all positions of `rows`, (positions, width).
+        """
+        positions, ids = self._positions(inputs, rows), inputs["completion_ids"][rows]
+        spread = drawn.new_zeros(*positions.shape, drawn.shape[-1])
+        spread[positions] = drawn
+
+        def of_rows(name: str) -> list:
+            return [inputs[name][i] for i in rows.tolist()]
+
+        with torch.autocast(drawn.device.type, enabled=False):
+            states, mask = self.token2text.encode(spread, positions & (ids != self.tokens.end_id))
+            text_ids = self.token2text.text_ids(of_rows("diffro_text"), of_rows("diffro_language"))
+            rewards = self.token2text.text_log_probs(states, mask, text_ids)
+            if self.label_columns:
+                log_probs = self.token2text.label_log_probs(states, mask)
+                for column in self.label_columns:
+                    labels = self.token2text.label_ids(column, of_rows(f"diffro_{column}"))
+                    rewards = rewards + log_probs[column].gather(1, labels[:, None])[:, 0]
+        return rewards
+
+    def _mean_over_batch(self, values: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """The mean over all rows, those not kept counting 0; a share of it where gradients are accumulated."""
+        accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+        return values.sum() / len(inputs["completion_ids"]) / accumulated
+
+    def _log_diffro(self, inputs: dict, **values: torch.Tensor) -> None:
+        """Means over the kept rows of all processes, each of which has to come here."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        kept = inputs["diffro_kept"].float()
+        sums = [kept.sum(), kept.new_tensor(len(kept)), *(v.detach().float().sum() for v in values.values())]
+        num_kept, num_rows, *sums = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        metrics["diffro_share_kept"].append(num_kept / num_rows)
+        metrics["gumbel_temperature"].append(self.gumbel_temperature)
+        for name, total in zip(values, sums, strict=True):
+            metrics[name].append(total / num_kept if num_kept else math.nan)

@@ -1,0 +1,46 @@
+"""R3 of arXiv 2509.18569: rollouts of one text are to differ, and their melody is to move."""
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from reward_models.prosody import LogF0SpreadReward
+
+
+def group_distances(group: list[list[int]]) -> list[float]:
+    """(1/G) Σ_j dist(o_i, o_j) / |o_i| of each code sequence in a group; dist is the edit distance, j = i included.
+
+    Of [1, 2, 3, 4], [1, 2, 3] and [1, 2, 3, 4]: the first is 0, 1 and 0 edits away, 1/3 · 1/4 = 0.0833; the second 1,
+    0 and 1, 1/3 · 2/3 = 0.2222. A sequence without codes has no |o_i| to divide by: 0.
+    """
+    distances = np.zeros((len(group), len(group)))
+    for i, one in enumerate(group):
+        for j in range(i):
+            distances[i, j] = distances[j, i] = Levenshtein.distance(one, group[j])
+    lengths = np.asarray([len(codes) for codes in group])
+    return (distances.mean(axis=1) / np.maximum(lengths, 1) * (lengths > 0)).tolist()
+
+
+class DiversityReward(LogF0SpreadReward):
+    """R3_i = min((1/G) Σ_j dist(o_i, o_j) / |o_i|, 1) + min(std of ln F0, ceiling); 0 where the rollout failed.
+
+    As the paper writes it the distance is bounded by nothing: of 50 codes among rollouts of 100 it is above 0.88, and
+    of 10 above 7.9, so saying less would pay. Hence the 1, which rollouts of equal length never pass.
+
+    Args:
+        listener: with a codec, for the F0; see reward_models/rollouts.py.
+        ceiling: of the second term, in natural-log units; see `LogF0SpreadReward`.
+    """
+
+    __name__ = "diversity"
+    needs = ("codec",)
+
+    def __call__(self, completion_ids, text, language=None, log_metric=None, **_) -> list[float]:
+        spreads = super().__call__(completion_ids, text, language, log_metric)
+        rollouts = self.listener.rollouts
+        size = rollouts.group_size
+        groups = [rollouts.codes[first : first + size] for first in range(0, len(rollouts.codes), size)]
+        distances = [distance for group in groups for distance in group_distances(group)]
+        return [
+            0.0 if failure else min(distance, 1.0) + spread
+            for distance, spread, failure in zip(distances, spreads, rollouts.failures, strict=True)
+        ]

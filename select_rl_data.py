@@ -9,6 +9,7 @@ The data set is one made by create_dataset.py. The kinds of rows, up to --num of
     hard      D1: recognisers disagree on it, or one of them repeats itself; those they disagree on most
     long      D2: longer than --min_long_s, or the --longest_share of the data set; drawn at random from these
     keywords  D3: has a word of --keywords, or one of the --rarest_words; drawn at random from these
+    nothing   its text is empty: noise or silence, in which the policy is not to invent words (not the paper's)
 
 --keywords is a file with a word or a few words (a name) a line. --transcripts are files with a line for each row that
 was transcribed, by its number in the data set (from 0) or by its id:
@@ -49,7 +50,7 @@ from reward_models.asr_rules import find_keywords, keyword_index, repetition
 from reward_whisper import CER_LANGUAGES, error_rate, language_code, normalize_text
 from speech_tokens import CODES_PER_SECOND
 
-KINDS = ("random", "hard", "long", "keywords")
+KINDS = ("random", "hard", "long", "keywords", "nothing")
 MIN_LONG_S = 20.0  # the paper's: rare in the data of supervised training
 RAREST_WORDS = 1000
 MIN_WORD_LENGTH = 3  # letters of a rare word: shorter ones are mostly abbreviations and slips
@@ -69,13 +70,15 @@ class Corpus:
 
     Attributes:
         rows: all of them, with every column.
-        texts: of the rows that can be picked, by their number.
+        texts: of the rows with words, by their number.
+        nothing: the rows in which nothing is said.
         languages: Whisper's code of each row's.
         durations_s: of each row.
     """
 
     rows: datasets.Dataset
     texts: dict[int, str]
+    nothing: list[int]
     languages: list[str]
     durations_s: list[float]
 
@@ -92,9 +95,11 @@ def open_corpus(args: argparse.Namespace) -> Corpus:
     scorable = {i: text for i, text in enumerate(texts) if text and normalize_text(text, languages[i])}
     if not scorable:
         raise ValueError(f"{args.dataset}: no row has a text with a word in it")
-    if len(scorable) < len(texts):
-        logger.info("left out: %d of %d rows, whose text has no word", len(texts) - len(scorable), len(texts))
-    return Corpus(rows, scorable, languages, row_durations(rows))
+    nothing = [i for i, text in enumerate(texts) if text is not None and not text.strip()]
+    left_out = len(texts) - len(scorable) - len(nothing)
+    if left_out:
+        logger.info("left out: %d of %d rows, whose text has no word", left_out, len(texts))
+    return Corpus(rows, scorable, nothing, languages, row_durations(rows))
 
 
 def check_columns(rows: datasets.Dataset, args: argparse.Namespace) -> None:
@@ -384,6 +389,10 @@ def select(
         found = keyword_rows(corpus, by_language)
         drawn = draw(found, args.num, args.seed, "keywords")
         picked["keywords"] = {i: f"keyword {', '.join(map(repr, found[i]))}" for i in drawn}
+    if "nothing" in args.select:
+        if not corpus.nothing:
+            raise ValueError("--select nothing: no row has an empty text")
+        picked["nothing"] = dict.fromkeys(draw(corpus.nothing, args.num, args.seed, "nothing"), "nothing is said")
     return Selection(picked, found)
 
 

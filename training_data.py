@@ -105,10 +105,10 @@ def grpo_asr_rows(
     speech, texts, languages = _speech(rows, name, tokens), _transcripts(rows, name), _languages(rows)
     prompts = [asr_prompt(codes) for codes in speech]
     for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
-        if not normalize_text(text, language):
+        if text.strip() and not normalize_text(text, language):
             raise ValueError(
                 f"{name}, row {index}: the text {text!r} has no word in it, so no error rate can be made of it; "
-                "drop the row (--method sft takes clips in which nothing is said)"
+                "give '' for a clip in which nothing is said, or drop the row"
             )
         length = len(prompt_ids(tokenizer, prompt))
         if length + max_completion_length > max_length:

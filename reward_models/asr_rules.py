@@ -19,7 +19,7 @@ from pathlib import Path
 from reward_whisper import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
 from speech_tokens import written_text
 
-RULES = ("unended", "empty", "script", "repetition", "length", "no_overlap")
+RULES = ("unended", "invented", "empty", "script", "repetition", "length", "no_overlap")
 
 # Where words are not written apart: most Chinese words have one or two characters. (Thai and Korean have more,
 # so the same slack is fewer of their words.)
@@ -47,19 +47,28 @@ LONGEST_LOOP_IN_WORD, FEWEST_REPEATS_IN_WORD = 4, 6
 # --- R1 and exact match -----------------------------------------------------------------------------------
 
 
+def transcript_errors(ref: str, hyp: str, language: str) -> ErrorRate:
+    """`error_rate`, also of a clip in which nothing is said (ref ""): each word is an insertion, the rate 0 or 1."""
+    if ref.strip():
+        return error_rate(ref, hyp, language)
+    invented = len(_units(hyp, language))
+    return ErrorRate(float(invented > 0), 0, 0, invented, 0)
+
+
 def accuracy_reward(ref: str, hyp: str, language: str) -> float:
     """R1 = max(0, 1 − WER), in [0, 1]; CER for CER_LANGUAGES (arXiv 2509.18569).
 
     'the boat was gone' heard as 'the boat is gone' is 1 − 1/4 = 0.75. The paper does not say whether WER may pass
     1. It is cut there, because nothing else bounds it: one runaway of WER 40 would set its group's mean and
-    deviation alone and make the others look alike. And so R2's −1 stays below everything.
+    deviation alone and make the others look alike. And so R2's −1 stays below everything. Where nothing is said
+    (ref ""), an empty transcript is 1 and any other 0.
     """
-    return max(0.0, 1.0 - error_rate(ref, hyp, language).rate)
+    return max(0.0, 1.0 - transcript_errors(ref, hyp, language).rate)
 
 
 def exact_match(ref: str, hyp: str, language: str) -> float:
     """1.0 if the normalised texts are the same, else 0.0 (a reward of arXiv 2509.01939)."""
-    return float(error_rate(ref, hyp, language).edits == 0)
+    return float(transcript_errors(ref, hyp, language).edits == 0)
 
 
 # --- R2: hallucinations -----------------------------------------------------------------------------------
@@ -68,7 +77,7 @@ def exact_match(ref: str, hyp: str, language: str) -> float:
 def hallucination(ref: str, hyp: str, language: str) -> str | None:
     """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
 
-    "empty": nothing was heard where there is text. "script": most of it is in a script that the reference does
+    "invented": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most of it is in a script that the reference does
     not have, as after a translation. Then, only for a transcript more than ORDINARY_EDITS words from its reference:
     "repetition", "length" and "no_overlap"; see the functions of these names.
 
@@ -76,10 +85,13 @@ def hallucination(ref: str, hyp: str, language: str) -> str | None:
     with 'a goat is gone': 3 edits, None.
 
     Raises:
-        ValueError: nothing is left of `ref` after normalisation, or an unknown language.
+        ValueError: nothing is left of a `ref` that is not empty after normalisation, or an unknown language.
     """
+    heard = normalize_text(hyp, language)
+    if not ref.strip():
+        return "invented" if heard else None
     errors = error_rate(ref, hyp, language)
-    if not normalize_text(hyp, language):
+    if not heard:
         return "empty"
     if other_script(ref, hyp, language):
         return "script"
@@ -273,7 +285,9 @@ class Transcripts:
         """
         ref_length = sum(errors.ref_length for errors in self.errors)
         kinds = ("substitutions", "deletions", "insertions")
-        parts = {kind: sum(getattr(errors, kind) for errors in self.errors) / ref_length for kind in kinds}
+        edits = {kind: sum(getattr(errors, kind) for errors in self.errors) for kind in kinds}
+        # A batch may consist of clips in which nothing is said.
+        parts = {kind: count / ref_length if ref_length else math.nan for kind, count in edits.items()}
         num_rollouts = len(self.rules)
         return {
             "wer": sum(parts.values()),
@@ -323,7 +337,7 @@ class Reader:
         hyps, ended = [text for text, _ in read], [end for _, end in read]
         items = list(zip(texts, hyps, languages, strict=True))
         rules = [hallucination(*item) if end else "unended" for item, end in zip(items, ended, strict=True)]
-        return Transcripts(texts, hyps, ended, [error_rate(*item) for item in items], rules)
+        return Transcripts(texts, hyps, ended, [transcript_errors(*item) for item in items], rules)
 
     def save_last(self, folder: Path, count: int) -> None:
         """The first transcripts of the batch that was read last, to folder/transcripts.jsonl."""

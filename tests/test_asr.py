@@ -66,7 +66,7 @@ def test_rows_of_grpo(llasa):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": [""]}, "row 0: the text '' has no word in it"),
+        ({"text": ["?!"]}, r"row 0: the text '\?!' has no word in it"),
         ({"text": [None]}, "row 0: text is None"),
         ({"audio_codes": [[]]}, "row 0: no audio_codes"),
         ({"audio_codes": [[4096]]}, "row 0: code 4096 is not in"),

@@ -1,6 +1,7 @@
 """Rule-based ASR rewards: formulas by hand, what is a hallucination and what is not, the call as TRL makes it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,22 @@ def test_a_group_through_the_class(reader):
     plain = AsrRulesReward(reader, weight_hallucination=0)
     assert call(plain, batch, [ref] * 6) == [1.0, 0.5, 0.0, 0.0, 1.0, 0.0]
     assert call(AsrRulesReward(reader, weight_hallucination=0.5), batch, [ref] * 6)[2:] == [-0.5] * 4
+
+
+def test_where_nothing_is_said(reader):
+    """Silence rewards silence: words made up on noise are a hallucination."""
+    assert hallucination("", "", "en") is None and hallucination("", "...", "en") is None
+    assert hallucination("", "thank you", "en") == "invented"
+    assert accuracy_reward("", "", "en") == 1.0 and accuracy_reward("", "thank you", "en") == 0.0
+    assert exact_match("", "", "en") == 1.0 and exact_match("", "you", "en") == 0.0
+    metrics, ids = {}, reader.tokenizer.ids
+    batch, texts = [ids(""), ids("thank you"), ids("good morning")], ["", "", "good morning"]
+    keywords = [["Zagreb"], [], []]
+    assert call(AsrRulesReward(reader), batch, texts, metrics, keywords=keywords) == [1.0, -1.0, 1.0]
+    # The two words made up are insertions beside the two words said.
+    assert metrics["wer"] == metrics["insertions"] == 1.0 and metrics["share_invented"] == pytest.approx(1 / 3)
+    reader.read([ids("")], [""], None, lambda name, value: metrics.update({name: value}))
+    assert math.isnan(metrics["wer"]) and metrics["share_hallucination"] == 0.0
 
 
 def test_languages_and_keywords_per_row(reader):

@@ -201,9 +201,13 @@ def test_rows_without_a_word_are_left_out(corpus, caplog):
     rows = [{"text": text, "audio_codes": [1], "duration_s": 1.0} for text in ("one", "...", "", "two")]
     write_lines(corpus, rows)
     assert select(corpus, "--select", "random")["text"][:] == ["one", "two"]
-    assert "left out: 2 of 4 rows" in caplog.text
+    assert "left out: 1 of 4 rows" in caplog.text
+    picked = select(corpus, "--select", "nothing", "random", "--num", "1")
+    assert len(picked) == 2 and dict(zip(picked["text"], picked["why"], strict=True))[""] == "nothing is said"
     write_lines(corpus, rows[1:3])
     assert "no row has a text with a word" in refusal(caplog, corpus, "--select", "random")
+    write_lines(corpus, rows[:2])
+    assert "--select nothing: no row has an empty text" in refusal(caplog, corpus, "--select", "nothing")
 
 
 def test_saved_folders_and_parquet(corpus, tmp_path):

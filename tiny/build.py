@@ -49,6 +49,7 @@ RL_TEXTS = 3_000
 HELDOUT_TEXTS = 100
 HELDOUT_CLIPS = 96  # recordings of the first of them
 CODEC_CLIPS = 3_000
+POOL_NOTHING = 100  # clips to pick RL data from in which nothing is said
 BABBLE_CLIPS = 1_500
 # Without a voice prompt the policy speaks as DEFAULT_SPEAKER; rows with one teach it to take the prompt's voice.
 DEFAULT_SPEAKER = "slt"
@@ -262,6 +263,9 @@ def build_recognition(work_dir: Path) -> None:
     }
     for number, (name, (texts, count, mix)) in enumerate(sets.items()):
         rows = rows_of(clips_of(texts, count, mix, SEED + number), codec, SEED + number)
+        if name == "pool":
+            silent = clips_of([], POOL_NOTHING, Mix(long=0, rare=0, nothing=1), SEED + 10)
+            rows = datasets.concatenate_datasets([rows, rows_of(silent, codec, SEED + 10)])
         if name != "heldout":
             rows = rows.remove_columns("keywords")  # select_rl_data.py finds them
         if name == "sft":  # the policy is not to forget how to speak: a third of the rows are TTS, without noise

@@ -77,9 +77,9 @@ def exact_match(ref: str, hyp: str, language: str) -> float:
 def hallucination(ref: str, hyp: str, language: str) -> str | None:
     """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
 
-    "invented": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most of it is in a script that the reference does
-    not have, as after a translation. Then, only for a transcript more than ORDINARY_EDITS words from its reference:
-    "repetition", "length" and "no_overlap"; see the functions of these names.
+    "invented": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most
+    of it is in a script that the reference does not have, as after a translation. Then, only for a transcript more
+    than ORDINARY_EDITS words from its reference: "repetition", "length" and "no_overlap"; see the functions of these names.
 
     'the boat was gone' with 'the boat the boat the boat the boat': 6 edits and 'the boat' 4 times, "repetition";
     with 'a goat is gone': 3 edits, None.

@@ -90,7 +90,7 @@ class Token2Text(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILES[0]).write_text(json.dumps(self.config, indent=2) + "\n")
-        self.tokenizer.save(str(folder / FILES[1]))
+        self.tokenizer.save(str(folder / FILES[1]), pretty=False)
         half = Token2Text(self.config, self.tokenizer).half()
         half.load_state_dict(self.state_dict())
         save_model(half, str(folder / FILES[2]))

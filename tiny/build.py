@@ -158,7 +158,7 @@ def build_texts(work_dir: Path) -> None:
     with (folder / "metadata.jsonl").open("w") as lines:
         for i, wav in enumerate(speak_all(heldout[:HELDOUT_CLIPS], names)):
             name = f"{names[i]}_{i:03d}.flac"
-            sf.write(folder / name, wav, SAMPLE_RATE)
+            sf.write(folder / name, wav, SAMPLE_RATE, compression_level=1.0)
             lines.write(
                 json.dumps({"file_name": name, "text": heldout[i], "speaker": names[i], "id": name[:-5]}) + "\n"
             )

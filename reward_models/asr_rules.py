@@ -79,7 +79,7 @@ def hallucination(ref: str, hyp: str, language: str) -> str | None:
 
     "invented": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most
     of it is in a script that the reference does not have, as after a translation. Then, only for a transcript more
-    than ORDINARY_EDITS words from its reference: "repetition", "length" and "no_overlap"; see the functions of these names.
+    than ORDINARY_EDITS words from its reference: "repetition", "length" and "no_overlap"; see the functions so called.
 
     'the boat was gone' with 'the boat the boat the boat the boat': 6 edits and 'the boat' 4 times, "repetition";
     with 'a goat is gone': 3 edits, None.

@@ -14,7 +14,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "inference.py --task asr .*--dataset": "--dataset sixty.parquet --max_new_tokens 20",
     "select_rl_data.py": "--dataset sixty.parquet",
     "train_token2text.py": "--steps 2 --batch_size 4",
-    "train.py": "--max_steps 2 --per_device_train_batch_size 8 --max_completion_length 40",
+    "train.py": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
     "evaluation.py --models": "--texts eight.txt --num_players 2",
     "evaluation.py --task asr": "--clips sixty.parquet",
     "benchmarks/codec.py": "--threads 1 --repeats 1 --rollouts 8 --no-growth",

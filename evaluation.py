@@ -345,8 +345,6 @@ def main(args: argparse.Namespace) -> dict:
         models = named_models(args.models)
         check_writable(Path(args.output_dir))
         args.device = pick_device(args.device)
-        for path in models.values():
-            load_tokenizer(path)
     return (evaluation_asr.evaluate if args.task == "asr" else evaluate_speech)(args, models)
 
 

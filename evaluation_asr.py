@@ -20,7 +20,7 @@ from audio import load_audio
 from cli import bad_input_exits
 from dataset_io import AUDIO_COLUMNS, load_any_dataset
 from evaluation_report import interval, percent, percents, resampled_sums
-from policy import DEFAULT_CODEC, Policy, Transcript, recorded
+from policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from reward_whisper import error_rate, normalize_text
 from run_record import provenance
@@ -194,19 +194,21 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         models: name -> path.
     """
     with bad_input_exits():
+        tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
         first = next(iter(models.values()))
         codec_id = args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC)
         clips = read_clips(
             args.clips, args.split, args.language, lambda: SpeechCodec.from_pretrained(codec_id, args.device)
         )
         clips = all_keywords(clips)
+        for model_tokens in tokens:
+            for clip in clips:
+                model_tokens.ids(clip.codes)  # another codec's codes
     prompts = [asr_prompt(clip.codes) for clip in clips]
     results = {**provenance(), "arguments": vars(args), "models": models, "num_clips": len(clips), "rows": []}
     for name, path in models.items():
         with bad_input_exits():
             policy = Policy.from_pretrained(path, args.device, task="asr")
-            for clip in clips:
-                policy.tokens.ids(clip.codes)  # another codec's codes
             policy.encode(prompts, args.max_length)
         for temperature in args.temperature:
             seeds = args.seeds if temperature > 0 else [None]  # the likeliest words are the same each time

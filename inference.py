@@ -210,12 +210,12 @@ def read(args: argparse.Namespace) -> None:
         policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr")
         for clip in codes:
             policy.tokens.ids(clip)  # another codec's codes
-        prompts = [asr_prompt(clip) for clip in codes for _ in range(args.num_samples)]
+        prompts = [asr_prompt(clip) for clip in codes]
         policy.encode(prompts, args.max_length)
 
     set_seed(args.seed)
     transcripts = policy.transcribe(
-        prompts,
+        [prompt for prompt in prompts for _ in range(args.num_samples)],
         temperature=args.temperature,
         top_p=args.top_p,
         max_length=args.max_length,

@@ -223,6 +223,18 @@ def save_rows(rows: datasets.Dataset, path: Path) -> None:
     parquet.write_table(parquet.read_table(path), path, compression="zstd", compression_level=19)
 
 
+def train_rounds(policy: Path, config: str, rounds: list[list[str]], folder: Path) -> Path:
+    """train.py once for the flags of each round, from where the last one ended; folder_0, folder_1 … that are there
+    are kept. The last one's folder."""
+    for number, flags in enumerate(rounds):
+        trained = folder.with_name(f"{folder.name}_{number}")
+        if not (trained / "run.json").exists():
+            start = ["--model_name_or_path", str(policy), "--output_dir", str(trained)]
+            train.main(train.parse_args(["--config", config, *start, *flags]))
+        policy = trained
+    return policy
+
+
 def ship_policy(trained: Path, folder: Path) -> None:
     """Half-precision weights, the tokenizer without indentation, and the run.json that names codec and Whisper."""
     train.AutoModelForCausalLM.from_pretrained(trained).half().save_pretrained(folder)
@@ -241,13 +253,8 @@ def build_policy(work_dir: Path) -> None:
     new_model(tokenizer, SEED).save_pretrained(policy)
     tokenizer.save_pretrained(policy)
     # A warm restart: the first round alone leaves 58 % WER at temperature 1.0.
-    for round_, flags in enumerate([[], ["--learning_rate", "1e-3", "--max_steps", "500", "--seed", "1"]]):
-        trained = work_dir / f"llasa_sft_{round_}"
-        if not (trained / "run.json").exists():
-            start = ["--model_name_or_path", str(policy), "--output_dir", str(trained)]
-            train.main(train.parse_args(["--config", "configs/tiny_sft.yaml", *start, *flags]))
-        policy = trained
-    ship_policy(policy, TINY / "llasa")
+    rounds = [[], ["--learning_rate", "1e-3", "--max_steps", "500", "--seed", "1"]]
+    ship_policy(train_rounds(policy, "configs/tiny_sft.yaml", rounds, work_dir / "llasa_sft"), TINY / "llasa")
 
 
 def build_recognition(work_dir: Path) -> None:
@@ -287,15 +294,10 @@ def build_recogniser(work_dir: Path) -> None:
 
     The first round alone teaches it to listen at all: from noisy clips that takes four times as long.
     """
-    policy = TINY / "llasa"
     listening = ["--task", "asr", "--dataset", str(TINY / "speech.parquet"), "--max_steps", "700"]
-    for round_, flags in enumerate([[*listening, "--learning_rate", "2e-3"], []]):
-        trained = work_dir / f"llasa_asr_{round_}"
-        if not (trained / "run.json").exists():
-            start = ["--model_name_or_path", str(policy), "--output_dir", str(trained)]
-            train.main(train.parse_args(["--config", "configs/tiny_asr_sft.yaml", *start, *flags]))
-        policy = trained
-    ship_policy(policy, TINY / "llasa_asr")
+    rounds = [[*listening, "--learning_rate", "2e-3"], []]
+    trained = train_rounds(TINY / "llasa", "configs/tiny_asr_sft.yaml", rounds, work_dir / "llasa_asr")
+    ship_policy(trained, TINY / "llasa_asr")
 
 
 def build_token2text(work_dir: Path) -> None:

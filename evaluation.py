@@ -40,6 +40,7 @@ from judges import load_judges
 from policy import DEFAULT_CODEC, DEFAULT_WHISPER, MIN_ROOM, Policy, Sample, load_tokenizer, recorded
 from reward_models.prosody import log_f0_std
 from reward_models.rollouts import is_repetitive
+from reward_models.token2text import Token2Text
 from reward_whisper import CER_LANGUAGES, WhisperScorer, error_rate, language_code
 from run_record import provenance
 from speech_codec import SpeechCodec, check_codebook, decode_rollouts
@@ -144,6 +145,7 @@ class Bench:
     codec: SpeechCodec
     judges: dict[str, object]  # by name, see judges.py
     reward_scorer: WhisperScorer | None  # picks in best-of-N
+    token2text: Token2Text | None = None
 
 
 Produced = tuple[list[Sample | None], list[np.ndarray]]  # one per item; no sample where no codes were made
@@ -172,6 +174,8 @@ def measure(
         samples, wavs = produce()
         compute_s += time.perf_counter() - start
         judged = judge_clips(bench.judges, items, samples, wavs, seed)
+        if bench.token2text is not None:
+            read_codes(bench.token2text, items, samples, judged)
         if reader is not None:
             read_back(reader, items, samples, judged, bench.args)
         clips += judged
@@ -212,6 +216,15 @@ def judge_clips(
                 "nll": number_or_none(score.nll),
             }
     return clips
+
+
+def read_codes(token2text: Token2Text, items: list[Item], samples: list[Sample | None], clips: list[dict]) -> None:
+    """The reward model of DiffRO beside the judges: where it rises and their error rate does not fall, it is hacked."""
+    spoken = [i for i, sample in enumerate(samples) if sample is not None]
+    texts, languages = [items[i].text for i in spoken], [items[i].language for i in spoken]
+    scores = token2text.score([samples[i].codes for i in spoken], texts, languages)
+    for i, score in zip(spoken, scores, strict=True):
+        clips[i]["token2text"] = score
 
 
 def read_back(
@@ -364,12 +377,15 @@ def evaluate_speech(args: argparse.Namespace, models: dict[str, str]) -> dict:
         judges = load_judges(args.judge or [whisper], texts, languages, args.device)
         scorer = (judges.get(whisper) or WhisperScorer(whisper, args.device)) if args.best_of > 1 else None
         codec = SpeechCodec.from_pretrained(args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC), args.device)
+        token2text = Token2Text.from_pretrained(args.token2text, args.device) if args.token2text else None
         for model_tokens in tokens:
             check_codebook(codec, model_tokens)
+            if token2text is not None:
+                token2text.check_codebook(model_tokens.num_codes)
         natural = [load_audio(item.audio) for item in references]
         prompts = voice_prompts(codec, items)
 
-    bench = Bench(args, codec, judges, scorer)
+    bench = Bench(args, codec, judges, scorer, token2text)
     about = {"arguments": vars(args), "units": units, "models": models, "num_texts": len(items)}
     results = {**provenance(), **about, "rows": []}
     to_hear = {item.text for item in items[:: max(1, len(items) // max(1, args.num_players))][: args.num_players]}
@@ -421,6 +437,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help='tts: each checkpoint reads its own speech back, as the judge "itself"; for models of --task both',
     )
+    add("--token2text", help="tts: a folder of train_token2text.py; adds its score of the codes, DiffRO's reward")
     add("--best_of", type=int, default=1, help="from 2 on: a row for the baseline's best of so many, by the reward")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
     add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")

@@ -114,6 +114,7 @@ def summarize(row: dict, first: dict) -> dict:
             }
             for judge in clips[0]["judges"]
         },
+        "token2text": mean([clip.get("token2text") for clip in clips]),
         "duration_s": mean([clip["duration_s"] for clip in sounding]),
         "units_per_second": sum(clip["num_units"] for clip in sounding) / sound_s if sound_s else None,
         "log_f0_std": mean([clip["log_f0_std"] for clip in sounding]),
@@ -142,6 +143,7 @@ EXPLANATIONS = {
     "vs first": "Relative change of the error rate from the first row, with its 95 % interval paired by text: "
     "below 0 throughout is a gain.",
     "NLL": "How surprised the judge is by the true text, in nats per token; a failed clip counts 20.",
+    "token-to-text": "Mean log P of the text's tokens given the codes (--token2text), in nats per token.",
     "seconds": "Mean duration of a clip with sound.",
     "per second": "Words (or characters) of the text spoken in a second.",
     "log-F0 spread": "Standard deviation of the logarithm of the pitch over voiced frames, mean over clips. Falling "
@@ -186,6 +188,8 @@ def row_cells(row: dict, units: str) -> dict[str, str]:
     cells = {"": row["name"]}
     for judge, judged in metrics["judges"].items():
         cells |= judge_cells(judge, unit, judged)
+    if metrics["token2text"] is not None:
+        cells["token-to-text"] = number(metrics["token2text"])
     return cells | {
         "seconds": number(metrics["duration_s"]),
         f"{units} per second": number(metrics["units_per_second"]),

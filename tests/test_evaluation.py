@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 from test_inference import NUM_CODES, ToneCodec, save_policy
+from test_token2text import small
 
 import evaluation
 import evaluation_report as report
@@ -14,7 +15,7 @@ import judges
 from audio import load_audio, save_audio
 from judges import PocketsphinxJudge, spoken_words
 from policy import Sample
-from reward_whisper import Score, error_rate
+from reward_whisper import MAX_NLL, Score, error_rate
 
 
 class DeafJudge:
@@ -275,6 +276,27 @@ def test_failures_are_counted():
     }  # fmt: skip
     assert metrics["speech_per_compute_s"] == 0.5  # two clips of half a second in 2 s
     assert metrics["units_per_second"] == 4
+
+
+def test_token_to_text_score_stands_beside_the_judges(policy_paths, small_world, tmp_path, caplog):
+    model = small(num_codes=NUM_CODES)
+    samples = [Sample([1, 2, 3], True), None, Sample([], True)]  # a natural reading has no codes
+    clips = [{} for _ in samples]
+    evaluation.read_codes(model, [evaluation.Item(str(i), "red hats", "en") for i in range(3)], samples, clips)
+    assert clips[0]["token2text"] == pytest.approx(model.log_prob([[1, 2, 3]], ["red hats"]).item())
+    assert clips[1:] == [{}, {"token2text": -MAX_NLL}]
+
+    model.save_pretrained(tmp_path / "token2text")
+    options = ("--seeds", "0", "--token2text", str(tmp_path / "token2text"))
+    row = evaluate(tmp_path, [policy_paths[0]], *options)["rows"][0]
+    scores = [clip["token2text"] for clip in row["clips"]]
+    assert row["metrics"]["token2text"] == pytest.approx(np.mean(scores)) and max(scores) < 0
+    assert "| token-to-text |" in (tmp_path / "out" / "results.md").read_text()
+
+    small(num_codes=NUM_CODES + 1).save_pretrained(tmp_path / "token2text")
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, [policy_paths[0]], *options)
+    assert "do not belong together" in caplog.text
 
 
 def test_page_is_self_contained_and_escaped(policy_paths, small_world, tmp_path):

@@ -20,9 +20,9 @@ CODES = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10], [11] * 12]
 TEXTS = ["Anna found two boxes.", "Peter, bought!", "…zwölf Bücher"]
 
 
-def small(labels=None, seed: int = 0) -> Token2Text:
+def small(labels=None, seed: int = 0, num_codes: int = 64) -> Token2Text:
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
-    config = {"num_codes": 64, "labels": labels or {}, "t5": shape}
+    config = {"num_codes": num_codes, "labels": labels or {}, "t5": shape}
     torch.manual_seed(seed)
     return Token2Text(config, new_text_tokenizer(["anna found 2 boxes", "peter bought"], 270)).eval()
 

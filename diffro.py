@@ -12,8 +12,10 @@ Stated by the papers: the hard forward (2509.18569), the context o_<t (arXiv 250
 distribution at each step (same place), the filter "advantage > 0". Not stated, and chosen here: R is a mean over the
 text's tokens and the KL one over the rollout's; noise is added to the logits that sampling divides by its temperature;
 temperature 1 of the Gumbel-softmax (arXiv 2606.28249 takes 2 → 1 → 0.8); λ = 1; a rollout that the filter drops counts
-0 in a mean over all. Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R says
-of an end reaches the policy by GRPO alone.
+0 in a mean over all. R may be the mean over several draws of each rollout: on the small world the noise of a single one
+is most of the gradient (RESULTS.md), and more of them cost passes of the small token-to-text model, none of the policy.
+Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R says of an end reaches the policy
+by GRPO alone.
 """
 
 import math
@@ -71,10 +73,13 @@ def draw_chunk(
     gumbel_temperature: float,
     hard: bool,
     measured: bool,
+    draws: int = 1,
 ) -> tuple[torch.Tensor, ...]:
-    """At each position: a drawn code's embedding; if `measured`, KL to the reference (0 without one) and entropy."""
+    """Embeddings of drawn codes, (positions, draws, width); if `measured`, KL to the reference (0 without one) and
+    entropy, (positions,)."""
     logits = _in_full(F.linear(hidden, weight, bias)) / sampling_temperature
-    drawn = straight_through(logits[:, first_row:], embedding, gumbel_temperature, hard)
+    drawn = [straight_through(logits[:, first_row:], embedding, gumbel_temperature, hard) for _ in range(draws)]
+    drawn = torch.stack(drawn, dim=1)
     if not measured:
         return (drawn,)
     log_probs = logits.log_softmax(-1)
@@ -141,6 +146,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         filter: "none", "positive" or "clean"; see `sample_filter`.
         gumbel_temperature: at the first step; and, if `gumbel_temperature_end` is given, linear to that at the last.
         gumbel_hard: straight-through, as the paper; False reads mixtures of codes.
+        gumbel_draws: R is the mean over so many independent draws; one in the papers.
         label_columns: columns whose label's log-probability is added to R (the multi-task reward, MTR).
     Logs:
         diffro_reward (mean R of the rollouts kept), diffro_share_kept, gumbel_temperature; for "diffro" also
@@ -161,6 +167,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         gumbel_temperature: float = 1.0,
         gumbel_temperature_end: float | None = None,
         gumbel_hard: bool = True,
+        gumbel_draws: int = 1,
         label_columns: tuple[str, ...] = (),
         **kwargs,
     ):
@@ -173,6 +180,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
         for name, value in (("gumbel_temperature", gumbel_temperature), ("gumbel_temperature_end", end)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        if gumbel_draws < 1:
+            raise ValueError(f"gumbel_draws must be at least 1, got {gumbel_draws}")
         token2text.check_codebook(tokens.num_codes)
         for column in label_columns:
             token2text.label_ids(column, [])
@@ -185,6 +194,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         self.tokens, self.method, self.filter, self.label_columns = tokens, method, filter, label_columns
         self.diffro_weight = {"grpo": 0.0, "diffro": 1.0}.get(method, diffro_weight)
         self.gumbel_temperatures, self.gumbel_hard = (gumbel_temperature, end), gumbel_hard
+        self.gumbel_draws = gumbel_draws
         self.token2text = token2text.to(self.accelerator.device)
         self.diffro_beta = 0.0
         if method == "diffro":  # TRL would compute the sampled estimate of a KL that is computed in full here
@@ -280,8 +290,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
         def draw(hidden, weight, bias):
             states = hidden[:, -positions.shape[1] :][positions]
             head = states, reference_states, weight, bias, reference_weight
-            embedding = self.token2text.embedding.weight
-            return draw_codes(*head, embedding, first_row, *temperatures, self.gumbel_hard, measured)
+            settings = self.token2text.embedding.weight, first_row, *temperatures, self.gumbel_hard, measured
+            return draw_codes(*head, *settings, self.gumbel_draws)
 
         return draw
 
@@ -304,28 +314,31 @@ class DiffROTrainer(SpeechGRPOTrainer):
             return self.model(**batch, from_head=states).made
 
     def _rewards(self, drawn: torch.Tensor, inputs: dict, rows: torch.Tensor) -> torch.Tensor:
-        """R of each of `rows`: mean log P per text token, and log P of its labels.
+        """R of each of `rows`, the mean over draws of: mean log P per text token, and log P of its labels.
 
         Args:
-            drawn: embeddings at all positions of `rows`, (positions, width).
+            drawn: embeddings at all positions of `rows`, (positions, draws, width).
         """
         positions, ids = self._positions(inputs, rows), inputs["completion_ids"][rows]
-        spread = drawn.new_zeros(*positions.shape, drawn.shape[-1])
-        spread[positions] = drawn
+        spoken = positions & (ids != self.tokens.end_id)
 
         def of_rows(name: str) -> list:
             return [inputs[name][i] for i in rows.tolist()]
 
+        rewards = []
         with torch.autocast(drawn.device.type, enabled=False):
-            states, mask = self.token2text.encode(spread, positions & (ids != self.tokens.end_id))
             text_ids = self.token2text.text_ids(of_rows("diffro_text"), of_rows("diffro_language"))
-            rewards = self.token2text.text_log_probs(states, mask, text_ids)
-            if self.label_columns:
-                log_probs = self.token2text.label_log_probs(states, mask)
+            for embeddings in drawn.unbind(dim=1):
+                spread = embeddings.new_zeros(*positions.shape, embeddings.shape[-1])
+                spread[positions] = embeddings
+                states, mask = self.token2text.encode(spread, spoken)
+                rewards.append(self.token2text.text_log_probs(states, mask, text_ids))
+                if self.label_columns:
+                    log_probs = self.token2text.label_log_probs(states, mask)
                 for column in self.label_columns:
                     labels = self.token2text.label_ids(column, of_rows(f"diffro_{column}"))
-                    rewards = rewards + log_probs[column].gather(1, labels[:, None])[:, 0]
-        return rewards
+                    rewards[-1] = rewards[-1] + log_probs[column].gather(1, labels[:, None])[:, 0]
+        return torch.stack(rewards).mean(dim=0)
 
     def _mean_over_batch(self, values: torch.Tensor, inputs: dict) -> torch.Tensor:
         """The mean over all rows, those not kept counting 0; a share of it where gradients are accumulated."""

@@ -95,6 +95,9 @@ class ScriptArguments:
     gumbel_hard: bool = field(
         default=True, metadata={"help": "token2text reads one code a step (the paper's); false: mixtures of codes."}
     )
+    gumbel_draws: int = field(
+        default=1, metadata={"help": "DiffRO's reward is the mean over so many draws of each rollout; less noise."}
+    )
     sample_steps: int = field(
         default=50, metadata={"help": "Keep a few rollouts as wav every so many steps; 0: never."}
     )
@@ -362,6 +365,7 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
             "gumbel_temperature": script.gumbel_temperature,
             "gumbel_temperature_end": script.gumbel_temperature_end,
             "gumbel_hard": script.gumbel_hard,
+            "gumbel_draws": script.gumbel_draws,
             "label_columns": tuple(script.diffro_labels),
         }
     trainer = trainer_class(

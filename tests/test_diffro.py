@@ -313,6 +313,33 @@ def test_reward_is_log_prob_of_the_codes_drawn(folder, tmp_path, monkeypatch):
     assert -loss.item() == pytest.approx(rewards.mean().item(), rel=1e-4)
 
 
+def test_several_draws_are_the_mean_of_single_ones(folder, tmp_path):
+    """Each from noise of its own, in one pass of the policy: less noise in the gradient."""
+    trainer = make(folder, tmp_path, method="diffro")
+    batch = first_batch(trainer)
+
+    def slope(seed: int, draws: int) -> tuple[float, torch.Tensor]:
+        trainer.gumbel_draws = draws
+        torch.manual_seed(seed)
+        loss = trainer._compute_loss(trainer.model, batch)
+        return loss.item(), gradients(trainer, loss)["model.embed_tokens.weight"].flatten()
+
+    torch.manual_seed(5)
+    noise = [torch.rand_like(torch.empty(n, 64)) for n in [int(batch["completion_mask"].sum())] * 3]
+    with pytest.MonkeyPatch.context() as patch:
+        given = iter([*noise, *noise])
+        patch.setattr(torch, "rand_like", lambda logits: next(given).clone())
+        together, singles = slope(0, draws=3), [slope(0, draws=1) for _ in range(3)]
+    assert together[0] == pytest.approx(sum(loss for loss, _ in singles) / 3, rel=1e-5)
+    torch.testing.assert_close(together[1], sum(g for _, g in singles) / 3, rtol=1e-4, atol=1e-7)
+
+    def spread(draws: int) -> float:
+        found = torch.stack([slope(seed, draws)[1] for seed in range(8)])
+        return float(found.var(dim=0).sum())
+
+    assert spread(8) < spread(1) / 4  # an eighth, as measured from eight
+
+
 def test_the_whole_gradient_is_the_finite_difference(folder, tmp_path):
     """From the policy's weights through the token-to-text model, in double precision (inside, norms are single)."""
     trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False)
@@ -414,6 +441,7 @@ def test_diffro_alone_raises_its_reward(folder, tmp_path):
         ({"filter": "best"}, "filter 'best' is none of"),
         ({"diffro_weight": -1.0}, "diffro_weight must be 0 or more"),
         ({"gumbel_temperature": 0.0}, "gumbel_temperature must be above 0"),
+        ({"gumbel_draws": 0}, "gumbel_draws must be at least 1"),
         ({"gumbel_temperature_end": float("nan")}, "gumbel_temperature_end must be above 0"),
         ({"label_columns": ("emotion",)}, "no head for 'emotion'"),
         ({"cast_lm_head_to_fp32": True}, "leave cast_lm_head_to_fp32 off"),

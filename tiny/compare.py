@@ -74,11 +74,13 @@ RECOGNITION_METRICS = {
 # --- DiffRO -----------------------------------------------------------------------------------------------
 
 READER = "--token2text tiny/token2text --gumbel_temperature 2"
+DRAWS = f"{READER} --gumbel_draws 8"  # a single draw is mostly noise
+ALONE = "--reward_config reward_models/token2text.json"  # neither codec nor Whisper
 DIFFRO_METHODS = {
     "grpo": "--method grpo",
-    "diffro": f"--method diffro {READER} --reward_config reward_models/token2text.json",
-    "combined": f"--method grpo+diffro {READER} --diffro_filter none",
-    "filtered": f"--method grpo+diffro {READER} --diffro_filter clean",
+    "diffro": f"--method diffro {DRAWS} {ALONE} --diffro_filter clean",
+    "combined": f"--method grpo+diffro {DRAWS} --diffro_filter none",
+    "filtered": f"--method grpo+diffro {DRAWS} --diffro_filter clean",
 }
 FILTERED = DIFFRO_METHODS["filtered"]
 SPEECH = "--config configs/tiny.yaml --save_steps 50 --sample_steps 0 --max_steps %d "
@@ -145,6 +147,7 @@ COMPARISONS = {
         policy="tiny/llasa",
         runs={
             **{name: SPEECH % 50 + flags for name, flags in DIFFRO_METHODS.items()},
+            "diffro_single": SPEECH % 50 + f"--method diffro {READER} {ALONE} --diffro_filter none",  # as published
             "filtered_r2": SPEECH % 50 + f"{FILTERED} --reward_config reward_models/duration.json",
             "filtered_r23": SPEECH % 50 + f"{FILTERED} --reward_config reward_models/duration_diversity.json",
         },

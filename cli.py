@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import logging
 import sys
 import tempfile
@@ -34,6 +35,15 @@ def bad_input_exits(*kinds: type[Exception]) -> Iterator[None]:
         logger.error("error: %s", error)
         logger.debug("", exc_info=True)
         sys.exit(2)
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """What `parser` makes of `argv`; for an unknown flag the error names the nearest one."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    return args
 
 
 def first_line(error: Exception) -> str:

@@ -9,7 +9,6 @@ Killed and started again with the same arguments, it goes on where it was.
 """
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -27,13 +26,13 @@ from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
 from audio import load_audio
-from cli import bad_input_exits, pick_device
+from cli import bad_input_exits, parse_strictly, pick_device
 from dataset_io import AUDIO_COLUMNS, CARRIED_COLUMNS, TEXT_COLUMNS, Source, open_source
 from speech_codec import SpeechCodec
 from speech_tokens import CODES_PER_SECOND, SAMPLE_RATE
 
 MAX_DURATION_S = 30.0  # what Whisper hears; and 1,500 codes leave Llasa's 2,048 tokens room for the text
-MIN_DURATION_S = 0.3   # below it a click, not a word
+MIN_DURATION_S = 0.3  # below it a click, not a word
 # Of the arguments, those on which no clip's codes depend: a run may go on with others.
 FREE_ARGUMENTS = ("output_dir", "format", "overwrite", "push_to_hub", "strict")
 
@@ -296,11 +295,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_duration_s", type=float, default=MAX_DURATION_S, help="skip longer clips: Whisper hears 30 s")
     add("--min_duration_s", type=float, default=MIN_DURATION_S, help="skip shorter clips: clicks, not words")
     add("--strict", action="store_true", help="an error at the first clip that would be skipped")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    return args
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from transformers import set_seed
 
 import evaluation_asr
 from audio import audio_failure, load_audio
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
 from evaluation_report import summarize, write_reports
 from inference import MAX_NEW_TOKENS, best_of, check_sampling, read_text, whisper_rewards
 from judges import load_judges
@@ -447,7 +447,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto is a GPU where there is one")
     add("--codec_id", help=f"default: what the first model's run.json says, else {DEFAULT_CODEC}")
     add("--whisper", help=f"the reward's; default: what the first model's run.json says, else {DEFAULT_WHISPER}")
-    args = parser.parse_args(argv)
+    args = parse_strictly(parser, argv)
     args.temperature = args.temperature or [0.0 if args.task == "asr" else 1.0]
     return args
 

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import set_seed
 
 from audio import load_audio, save_audio
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
 from policy import DEFAULT_CODEC, DEFAULT_WHISPER, Policy, Sample, Transcript, recorded
 from speech_tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
 
@@ -278,7 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--language", default="en", help="of the texts, for --best_of")
     add("--codec_id", help=f"default: what the model's run.json says, else {DEFAULT_CODEC}")
     add("--whisper", help=f"for --best_of; default: what the model's run.json says, else {DEFAULT_WHISPER}")
-    args = parser.parse_args(argv)
+    args = parse_strictly(parser, argv)
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "asr" else 0.8
     return args

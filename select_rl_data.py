@@ -29,7 +29,6 @@ come from; all of that is chosen here.
 """
 
 import argparse
-import difflib
 import json
 import logging
 import math
@@ -44,7 +43,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly
 from dataset_io import load_any_dataset
 from reward_models.asr_rules import find_keywords, keyword_index, repetition
 from reward_whisper import CER_LANGUAGES, error_rate, language_code, normalize_text
@@ -490,11 +489,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help=f"keywords: without a file, the N words in the fewest rows (default: {RAREST_WORDS})",
     )
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-    return args
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, pick_device
+from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
 from dataset_io import load_any_dataset
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, Token2Text, new_text_tokenizer
 from reward_whisper import error_rate, language_code, normalize_text
@@ -264,7 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--logging_steps", type=int, default=200, help="how often losses are shown")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise, order and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    return parser.parse_args(argv)
+    return parse_strictly(parser, argv)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_writable
+from cli import HelpFormatter, bad_input_exits, check_writable, parse_strictly
 
 logger = logging.getLogger("tiny.compare")
 
@@ -331,7 +331,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("--output_dir", required=True, help="folder of runs, evaluations, table and plot")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
-    return parser.parse_args(argv)
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The comparisons of RESULTS.md on the small world, a command each: data, trainings, evaluations, a table and a plot.
 
-    python -m tiny.compare recognition --output_dir runs/recognition     # three hours on one core
-    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # 40 minutes; another terminal takes seed 1
-    python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # the same runs three times as long
+    python -m tiny.compare recognition --output_dir runs/recognition     # two and a half hours on one core
+    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # an hour; another terminal takes seed 1
+    python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # four of them three times as long: an hour
 
 What is there already is kept, so a comparison that was stopped goes on. Each run has its log beside its folder;
 table.md and the plot hold whatever is evaluated by then: mean ± standard deviation over the runs' seeds.

@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	@echo "Listen and compare: $(abspath $(DEMO)/evaluation/report.html)"
 
 test: $(VENV)/tested
-	$(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q
 	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/test_speech_codec.py
 
 $(VENV)/installed: requirements.txt

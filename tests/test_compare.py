@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,24 @@ def test_longer_runs_go_on_from_the_shorter_ones(tmp_path, monkeypatch):
     flags = compare.COMPARISONS["stability"].runs["grpo"]
     compare.train_run(tmp_path, "grpo", flags, seed=0)
     assert [log for log, _ in commands] == ["grpo_0.log"] and "--max_steps 150" in commands[0][1]
+
+
+def test_an_evaluation_that_was_stopped_is_made_again(tmp_path, monkeypatch):
+    comparison = compare.COMPARISONS["diffro"]
+
+    def stopped(log, command, folder, *more):
+        (tmp_path / "evaluations" / "sft.part" / "results.json").write_text('{"rows": []}')
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(compare, "run", stopped)
+    with pytest.raises(RuntimeError, match="stopped"):
+        compare.evaluate(comparison, tmp_path, "sft", comparison.policy)
+    rows = {"rows": [{"temperature": 1.0, "metrics": {"duration_s": 1.0}}]}
+    monkeypatch.setattr(
+        compare, "run", lambda log, command, folder, *_: Path(folder, "results.json").write_text(json.dumps(rows))
+    )
+    assert compare.evaluate(comparison, tmp_path, "sft", comparison.policy) == {1.0: {"duration_s": 1.0}}
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["sft"]
 
 
 def test_a_failed_script_says_where_to_look(tmp_path):

@@ -209,11 +209,14 @@ def train_run(folder: Path, name: str, flags: str, seed: int) -> None:
 
 def evaluate(comparison: Comparison, folder: Path, name: str, path: Path | str) -> dict[float, dict]:
     """Metrics by temperature of the checkpoint at `path`."""
-    results = folder / "evaluations" / name / "results.json"
-    if not results.exists():
-        results.parent.mkdir(parents=True, exist_ok=True)
+    done = folder / "evaluations" / name
+    if not done.exists():
+        begun = done.with_name(f"{name}.part")  # evaluation.py writes its results row by row
+        begun.mkdir(parents=True, exist_ok=True)
         flags = f"evaluation.py {comparison.evaluation} --output_dir"
-        run(folder / "evaluations" / f"{name}.log", flags, str(results.parent), "--models", f"model={path}")
+        run(done.with_name(f"{name}.log"), flags, str(begun), "--models", f"model={path}")
+        begun.rename(done)
+    results = done / "results.json"
     return {row["temperature"]: row["metrics"] for row in json.loads(results.read_text())["rows"]}
 
 

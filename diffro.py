@@ -22,6 +22,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -46,19 +47,38 @@ def straight_through(
 
     Args:
         logits: (positions, num_codes); they need not be normalised.
-        embedding: (num_codes, width), of the model that reads the codes.
+        embedding: (num_codes, width), frozen, of the model that reads the codes.
         temperature: of the softmax; it does not change which code is drawn.
         hard: the drawn code's embedding forward, the mixture's gradient backward; else the mixture both ways.
     Returns:
         (positions, width).
     """
     # −ln(−ln u) is Gumbel noise; in place, for it is as large as the logits.
-    noise = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)
-    noise = noise.log_().neg_().log_().neg_()
-    scores = (logits + noise) / temperature
-    mixed = scores.softmax(-1) @ embedding
-    # The second term is exactly 0 forward.
-    return embedding[scores.argmax(-1)] + (mixed - mixed.detach()) if hard else mixed
+    noise = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny).log_().neg_().log_()
+    scores = logits - noise
+    if hard:
+        return _CodeForwardMixtureBackward.apply(scores, embedding, temperature)
+    return (scores / temperature).softmax(-1) @ embedding
+
+
+class _CodeForwardMixtureBackward(torch.autograd.Function):
+    """The straight-through estimator, without the mixture that only its gradient needs: half the time and memory."""
+
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor, embedding: torch.Tensor, temperature: float) -> torch.Tensor:
+        ctx.save_for_backward(scores, embedding)
+        ctx.temperature = temperature
+        return embedding[scores.argmax(-1)]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        """∂(softmax(scores / temperature) @ embedding) / ∂scores, of a frozen embedding."""
+        scores, embedding = ctx.saved_tensors
+        mixture = (scores / ctx.temperature).softmax(-1)
+        to_codes = gradient @ embedding.T
+        along = (to_codes * mixture).sum(-1, keepdim=True)
+        return to_codes.sub_(along).mul_(mixture).div_(ctx.temperature), None, None
 
 
 def draw_chunk(
@@ -78,7 +98,8 @@ def draw_chunk(
     """Embeddings of drawn codes, (positions, draws, width); if `measured`, KL to the reference (0 without one) and
     entropy, (positions,)."""
     logits = _in_full(F.linear(hidden, weight, bias)) / sampling_temperature
-    drawn = [straight_through(logits[:, first_row:], embedding, gumbel_temperature, hard) for _ in range(draws)]
+    of_codes = logits[:, first_row:]
+    drawn = [straight_through(of_codes, embedding, gumbel_temperature, hard) for _ in range(draws)]
     drawn = torch.stack(drawn, dim=1)
     if not measured:
         return (drawn,)

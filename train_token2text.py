@@ -14,13 +14,16 @@ Held-out rows are of texts that training never sees. Prints and writes to run.js
 transcripts from clean codes and from codes of which a tenth is random; the mean log P per token of the right text and
 of another row's; the accuracy of each label.
 
+A run that was stopped goes on with --resume_from_checkpoint true, from the last of every --save_steps steps, and ends
+with the weights it would have had.
+
 Exit code 2: the input was wrong.
 """
 
 import argparse
 import logging
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -40,6 +43,8 @@ logger = logging.getLogger("train_token2text")
 CODES_COLUMN = "audio_codes"
 POOL_BATCHES = 50  # batches are cut from so many rows sorted by length, so that little is padded
 TESTED_NOISE = 0.1  # share of random codes in the second held-out WER
+CHECKPOINT = "checkpoint.pt"  # in the output folder while training
+MAY_CHANGE = ("output_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint")  # between its parts
 
 
 # --- The data ---------------------------------------------------------------------------------------------
@@ -94,16 +99,15 @@ def split_by_text(rows: datasets.Dataset, share: float, seed: int) -> tuple[data
     return rows.select(kept), rows.select(out)
 
 
-def batches(lengths: list[int], batch_size: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Row numbers, batch after batch without end, each epoch anew; the rows of a batch are of similar length."""
-    while True:
-        order = rng.permutation(len(lengths))
-        pool = POOL_BATCHES * batch_size
-        cut = []
-        for first in range(0, len(order), pool):
-            by_length = sorted(order[first : first + pool], key=lambda i: lengths[i])
-            cut += [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-        yield from (cut[i] for i in rng.permutation(len(cut)))
+def epoch_batches(lengths: list[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
+    """Row numbers, batch after batch, each row once; the rows of a batch are of similar length."""
+    order = rng.permutation(len(lengths))
+    pool = POOL_BATCHES * batch_size
+    cut = []
+    for first in range(0, len(order), pool):
+        by_length = sorted(order[first : first + pool].tolist(), key=lambda i: lengths[i])
+        cut += [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    return [cut[i] for i in rng.permutation(len(cut))]
 
 
 def with_noise(codes: list[list[int]], share: float, num_codes: int, rng: np.random.Generator) -> list[list[int]]:
@@ -177,10 +181,16 @@ def train(
     weights = {"text": 1.0, "ctc": args.ctc_weight} | dict.fromkeys(args.labels, args.label_weight)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    drawn = batches([len(codes) for codes in rows[CODES_COLUMN]], args.batch_size, rng)
-    start, recent, means = time.time(), [], {}
-    for step in tqdm(range(1, args.steps + 1), desc="token2text", mininterval=30):
-        found = losses(model, rows[next(drawn)], args, rng)
+    lengths = [len(codes) for codes in rows[CODES_COLUMN]]
+    start, done, to_come, recent, means = time.time(), 0, [], [], {}
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    path = Path(args.output_dir) / CHECKPOINT
+    if path.exists():
+        done, to_come, recent = load_checkpoint(path, parts, rng)
+        logger.info("going on after step %d", done)
+    for step in tqdm(range(done + 1, args.steps + 1), "token2text", initial=done, total=args.steps, mininterval=30):
+        to_come = to_come or epoch_batches(lengths, args.batch_size, rng)
+        found = losses(model, rows[to_come.pop(0)], args, rng)
         optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in found.items()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,7 +202,52 @@ def train(
             shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             logger.info("token2text step %d: loss of %s, %.0f s", step, shown, time.time() - start)
             recent.clear()
+        if step % args.save_steps == 0 and step < args.steps:
+            save_checkpoint(path, args, parts, rng, (step, to_come, recent))
+    path.unlink(missing_ok=True)
     return means
+
+
+def save_checkpoint(path: Path, args: argparse.Namespace, parts: dict, rng: np.random.Generator, at: tuple) -> None:
+    """All that training depends on; whole or not at all."""
+    saved = {
+        "args": vars(args),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "numpy": rng.bit_generator.state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),  # empty without a GPU
+        "at": at,
+    }
+    torch.save(saved, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def load_checkpoint(path: Path, parts: dict, rng: np.random.Generator) -> tuple[int, list, list]:
+    """Puts `parts` and all random generators where they were; returns what `save_checkpoint` was given as `at`."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(saved["parts"][name])
+    rng.bit_generator.state = saved["numpy"]
+    torch.set_rng_state(saved["torch"])
+    torch.cuda.set_rng_state_all(saved["cuda"])
+    return saved["at"]
+
+
+def check_resumable(args: argparse.Namespace) -> None:
+    """ValueError where a checkpoint is in the way, or is another run's."""
+    path = Path(args.output_dir) / CHECKPOINT
+    if not path.exists():
+        return
+    if args.resume_from_checkpoint == "false":
+        raise ValueError(
+            f"{path} is of a run that was stopped; go on with --resume_from_checkpoint true, or give another "
+            "--output_dir"
+        )
+    before = torch.load(path, map_location="cpu", weights_only=True)["args"]
+    changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before.get(name) != value]
+    if changed:
+        told = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
+        raise ValueError(f"{path} is of a run with other settings: {told}; give the same, or another --output_dir")
 
 
 # --- Held-out rows ----------------------------------------------------------------------------------------
@@ -262,6 +317,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ctc_weight", type=float, default=0.3, help="beside the text's 1")
     parser.add_argument("--label_weight", type=float, default=0.1, help="of each column of --labels")
     parser.add_argument("--logging_steps", type=int, default=200, help="how often losses are shown")
+    parser.add_argument("--save_steps", type=int, default=1_000, help="how often to save what resuming needs")
+    parser.add_argument("--resume_from_checkpoint", choices=["true", "false"], default="false", help="go on, if stopped")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise, order and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     return parse_strictly(parser, argv)
@@ -271,7 +328,7 @@ def check(args: argparse.Namespace) -> None:
     check_at_least(
         args, num_codes=1, vocab_size=258, hidden_size=1, num_heads=1, encoder_layers=1, decoder_layers=1, steps=1
     )
-    check_at_least(args, batch_size=1, logging_steps=1)
+    check_at_least(args, batch_size=1, logging_steps=1, save_steps=1)
     if args.hidden_size % args.num_heads:
         raise ValueError(f"--hidden_size {args.hidden_size} must be a multiple of --num_heads {args.num_heads}")
     for name in ("dropout", "label_smoothing", "code_noise"):
@@ -291,6 +348,7 @@ def main(args: argparse.Namespace) -> None:
         check(args)
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
+        check_resumable(args)
         rows = open_rows(args.dataset, args.dataset_split, args.labels)
         if args.heldout_dataset:
             heldout = open_rows(args.heldout_dataset, args.dataset_split, args.labels)

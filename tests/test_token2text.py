@@ -147,6 +147,39 @@ def test_training_learns_words_in_new_sentences(spelled, tmp_path):
     assert found["log_prob"] > found["log_prob_wrong_text"] + 1
 
 
+def test_resumed_is_uninterrupted(spelled, tmp_path, monkeypatch, caplog):
+    """Stopped in the second epoch, between two lines of the log."""
+    flags = f"--dataset {spelled} --labels speaker {SMALL} --dropout 0.1 --steps 12 --save_steps 5 --batch_size 64"
+    flags += " --logging_steps 6 --output_dir"
+
+    def run(folder, *more):
+        train_token2text.main(train_token2text.parse_args([*flags.split(), str(tmp_path / folder), *more]))
+
+    run("whole")
+    original = train_token2text.losses
+
+    def stopped(*args):
+        if (tmp_path / "parts" / train_token2text.CHECKPOINT).exists() and len(calls) == 11:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return original(*args)
+
+    calls = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_token2text, "losses", stopped)
+        run("parts")
+    for more, message in (([], "was stopped"), (["--resume_from_checkpoint", "true", "--seed", "3"], "--seed 0 before")):
+        with pytest.raises(SystemExit):
+            run("parts", *more)
+        assert message in caplog.text
+    run("parts", "--resume_from_checkpoint", "true")
+    whole, parts = (Token2Text.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    runs = [json.loads((tmp_path / name / "run.json").read_text())["losses"] for name in ("whole", "parts")]
+    assert runs[0] == runs[1]
+    assert not (tmp_path / "parts" / train_token2text.CHECKPOINT).exists()
+
+
 def test_no_text_is_on_both_sides(spelled):
     rows, heldout = train_token2text.split_by_text(datasets.Dataset.from_parquet(str(spelled)), 0.25, seed=0)
     assert len(set(heldout["text"])) == 128 and not set(rows["text"]) & set(heldout["text"])
@@ -155,9 +188,8 @@ def test_no_text_is_on_both_sides(spelled):
 
 def test_batches_hold_every_row_once_an_epoch():
     rng = np.random.default_rng(0)
-    drawn = train_token2text.batches(list(range(25)), 4, rng)
-    epoch = [next(drawn) for _ in range(7)]
-    assert sorted(i for batch in epoch for i in batch) == list(range(25))
+    epoch = train_token2text.epoch_batches(list(range(25)), 4, rng)
+    assert len(epoch) == 7 and sorted(i for batch in epoch for i in batch) == list(range(25))
 
 
 def test_noise_replaces_the_share_it_should():

@@ -442,7 +442,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
     add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
     add("--batch_size", type=int, default=16, help="clips sampled at a time")
-    add("--num_players", type=int, default=8, help="texts to listen to on the page")
+    add("--num_players", type=int, default=8, help="texts, or clips, to listen to on the page")
     add("--language", default="en", help="of texts that do not say")
     add("--device", default="auto", help="auto is a GPU where there is one")
     add("--codec_id", help=f"default: what the first model's run.json says, else {DEFAULT_CODEC}")

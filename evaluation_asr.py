@@ -2,13 +2,13 @@
 
 Corpus-level WER with its insertions, deletions and substitutions, hallucinations by the rules of
 reward_models/asr_rules.py, keyword recall and precision, short and long clips apart, and clips in which nothing is
-said, where every word is made up. Writes results.json (every transcript) and results.md (the table).
+said, where every word is made up. Writes results.json (every transcript), results.md (the table) and report.html (a
+page to look and listen: the clips as their codes sound).
 """
 
 import argparse
-import json
+import html
 import logging
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from transformers import set_seed
 from audio import load_audio
 from cli import bad_input_exits
 from dataset_io import AUDIO_COLUMNS, load_any_dataset
-from evaluation_report import interval, percent, percents, resampled_sums
+from evaluation_report import interval, markdown, percent, percents, replace_files, resampled_sums
+from html_page import bars, document, marked, meanings, metrics_table, player, training_curves
 from policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from reward_whisper import error_rate, normalize_text
 from run_record import provenance
-from speech_codec import SpeechCodec
+from speech_codec import SpeechCodec, decode_rollouts
 from speech_tokens import CODES_PER_SECOND, asr_prompt
 
 logger = logging.getLogger("evaluation")
@@ -172,15 +173,56 @@ def cells(row: dict) -> list[str]:
 
 HEADER = ("", "all: WER / ins / del, % [95 %]", "short", "long", "hallucinations", "unended")
 HEADER += ("keyword recall", "keyword precision", "words where nothing is said")
+EXPLANATIONS = {
+    "WER / ins / del": "Words to substitute, delete and insert over the words that are said, and of these the inserted "
+    "and the deleted; in brackets the WER's 95 % bootstrap interval over clips.",
+    "short, long": "Clips of up to --long_s seconds, and above.",
+    "hallucinations": "Share of the clips with speech whose transcript breaks a rule of reward_models/asr_rules.py: it "
+    "never ended, is empty, loops, is in another script, is twice as long or half as long, has no word in common.",
+    "unended": "Share of transcripts that were cut at --max_new_tokens.",
+    "keyword recall, precision": "Keywords found over those said, and over those written.",
+    "words where nothing is said": "Share of the clips without speech that got a word.",
+}
 
 
-def write_reports(folder: Path, results: dict) -> None:
-    lines = [HEADER, ["---"] * len(HEADER), *map(cells, results["rows"])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def page(about: str, results: dict, sounds: dict[str, np.ndarray]) -> str:
+    """report.html.
+
+    Args:
+        sounds: id -> waveform of each clip to show, with the first transcript that each row has of it.
+    """
+    rows = results["rows"]
+    rates = {row["name"]: (row["metrics"]["all"]["wer"], row["metrics"]["all"]["interval"]) for row in rows}
+    metrics = metrics_table(list(HEADER), [cells(row) for row in rows])
+    parts = [bars("Word error rate", rates), metrics, *training_curves(results["models"])]
+    if sounds:
+        told = "As the codes sound. Marked: words that are not said there."
+        parts.append(f"<h2>Clips</h2><p class=about>{told}</p>")
+    for clip_id, wav in sounds.items():
+        firsts = [(row["name"], next(c for c in row["clips"] if c["id"] == clip_id)) for row in rows]
+        text = firsts[0][1]["text"]
+        said = f"“{html.escape(text)}”" if text else "<i>nothing is said</i>"
+        cards = "".join(card(name, entry) for name, entry in firsts)
+        parts.append(f"<p class=said>{said} {player(wav)}</p><div class=cards>{cards}</div>")
+    return document(about, results["argv"], [*parts, meanings(EXPLANATIONS)])
+
+
+def card(name: str, entry: dict) -> str:
+    """One transcript."""
+    notes = [entry.get("hallucination")]
+    if entry["text"]:
+        edits = sum(entry[kind] for kind in KINDS)
+        notes.append(f"{edits} of {entry['ref_length']} words wrong")
+    note = " · ".join(note.replace("_", "-") for note in notes if note)
+    heard = marked(entry["text"], entry["hyp_text"]) or "<i>nothing written</i>"
+    return f"<div class=card><b>{html.escape(name)}</b><p class=heard>{heard}<br><small>{note}</small></p></div>"
+
+
+def write_reports(folder: Path, results: dict, sounds: dict[str, np.ndarray]) -> None:
     about = f"{results['num_clips']} clips, long above {results['arguments']['long_s']:g} s"
-    head = f"{about} · {results['date']} · {results['git_commit']}\n\n    {shlex.join(results['argv'])}"
-    (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
-    (folder / "results.md").write_text(f"{head}\n\n{table}\n", encoding="utf-8")
+    about = f"{about} · {results['date']} · {results['git_commit']}"
+    table = markdown(about, results["argv"], [list(HEADER), *map(cells, results["rows"])])
+    replace_files(folder, results, table, page(about, results, sounds))
 
 
 # --- The script -------------------------------------------------------------------------------------------
@@ -204,6 +246,12 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         for model_tokens in tokens:
             for clip in clips:
                 model_tokens.ids(clip.codes)  # another codec's codes
+        shown = clips[:: max(1, len(clips) // max(1, args.num_players))][: args.num_players]
+        sounds = {}
+        if shown:
+            codec = SpeechCodec.from_pretrained(codec_id, args.device)
+            wavs = decode_rollouts(codec, [clip.codes for clip in shown])
+            sounds = {clip.id: wav for clip, wav in zip(shown, wavs, strict=True)}
     prompts = [asr_prompt(clip.codes) for clip in clips]
     results = {**provenance(), "arguments": vars(args), "models": models, "num_clips": len(clips), "rows": []}
     for name, path in models.items():
@@ -230,7 +278,7 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
             metrics = summarize(entries, len(seeds), args.long_s)
             row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "metrics": metrics}
             results["rows"].append({**row, "clips": entries})
-            write_reports(Path(args.output_dir), results)
+            write_reports(Path(args.output_dir), results, sounds)
             logger.info("%s: %.2f %% of the words wrong", label, 100 * metrics["all"]["wer"])
-    logger.info("table: %s", Path(args.output_dir) / "results.md")
+    logger.info("look and listen: %s", Path(args.output_dir) / "report.html")
     return results

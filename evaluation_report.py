@@ -4,20 +4,15 @@ A row of the results is a dict, ready for JSON: "name", "seeds", "compute_s", an
 texts' order within a seed (`evaluation.judge_clips` says what a clip holds).
 """
 
-import base64
-import difflib
 import html
-import io
 import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
-from run_record import plot_curves
-from speech_tokens import SAMPLE_RATE
+from html_page import bars, document, marked, meanings, metrics_table, player, training_curves
 
 NUM_RESAMPLES = 2_000  # of the bootstrap: the ends of an interval then vary by some 2 % of its width
 
@@ -214,93 +209,45 @@ def about(results: dict) -> str:
     return " · ".join([f"{results['num_texts']} texts", *drawn, results["date"], results["git_commit"], where])
 
 
-def markdown(results: dict) -> str:
-    header, *rows = [[cell.replace("|", "\\|") for cell in cells] for cells in table(results)]
-    lines = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
-    return f"{about(results)}\n\n    {shlex.join(results['argv'])}\n\n{lines}\n"
+def markdown(about: str, argv: list[str], lines: list[list[str]]) -> str:
+    """results.md; the first of `lines` is the header."""
+    header, *rows = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rows])
+    return f"{about}\n\n    {shlex.join(argv)}\n\n{table}\n"
 
 
 # --- The page ---------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fde; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
-.about, dd, .heard small { opacity: .7; } code { font-size: .85em; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; font-size: .85em; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-td:first-child { font-weight: 600; } tbody tr:hover { background: var(--soft); }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .3rem .9rem; align-items: center; }
-.track { position: relative; height: 1.1rem; background: var(--soft); border-radius: .3rem; }
-.range { position: absolute; height: 100%; background: var(--accent); opacity: .35; border-radius: .3rem; }
-.point { position: absolute; width: .55rem; height: 100%; margin-left: -.27rem; border-radius: .3rem;
-  background: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
-.card { border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
-.card audio { width: 100%; height: 2.2rem; margin: .4rem 0; } .heard { margin: .2rem 0; }
-.said { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
-mark { background: #e5484d40; color: inherit; border-radius: .2rem; }
-img { max-width: 100%; background: white; border-radius: .6rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
-"""
 
-
-def page(results: dict, players: dict[str, list[tuple]], curves: dict[str, bytes]) -> str:
-    """One HTML document with everything in it.
+def page(results: dict, players: dict[str, list[tuple]]) -> str:
+    """report.html.
 
     Args:
         players: text -> (row's name, clip, waveform) of each row that says it.
-        curves: model -> PNG of its reward curve.
     """
-    esc = html.escape
-    header, *rows = table(results)
-    cells = "".join(f"<tr>{''.join(f'<td>{esc(cell)}</td>' for cell in row)}</tr>" for row in rows)
     judges = list(results["rows"][0]["metrics"]["judges"])
     error = "Character error rate" if results["units"] == "characters" else "Word error rate"
-    head = "".join(f"<th>{esc(title)}</th>" for title in header)
-    parts = [
-        f"<h1>Evaluation</h1><p class=about>{esc(about(results))}</p><code>{esc(shlex.join(results['argv']))}</code>",
-        *(f"<h2>{error} by {esc(judge)}</h2>{bars(results['rows'], judge)}" for judge in judges),
-        "<h2>Metrics</h2>",
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>",
-    ]
-    for name, png in curves.items():
-        parts.append(f"<h2>Training of {esc(name)}</h2><img alt='training curves' src='{data_uri('image/png', png)}'>")
+    header, *rows = table(results)
+    parts = [bars(f"{error} by {judge}", error_rates(results["rows"], judge)) for judge in judges]
+    parts += [metrics_table(header, rows), *training_curves(results["models"])]
     if players:
         parts.append("<h2>Listen</h2><p class=about>First seed. Marked: words that the text does not have there.</p>")
     for text, said in players.items():
-        parts.append(
-            f"<p class=said>“{esc(text)}”</p><div class=cards>{''.join(card(text, *one) for one in said)}</div>"
-        )
-    meanings = (f"<dt>{esc(title)}</dt><dd>{esc(meaning)}</dd>" for title, meaning in EXPLANATIONS.items())
-    parts.append(f"<h2>What the columns mean</h2><dl>{''.join(meanings)}</dl>")
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>Evaluation</title><style>{STYLE}</style>\n" + "\n".join(parts) + "</html>\n"
-    )
+        cards = "".join(card(text, *one) for one in said)
+        parts.append(f"<p class=said>“{html.escape(text)}”</p><div class=cards>{cards}</div>")
+    return document(about(results), results["argv"], [*parts, meanings(EXPLANATIONS)])
 
 
-def bars(rows: list[dict], judge: str) -> str:
-    """The error rates with their intervals, on one scale from 0."""
-    judged = [(row["name"], row["metrics"]["judges"].get(judge)) for row in rows]
-    judged = [(name, metrics) for name, metrics in judged if metrics]  # a recording has nobody to read itself back
-    scale = 100 / max(0.01, *(metrics["interval"][1] for _, metrics in judged))
-    lines = []
-    for name, metrics in judged:
-        low, high = metrics["interval"]
-        lines.append(
-            f"<span>{html.escape(name)}</span><div class=track>"
-            f"<div class=range style='left:{scale * low:.2f}%;width:{scale * (high - low):.2f}%'></div>"
-            f"<div class=point style='left:{scale * metrics['error_rate']:.2f}%'></div></div>"
-            f"<span>{percent(metrics['error_rate'])}</span>"
-        )
-    return f"<div class=bars>{''.join(lines)}</div>"
+def error_rates(rows: list[dict], judge: str) -> dict[str, tuple[float, list[float]]]:
+    judged = {row["name"]: row["metrics"]["judges"].get(judge) for row in rows}
+    # a recording has nobody to read itself back
+    return {name: (one["error_rate"], one["interval"]) for name, one in judged.items() if one}
 
 
 def card(text: str, name: str, clip: dict, wav: np.ndarray) -> str:
     """One player with what each judge heard."""
     playable = clip["failure"] not in ("empty", "non_finite")
-    sound = f"<audio controls src='{data_uri('audio/wav', wav_bytes(wav))}'></audio>" if playable else ""
+    sound = player(wav) if playable else ""
     notes = [clip["failure"], "never ended" if clip["ended"] is False else None]
     heard = "".join(
         f"<p class=heard>{marked(text, judged['hyp_text']) or '<i>nothing heard</i>'}<br>"
@@ -311,50 +258,19 @@ def card(text: str, name: str, clip: dict, wav: np.ndarray) -> str:
     return f"<div class=card><b>{html.escape(name)}</b> {clip['duration_s']:.1f} s{said}{sound}{heard}</div>"
 
 
-def marked(text: str, hyp_text: str) -> str:
-    """The transcript, escaped, the words marked that the text does not have in that place."""
-    words = hyp_text.split()
-    plain = [["".join(filter(str.isalnum, word)).lower() for word in side] for side in (text.split(), words)]
-    right = set()
-    for block in difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks():
-        right |= set(range(block.b, block.b + block.size))
-    escaped = [html.escape(word) for word in words]
-    return " ".join(word if i in right else f"<mark>{word}</mark>" for i, word in enumerate(escaped))
-
-
-def data_uri(mime: str, content: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
-
-
-def wav_bytes(wav: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, wav.clip(-1, 1), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return file.getvalue()
-
-
-def reward_curve(model: str) -> bytes | None:
-    """A model's curves over its training, as PNG: train.py's own, else drawn from the Trainer's log, else None."""
-    folders = [Path(model), Path(model).parent]  # a checkpoint-N lies in its run's folder
-    for folder in folders:
-        if (folder / "reward_curve.png").is_file():
-            return (folder / "reward_curve.png").read_bytes()
-    log_file = Path(model) / "trainer_state.json"
-    if not log_file.is_file():
-        return None
-    png = io.BytesIO()
-    plot_curves(json.loads(log_file.read_text(encoding="utf-8"))["log_history"], png)
-    return png.getvalue() or None
-
-
 def write_reports(folder: Path, results: dict, players: dict[str, list[tuple]]) -> None:
-    """results.json, results.md and report.html, each replaced as a whole."""
-    curves = {name: png for name, model in results["models"].items() if (png := reward_curve(model))}
+    """results.json, results.md and report.html."""
+    replace_files(folder, results, markdown(about(results), results["argv"], table(results)), page(results, players))
+
+
+def replace_files(folder: Path, results: dict, table: str, page: str) -> None:
+    """What an evaluation leaves, each file replaced as a whole: whoever reads it meanwhile reads all of it."""
     contents = {
         "results.json": json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False),
-        "results.md": markdown(results),
-        "report.html": page(results, players, curves),
+        "results.md": table,
+        "report.html": page,
     }
     for name, content in contents.items():
         unfinished = folder / f".{name}"
         unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(folder / name)  # whoever reads it meanwhile reads a whole one
+        unfinished.replace(folder / name)

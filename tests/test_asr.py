@@ -204,6 +204,8 @@ def test_reports(tmp_path):
     greedy = written["rows"][0]["clips"]
     assert greedy[0]["hyp_text"] == greedy[2]["hyp_text"]
     assert "| SFT T=1 |" in (tmp_path / "out" / "results.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<audio") == 3 and page.count("class=card>") == 6 and page.count("nothing is said</i>") == 1
 
 
 def test_clips_may_be_recordings(tmp_path):

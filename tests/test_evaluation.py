@@ -11,6 +11,7 @@ from test_token2text import small
 
 import evaluation
 import evaluation_report as report
+import html_page
 import judges
 from audio import load_audio, save_audio
 from judges import PocketsphinxJudge, spoken_words
@@ -316,19 +317,19 @@ def test_num_players(policy_paths, small_world, tmp_path):
 
 
 def test_marked_words():
-    assert report.marked("Anna found two hats.", "anna <i> two hats") == "anna <mark>&lt;i&gt;</mark> two hats"
-    assert report.marked("Anna", "") == ""
+    assert html_page.marked("Anna found two hats.", "anna <i> two hats") == "anna <mark>&lt;i&gt;</mark> two hats"
+    assert html_page.marked("Anna", "") == ""
 
 
 def test_reward_curve_is_found_or_drawn(tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    assert report.reward_curve(str(checkpoint)) is None
+    assert html_page.reward_curve(str(checkpoint)) is None
     log = [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.3}, {"step": 2, "train_runtime": 1}]
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    assert report.reward_curve(str(checkpoint)).startswith(b"\x89PNG")
+    assert html_page.reward_curve(str(checkpoint)).startswith(b"\x89PNG")
     (tmp_path / "run" / "reward_curve.png").write_bytes(b"drawn by train.py")
-    assert report.reward_curve(str(checkpoint)) == b"drawn by train.py"
+    assert html_page.reward_curve(str(checkpoint)) == b"drawn by train.py"
 
 
 # --- Bad input --------------------------------------------------------------------------------------------

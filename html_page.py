@@ -49,10 +49,7 @@ def document(about: str, argv: list[str], parts: list[str]) -> str:
 def metrics_table(header: list[str], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{html.escape(title)}</th>" for title in header)
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        "<h2>Metrics</h2><div class=wide>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
-    )
+    return f"<h2>Metrics</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
 
 
 def meanings(explanations: dict[str, str]) -> str:

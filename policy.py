@@ -161,9 +161,7 @@ class Policy:
     def _limit(self, max_length: int) -> int:
         return min(max_length, self.model.config.max_position_embeddings)
 
-    def _generate(
-        self, ids: list[list[int]], limits: list[int], temperature: float, top_p: float
-    ) -> list[list[int]]:
+    def _generate(self, ids: list[list[int]], limits: list[int], temperature: float, top_p: float) -> list[list[int]]:
         """Completion ids (END included, padding not) of one left-padded batch, prompt and completion within limits."""
         rows = [torch.tensor(row) for row in ids]
         pad_id = self.tokenizer.pad_token_id

@@ -33,8 +33,8 @@ from speech_tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 #   4,000 (80 s) bounds memory, most of which the encoder takes: 0.8 MB a code in float32.
 BATCH_CODES = {"cpu": 300, "gpu": 4_000}
 PADDING_CODES = {"cpu": 5, "gpu": 500}
-SEMANTIC_LAYERS = 16         # the original reads hidden_states[16] of w2v-bert-2.0's 24 layers
-HEAD_DIM = 64                # of the original's decoder: not to be seen in its weights
+SEMANTIC_LAYERS = 16  # the original reads hidden_states[16] of w2v-bert-2.0's 24 layers
+HEAD_DIM = 64  # of the original's decoder: not to be seen in its weights
 
 
 class SpeechCodec:
@@ -65,9 +65,7 @@ class SpeechCodec:
         head.window = torch.hann_window(head.n_fft, device=self.device)
 
     @classmethod
-    def from_pretrained(
-        cls, id_or_path: str, device: str | torch.device = "cpu", dtype=torch.float32
-    ) -> "SpeechCodec":
+    def from_pretrained(cls, id_or_path: str, device: str | torch.device = "cpu", dtype=torch.float32) -> "SpeechCodec":
         """Load a native or an original checkpoint; config.json tells which it is.
 
         Args:
@@ -208,9 +206,7 @@ def _pad(wav: np.ndarray, index: int) -> np.ndarray:
     """Check one waveform and append zeros up to the next code, as the original does."""
     wav = np.asarray(wav, dtype=np.float32)
     if wav.ndim != 1 or len(wav) == 0:
-        raise ValueError(
-            f"wavs[{index}] has shape {wav.shape}; accepted: mono, (n_samples,) with n_samples > 0"
-        )
+        raise ValueError(f"wavs[{index}] has shape {wav.shape}; accepted: mono, (n_samples,) with n_samples > 0")
     if not np.isfinite(wav).all():
         raise ValueError(f"wavs[{index}] holds NaN or infinity; drop it or repair the recording")
     return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))

@@ -57,9 +57,7 @@ def code_token(code: int) -> str:
     return f"<|s_{code}|>"
 
 
-def tts_prompt(
-    text: str, ref_text: str | None = None, ref_codes: list[int] | None = None
-) -> list[dict[str, str]]:
+def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | None = None) -> list[dict[str, str]]:
     """The conversation that asks for `text` as speech, in the voice of the reference if there is one.
 
     Args:
@@ -181,8 +179,7 @@ class SpeechTokens:
         bad = [code for code in codes if not 0 <= code < self.num_codes]
         if bad:
             raise ValueError(
-                f"code {bad[0]} is not in [0, {self.num_codes}): these codes come from another codec "
-                "than the policy's"
+                f"code {bad[0]} is not in [0, {self.num_codes}): these codes come from another codec than the policy's"
             )
         return [self.first_code_id + code for code in codes]
 
@@ -237,9 +234,9 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
 
 def prompt_ids(tokenizer, prompt: list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt from `tts_prompt` or `asr_prompt`: the very call that TRL makes."""
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def written_text(tokenizer, completion_ids: list[int], end_id: int) -> tuple[str, bool]:

@@ -318,7 +318,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label_weight", type=float, default=0.1, help="of each column of --labels")
     parser.add_argument("--logging_steps", type=int, default=200, help="how often losses are shown")
     parser.add_argument("--save_steps", type=int, default=1_000, help="how often to save what resuming needs")
-    parser.add_argument("--resume_from_checkpoint", choices=["true", "false"], default="false", help="go on, if stopped")
+    parser.add_argument(
+        "--resume_from_checkpoint", choices=["true", "false"], default="false", help="go on, if stopped"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise, order and split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     return parse_strictly(parser, argv)

@@ -40,16 +40,12 @@ def test_supervised_rows_each_way(llasa):
 
     def answers(task, rows=None):
         made = sft_rows(rows or rows_of(), "rows", tokenizer, tokens, 512, task)
-        return [
-            [i for i, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept] for row in made
-        ]
+        return [[i for i, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept] for row in made]
 
     assert answers("asr") == [written]
     assert answers("tts") == [spoken]
     assert answers("both") == [spoken, written]
-    named = datasets.Dataset.from_dict(
-        {"text": [TEXT] * 3, "audio_codes": [CODES] * 3, "task": ["asr", "tts", None]}
-    )
+    named = datasets.Dataset.from_dict({"text": [TEXT] * 3, "audio_codes": [CODES] * 3, "task": ["asr", "tts", None]})
     assert answers("both", named) == [spoken, spoken, written, written]
     assert answers("asr", rows_of(text=[""])) == [[tokens.text_end_id]]  # nothing is said
     with pytest.raises(ValueError, match="row 0: task is 'sing'"):

@@ -235,9 +235,9 @@ def test_window_envelope_is_the_heads(codec):
     "batch_codes, padding_codes, expected",
     [
         (100, 0, [[6], [3, 5], [1], [0, 4], [2]]),  # one length only
-        (100, 10, [[6, 3, 5], [1, 0], [4], [2]]),   # 40 brings 1 into [39]; two items of 40 fill 80 of 100
+        (100, 10, [[6, 3, 5], [1, 0], [4], [2]]),  # 40 brings 1 into [39]; two items of 40 fill 80 of 100
         (100, 100, [[6, 3, 5], [1, 0], [4], [2]]),  # 39 after three items of 9 or 10 would make 4 * 39 = 156
-        (120, 2, [[6, 3, 5], [1, 0, 4], [2]]),      # 75 is alone: 4 * 75 = 300
+        (120, 2, [[6, 3, 5], [1, 0, 4], [2]]),  # 75 is alone: 4 * 75 = 300
         (9, 100, [[6], [3], [5], [1], [0], [4], [2]]),
     ],
 )
@@ -334,9 +334,7 @@ def test_other_models_are_refused(tmp_path):
         SpeechCodec(build_native(seed=0, downsampling_ratios=[8, 4, 5]))
 
 
-@pytest.mark.parametrize(
-    "damage, problem", [("drop", "missing"), ("add", "unexpected"), ("cut", "mismatched")]
-)
+@pytest.mark.parametrize("damage, problem", [("drop", "missing"), ("add", "unexpected"), ("cut", "mismatched")])
 def test_weights_that_do_not_fit(native_folder, tmp_path, damage, problem):
     state = load_file(native_folder / "model.safetensors")
     name = "acoustic_decoder.head.linear.bias"

@@ -168,7 +168,10 @@ def test_resumed_is_uninterrupted(spelled, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_token2text, "losses", stopped)
         run("parts")
-    for more, message in (([], "was stopped"), (["--resume_from_checkpoint", "true", "--seed", "3"], "--seed 0 before")):
+    for more, message in (
+        ([], "was stopped"),
+        (["--resume_from_checkpoint", "true", "--seed", "3"], "--seed 0 before"),
+    ):
         with pytest.raises(SystemExit):
             run("parts", *more)
         assert message in caplog.text

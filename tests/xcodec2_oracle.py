@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-HIDDEN, SEMANTIC_HIDDEN = 192, 32   # 192: three heads of 64, and a multiple of GroupNorm's 32
-SEMANTIC_LAYERS = 18                # the package reads the 16th; the two above it must not matter
+HIDDEN, SEMANTIC_HIDDEN = 192, 32  # 192: three heads of 64, and a multiple of GroupNorm's 32
+SEMANTIC_LAYERS = 18  # the package reads the 16th; the two above it must not matter
 
 
 def import_package() -> types.ModuleType:
@@ -47,9 +47,7 @@ def build_oracle(seed: int) -> torch.nn.Module:
     )
     both = HIDDEN + SEMANTIC_HIDDEN
     encoder = partial(package.CodecEncoder_Transformer, ngf=4, hidden_dim=HIDDEN)
-    decoder = partial(
-        package.CodecDecoderVocos, hidden_dim=HIDDEN, depth=2, heads=HIDDEN // 64, vq_dim=both
-    )
+    decoder = partial(package.CodecDecoderVocos, hidden_dim=HIDDEN, depth=2, heads=HIDDEN // 64, vq_dim=both)
     with (
         mock.patch.object(package, "CodecEncoder_Transformer", encoder),
         mock.patch.object(package, "CodecDecoderVocos", decoder),
@@ -73,9 +71,7 @@ def build_published_sizes() -> torch.nn.Module:
         return _build(package, transformers.Wav2Vec2BertConfig())
 
 
-def _build(
-    package: types.ModuleType, semantic_config: transformers.Wav2Vec2BertConfig
-) -> torch.nn.Module:
+def _build(package: types.ModuleType, semantic_config: transformers.Wav2Vec2BertConfig) -> torch.nn.Module:
     """Without the download of w2v-bert-2.0 that its constructor asks for."""
     with (
         mock.patch.object(package, "Wav2Vec2BertModel") as semantic_model,
@@ -83,22 +79,20 @@ def _build(
     ):
         semantic_model.from_pretrained.return_value = transformers.Wav2Vec2BertModel(semantic_config)
         feature_extractor.from_pretrained.return_value = transformers.SeamlessM4TFeatureExtractor()
-        return package.XCodec2Model(
-            package.BigCodecConfig(semantic_hidden_size=semantic_config.hidden_size)
-        )
+        return package.XCodec2Model(package.BigCodecConfig(semantic_hidden_size=semantic_config.hidden_size))
 
 
 @torch.no_grad()
 def _randomise(model: torch.nn.Module) -> None:
     """Weights under which codes vary and audio is not silent; none is left at 0 or 1."""
     for name, weight in model.named_parameters():
-        if name.endswith("original0"):                           # the gain of a weight norm
+        if name.endswith("original0"):  # the gain of a weight norm
             weight.uniform_(0.7, 1.3)
         elif weight.ndim > 1:
             weight.normal_(std=weight[0].numel() ** -0.5)
-        elif name.endswith("weight"):                            # of a norm
+        elif name.endswith("weight"):  # of a norm
             weight.uniform_(0.7, 1.3)
-        else:                                                    # bias, alpha, beta
+        else:  # bias, alpha, beta
             weight.normal_(std=0.2)
     # Spread one clip over all levels of the quantizer; untrained, it sits in a few corners.
     project_in = model.generator.quantizer.project_in

@@ -75,10 +75,11 @@ RECOGNITION_METRICS = {
 
 READER = "--token2text tiny/token2text --gumbel_temperature 2"
 DRAWS = f"{READER} --gumbel_draws 8"  # a single draw is mostly noise
-ALONE = "--reward_config reward_models/token2text.json"  # neither codec nor Whisper
+ALONE = "--method diffro --reward_config reward_models/token2text.json"  # neither codec nor Whisper
+KL = "--beta 0.1"  # the papers'; configs/tiny.yaml has 0
 DIFFRO_METHODS = {
     "grpo": "--method grpo",
-    "diffro": f"--method diffro {DRAWS} {ALONE} --diffro_filter clean",
+    "diffro": f"{ALONE} {DRAWS} --diffro_filter clean {KL}",
     "combined": f"--method grpo+diffro {DRAWS} --diffro_filter none",
     "filtered": f"--method grpo+diffro {DRAWS} --diffro_filter clean",
 }
@@ -147,7 +148,9 @@ COMPARISONS = {
         policy="tiny/llasa",
         runs={
             **{name: SPEECH % 50 + flags for name, flags in DIFFRO_METHODS.items()},
-            "diffro_single": SPEECH % 50 + f"--method diffro {READER} {ALONE} --diffro_filter none",  # as published
+            "diffro_no_kl": SPEECH % 50 + f"{ALONE} {DRAWS} --diffro_filter clean",
+            "published": SPEECH % 50 + f"{ALONE} {READER} --diffro_filter none {KL}",
+            "published_no_kl": SPEECH % 50 + f"{ALONE} {READER} --diffro_filter none",
             "filtered_r2": SPEECH % 50 + f"{FILTERED} --reward_config reward_models/duration.json",
             "filtered_r23": SPEECH % 50 + f"{FILTERED} --reward_config reward_models/duration_diversity.json",
         },

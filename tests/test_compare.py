@@ -57,8 +57,9 @@ def test_table_and_plot_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda log, command, *more: commands.append((command, *more)))
     compare.main(compare.parse_args(["diffro", "--output_dir", str(tmp_path)]))
 
-    # 7 settings × 3 seeds, less the 4 that are there; nothing is evaluated anew
-    assert len(commands) == 17 and all(command.startswith("train.py") for command, *_ in commands)
+    # less the 4 that are there; nothing is evaluated anew
+    wanted = 3 * len(compare.COMPARISONS["diffro"].runs) - 4
+    assert len(commands) == wanted and all(command.startswith("train.py") for command, *_ in commands)
     assert commands[0][1:] == (
         "--seed", "0", "--output_dir", str(tmp_path / "combined_0"), "--resume_from_checkpoint", "true",
     )  # fmt: skip

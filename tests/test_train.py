@@ -176,7 +176,7 @@ def logged(folder: Path) -> dict:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
 
 
-def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch):
+def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch, caplog):
     for name in ("SpeechCodec", "WhisperScorer"):
         monkeypatch.setattr(train, name, None)
     rewards = ("--reward_config", "reward_models/token2text.json")
@@ -184,6 +184,7 @@ def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch):
     entry = logged(tmp_path)
     assert entry["diffro_share_kept"] > 0 and entry["diffro_reward"] < 0 and entry["grad_norm"] > 0
     assert "text_log_prob" in entry and "wer" not in entry
+    assert "nothing holds the policy" in caplog.text  # configs/tiny.yaml has --beta 0
 
 
 def test_grpo_and_diffro_together(tmp_path):

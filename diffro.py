@@ -36,7 +36,8 @@ METHODS = ("grpo", "diffro", "grpo+diffro")
 FILTERS = ("none", "positive", "clean")
 
 # Logits that exist at once: 128 MiB in float32 for each of the half dozen copies of a backward pass, which are 512
-# positions of Llasa's 65,537 rows. All of 8 × 1,000 positions would be 2 GiB for each.
+# positions of Llasa's 65,537 rows; each further draw keeps one copy more. All of 8 × 1,000 positions would be 2 GiB for
+# each.
 CHUNK_LOGITS = 2**25
 
 

@@ -63,7 +63,7 @@ def straight_through(
 
 
 class _CodeForwardMixtureBackward(torch.autograd.Function):
-    """The straight-through estimator, without the mixture that only its gradient needs: half the time and memory."""
+    """The straight-through estimator, without the mixture forward, which only its gradient needs."""
 
     @staticmethod
     def forward(ctx, scores: torch.Tensor, embedding: torch.Tensor, temperature: float) -> torch.Tensor:

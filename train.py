@@ -358,7 +358,7 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
         if script.method == "diffro" and args.beta == 0:
             logger.warning(
                 "--method diffro with --beta 0: nothing holds the policy near where it started, and on the small world "
-                "it learnt to please token2text while listeners understood less (RESULTS.md); the papers have --beta 0.1"
+                "it learnt to please token2text while listeners understood less (RESULTS.md); the papers have 0.1"
             )
         trainer_class = DiffROTrainer
         own = {

@@ -204,7 +204,6 @@ def train(
             recent.clear()
         if step % args.save_steps == 0 and step < args.steps:
             save_checkpoint(path, args, parts, rng, (step, to_come, recent))
-    path.unlink(missing_ok=True)
     return means
 
 
@@ -367,6 +366,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%d clips to train on, %d held out; %.1f M weights", len(rows), len(heldout), size / 1e6)
     train_losses = train(model, rows, args, device)
     model.save_pretrained(args.output_dir)
+    (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     # As it is stored, in half precision
     found = evaluate(Token2Text.from_pretrained(args.output_dir, device), heldout, args.seed)
     logger.info("held out: %s", ", ".join(f"{name} {value:.4f}" for name, value in found.items()))

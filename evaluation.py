@@ -35,6 +35,7 @@ import evaluation_asr
 from audio import audio_failure, load_audio
 from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
 from evaluation_report import summarize, write_reports
+from html_page import to_show
 from inference import MAX_NEW_TOKENS, best_of, check_sampling, read_text, whisper_rewards
 from judges import load_judges
 from policy import DEFAULT_CODEC, DEFAULT_WHISPER, MIN_ROOM, Policy, Sample, load_tokenizer, recorded
@@ -388,7 +389,7 @@ def evaluate_speech(args: argparse.Namespace, models: dict[str, str]) -> dict:
     bench = Bench(args, codec, judges, scorer, token2text)
     about = {"arguments": vars(args), "units": units, "models": models, "num_texts": len(items)}
     results = {**provenance(), **about, "rows": []}
-    to_hear = {item.text for item in items[:: max(1, len(items) // max(1, args.num_players))][: args.num_players]}
+    to_hear = {item.text for item in to_show(items, args.num_players)}
     players = {}
     of_models = model_rows(bench, models, items, prompts)
     of_references = reference_rows(bench, references, natural) if references else []

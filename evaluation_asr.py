@@ -20,7 +20,7 @@ from audio import load_audio
 from cli import bad_input_exits
 from dataset_io import AUDIO_COLUMNS, load_any_dataset
 from evaluation_report import interval, markdown, percent, percents, replace_files, resampled_sums
-from html_page import bars, document, marked, meanings, metrics_table, player, training_curves
+from html_page import bars, document, marked, meanings, metrics_table, player, to_show, training_curves
 from policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from reward_whisper import error_rate, normalize_text
@@ -246,7 +246,7 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         for model_tokens in tokens:
             for clip in clips:
                 model_tokens.ids(clip.codes)  # another codec's codes
-        shown = clips[:: max(1, len(clips) // max(1, args.num_players))][: args.num_players]
+        shown = to_show(clips, args.num_players)
         sounds = {}
         if shown:
             codec = SpeechCodec.from_pretrained(codec_id, args.device)

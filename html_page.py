@@ -70,6 +70,11 @@ def bars(title: str, rates: dict[str, tuple[float, list[float]]]) -> str:
     return f"<h2>{html.escape(title)}</h2><div class=bars>{''.join(lines)}</div>"
 
 
+def to_show(items: list, count: int) -> list:
+    """So many of the items, evenly spaced: all of them would make a page too long."""
+    return items[:: max(1, len(items) // max(1, count))][:count]
+
+
 def player(wav: np.ndarray) -> str:
     return f"<audio controls src='{data_uri('audio/wav', wav_bytes(wav))}'></audio>"
 

@@ -1,7 +1,7 @@
 """The comparisons of RESULTS.md on the small world, a command each: data, trainings, evaluations, a table and a plot.
 
     python -m tiny.compare recognition --output_dir runs/recognition     # two and a half hours on one core
-    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # an hour; another terminal takes seed 1
+    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # 90 minutes; another terminal takes seed 1
     python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # four of them three times as long: an hour
 
 What is there already is kept, so a comparison that was stopped goes on. Each run has its log beside its folder;

@@ -383,7 +383,8 @@ def grpo_trainer(script, args, model_args, tokenizer, tokens, rows, longest: int
         peft_config=get_peft_config(model_args),
         callbacks=[SampleSaver(listener, script.sample_steps, script.sample_count)],
     )
-    report_memory(trainer, listener, longest)
+    if trainer.is_world_process_zero():
+        report_memory(trainer, listener, longest)
     return trainer
 
 
@@ -447,6 +448,8 @@ def main(arguments: tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig])
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         plot_curves(trainer.state.log_history, Path(args.output_dir) / "reward_curve.png")
         logger.info("saved to %s", args.output_dir)
+    # A group that ends while the answer to its last message is still being taken in never ends (gloo, without a word).
+    trainer.accelerator.wait_for_everyone()
     trainer.end()
 
 

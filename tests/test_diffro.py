@@ -476,6 +476,7 @@ for method in ("diffro", "grpo+diffro"):
     found[method] = logged(trainer)
 if trainer.is_world_process_zero():
     (out / "log.json").write_text(json.dumps(found))
+trainer.accelerator.wait_for_everyone()  # as train.py does
 trainer.end()
 """
 

@@ -163,6 +163,35 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def in_two_processes(output_dir: Path) -> str:
+    """Two steps on the CPU, each process with rollouts of its own; what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"]
+    flags = ["--max_steps", "2", "--save_steps", "1", "--output_dir", str(output_dir)]
+    done = subprocess.run(
+        [*command, *SHORT, *flags, "--max_completion_length", "80", "--resume_from_checkpoint", "true"],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,  # two processes that wait for each other wait for ever
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
+def test_two_processes_end_and_resume_exactly(tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    printed = in_two_processes(whole)
+    assert printed.count("train: memory: about") == 1
+    first = json.loads((whole / "trainer_state.json").read_text())["log_history"][0]
+    assert first["num_tokens"] > 8 * (50 + 80), "more than 8 rollouts: each process has that many"
+    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
+    in_two_processes(resumed)
+    a, b, start = weights(whole), weights(resumed), weights(Path("tiny/llasa"))
+    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"].float())
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
 def test_lora(tmp_path):
     run("--output_dir", str(tmp_path), "--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--max_steps", "1")
     policy = Policy.from_pretrained(str(tmp_path))

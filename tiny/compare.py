@@ -1,11 +1,12 @@
 """The comparisons of RESULTS.md on the small world, a command each: data, trainings, evaluations, a table and a plot.
 
-    python -m tiny.compare recognition --output_dir runs/recognition     # two and a half hours on one core
-    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # 90 minutes; another terminal takes seed 1
+    python -m tiny.compare grpo --output_dir runs/grpo                   # four hours on one core
+    python -m tiny.compare recognition --output_dir runs/recognition     # two and a half hours
+    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # two hours; another terminal takes seed 1
     python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # four of them three times as long: an hour
 
 What is there already is kept, so a comparison that was stopped goes on. Each run has its log beside its folder;
-table.md and the plot hold whatever is evaluated by then: mean ± standard deviation over the runs' seeds.
+<comparison>.md and .png in the folder hold whatever is evaluated by then: mean ± standard deviation over the seeds.
 """
 
 import argparse
@@ -89,8 +90,6 @@ SPEECH_EVALUATION = (
     "--texts tiny/texts/heldout.txt --max_length 160 --batch_size 50 --temperature 1.0 --seeds 0 1 2 "
     "--judge tiny/whisper.pt pocketsphinx --token2text tiny/token2text"
 )
-
-
 SPEECH_METRICS = {
     "WER by pocketsphinx": Metric((1.0, "judges", "pocketsphinx", "error_rate")),
     "WER by the reward's ASR": Metric((1.0, "judges", "tiny/whisper.pt", "error_rate")),
@@ -126,6 +125,14 @@ class Comparison:
 
 SPEECH_PLOTTED = ("WER by pocketsphinx", "WER by the reward's ASR", "token-to-text score", "never ended")
 COMPARISONS = {
+    "grpo": Comparison(
+        policy="tiny/llasa",
+        runs={"grpo": "--config configs/tiny_long.yaml --save_steps 75 --sample_steps 0"},
+        evaluation=SPEECH_EVALUATION,
+        metrics=SPEECH_METRICS,
+        plotted=("WER by pocketsphinx", "WER by the reward's ASR", "seconds", "never ended"),
+        checkpoints=(75, 150, 300, 400),
+    ),
     "recognition": Comparison(
         policy="tiny/llasa_asr",
         runs={
@@ -148,6 +155,8 @@ COMPARISONS = {
         policy="tiny/llasa",
         runs={
             **{name: SPEECH % 50 + flags for name, flags in DIFFRO_METHODS.items()},
+            "grpo_kl": SPEECH % 50 + f"{DIFFRO_METHODS['grpo']} {KL}",
+            "filtered_kl": SPEECH % 50 + f"{FILTERED} {KL}",
             "diffro_no_kl": SPEECH % 50 + f"{ALONE} {DRAWS} --diffro_filter clean",
             "published": SPEECH % 50 + f"{ALONE} {READER} --diffro_filter none {KL}",
             "published_no_kl": SPEECH % 50 + f"{ALONE} {READER} --diffro_filter none",
@@ -297,7 +306,7 @@ def plot(found: dict[tuple[str, int], list[dict]], metrics: dict[str, Metric], p
                 axis.plot([0, *at], [before, *means], color=f"C{number}", label=run)
             else:
                 axis.plot(at, means, "_", color=f"C{number}", markersize=20)
-        axis.set_title(column, fontsize=10)
+        axis.set_title(f"{column}, %" if metric.scale == 100 else column, fontsize=10)
         if over_steps:
             axis.set_xlabel("step", fontsize=8)
         else:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from audio import save_audio
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
 # What the reward curve shows where it was logged: (log key, label)
 CURVES = (
@@ -96,11 +98,19 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
 
 
 class SampleSaver(TrainerCallback):
-    """Every `every` steps, the first rollouts of the batch: what the listener (or reader) heard last."""
+    """Every `every` steps, the first rollouts that the listener (or reader) had last: transcripts.jsonl, and wavs."""
 
     def __init__(self, listener, every: int, count: int):
         self.listener, self.every, self.count = listener, every, count
 
     def on_step_end(self, args, state, control, **_):
         if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
-            self.listener.save_last(Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}", self.count)
+            self.save(Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}")
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
+            for record, wav in self.listener.last_samples(self.count):
+                if wav is not None:
+                    save_audio(folder / f"rollout_{record['rollout']}.wav", wav)
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -6,7 +6,6 @@ and lean one way: a misrecognition called a hallucination teaches the wrong thin
 missed mostly has few words right, and an R1 near 0.
 """
 
-import json
 import math
 import re
 import unicodedata
@@ -14,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from pathlib import Path
 
 from reward_whisper import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
 from speech_tokens import written_text
@@ -339,22 +337,19 @@ class Reader:
         rules = [hallucination(*item) if end else "unended" for item, end in zip(items, ended, strict=True)]
         return Transcripts(texts, hyps, ended, [transcript_errors(*item) for item in items], rules)
 
-    def save_last(self, folder: Path, count: int) -> None:
-        """The first transcripts of the batch that was read last, to folder/transcripts.jsonl."""
-        if self.transcripts is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        last = self.transcripts
-        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
-            for i in range(min(count, len(last.hyp_texts))):
-                record = {
-                    "rollout": i,
-                    "text": last.ref_texts[i],
-                    "written": last.hyp_texts[i],
-                    "wer": last.errors[i].rate,
-                    "failure": last.rules[i],
-                }
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def last_samples(self, count: int) -> list[tuple[dict, None]]:
+        """The first transcripts of the batch that was read last; there is no sound to go with them."""
+        last, samples = self.transcripts, []
+        for i in range(min(count, len(last.hyp_texts)) if last else 0):
+            record = {
+                "rollout": i,
+                "text": last.ref_texts[i],
+                "written": last.hyp_texts[i],
+                "wer": last.errors[i].rate,
+                "failure": last.rules[i],
+            }
+            samples.append((record, None))
+        return samples
 
 
 class AsrRulesReward:

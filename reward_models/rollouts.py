@@ -4,14 +4,12 @@
 `Rollouts` computes each thing at most once and only if a reward or a metric asks for it.
 """
 
-import json
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from audio import audio_failure, save_audio
+from audio import audio_failure
 from reward_models.prosody import log_f0_std
 from reward_models.token2text import Token2Text
 from reward_whisper import Score, WhisperScorer
@@ -189,20 +187,16 @@ class Listener:
                 log_metric(name, value)
         return self.rollouts
 
-    def save_last(self, folder: Path, count: int) -> None:
-        """The first rollouts of the batch that was heard last, as wav, and folder/transcripts.jsonl."""
-        rollouts = self.rollouts
-        if rollouts is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
-            for i in range(min(count, len(rollouts.codes))):
-                if self.codec is not None and rollouts.failures[i] not in ("empty", "non_finite"):
-                    save_audio(folder / f"rollout_{i}.wav", rollouts.wavs[i])
-                record = {"rollout": i, "text": rollouts.texts[i], "failure": rollouts.failures[i]}
-                if self.scorer is not None:
-                    score = rollouts.scores[i]
-                    record |= {"heard": score.hyp_text, "wer": score.wer, "nll": score.nll}
-                if self.token2text is not None:
-                    record["text_log_prob"] = rollouts.text_log_probs[i]
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:
+        """The first rollouts of the batch that was heard last: what is known of each, and its sound if it has one."""
+        rollouts, samples = self.rollouts, []
+        for i in range(min(count, len(rollouts.codes)) if rollouts else 0):
+            record = {"rollout": i, "text": rollouts.texts[i], "failure": rollouts.failures[i]}
+            if self.scorer is not None:
+                score = rollouts.scores[i]
+                record |= {"heard": score.hyp_text, "wer": score.wer, "nll": score.nll}
+            if self.token2text is not None:
+                record["text_log_prob"] = rollouts.text_log_probs[i]
+            audible = self.codec is not None and rollouts.failures[i] not in ("empty", "non_finite")
+            samples.append((record, rollouts.wavs[i] if audible else None))
+        return samples

@@ -213,13 +213,14 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
     - the padding token is another one than EOS, else the end would be masked as padding.
 
     Raises:
-        ValueError: no speech tokens, or no chat template.
+        ValueError: no speech tokens, no chat template, or one that does not render a prompt as this module has it.
     """
     tokens = SpeechTokens.from_tokenizer(tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
     if _OPEN_ANSWER not in tokenizer.chat_template:
         tokenizer.chat_template = _DATE_PIN + tokenizer.chat_template + _OPEN_ANSWER
+    _check_rendering(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokens.answer_end_id(task))
     if tokenizer.pad_token in (None, SPEECH_GENERATION_END, TEXT_GENERATION_END):
         padding = [t for t in ("<|finetune_right_pad_id|>", "<|end_of_text|>") if t in tokenizer.get_vocab()]
@@ -230,6 +231,22 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
             )
         tokenizer.pad_token = padding[0]
     return tokens
+
+
+def _check_rendering(tokenizer) -> None:
+    """ValueError where the chat template opens the answer itself as well, or changes what the user's turn says.
+
+    Nothing else would show: the policy says something to any prompt, only less well.
+    """
+    prompt = tts_prompt("a")
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    content, opening = prompt[0]["content"], prompt[0]["opening"]
+    if not rendered.endswith(opening) or rendered.count(opening) != 1 or rendered.count(content) != 1:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} renders a prompt as {rendered!r}; it should hold "
+            f"{content!r} once, and {opening!r} once, at its end. The template was changed by another tool or version: "
+            "give the checkpoint the chat_template.jinja of the model it was trained from"
+        )
 
 
 def prompt_ids(tokenizer, prompt: list[dict[str, str]]) -> list[int]:

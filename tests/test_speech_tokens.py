@@ -198,6 +198,21 @@ def test_prepare_is_idempotent_and_stops_at_end():
     assert tokenizer.pad_token not in (None, tokenizer.eos_token)
 
 
+@pytest.mark.parametrize(
+    "added",
+    [
+        "{%- if add_generation_prompt %}{{- '<|SPEECH_GENERATION_START|>' }}{%- endif %}",  # would open it twice
+        "{{- messages[0]['content'] }}",
+    ],
+)
+def test_a_template_that_renders_something_else_is_refused(added):
+    """As of a checkpoint of another tool: it would be prompted with what it was not trained on, without a word."""
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template += added
+    with pytest.raises(ValueError, match="renders a prompt as .*TEXT_UNDERSTANDING_START.*give the checkpoint the"):
+        prepare_tokenizer(tokenizer)
+
+
 def test_ids_and_codes():
     tokens = SpeechTokens(start_id=4, end_id=5, first_code_id=8, num_codes=10, num_text_ids=3, text_end_id=3)
     assert tokens.codes(tokens.ids([3, 9])) == ([3, 9], False)

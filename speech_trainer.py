@@ -2,7 +2,8 @@
 
 - Scoring: the head's allowed rows only (confined_head.py), at the completions' positions only; a prompt that is long
   beside its completions (speech to be recognised) is read once for its whole group.
-- Sampling: half-precision weights are cast once a batch of rollouts, not once a code.
+- Sampling: half-precision weights are cast once a batch of rollouts, not once a code, and the cache of keys and values
+  is in half precision too.
 - vLLM: what it needs to stop at END and say nothing but speech, and the settings that would teach it nothing.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.cache_utils import StaticLayer
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, maybe_gather_lm_head_ctx
@@ -39,7 +41,7 @@ class SpeechGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, *args, **kwargs):
         # Autocast keeps its half-precision copies of the weights until its outermost region ends: with a region
         # around all steps they are made once; TRL's regions, one a step, would make them for every code.
-        with self.accelerator.autocast(), self._kept_head():
+        with self.accelerator.autocast(), self._kept_head(), keys_like_values():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _kept_head(self) -> contextlib.AbstractContextManager:
@@ -48,6 +50,26 @@ class SpeechGRPOTrainer(GRPOTrainer):
         if not (isinstance(head, ConfinedHead) and torch.is_autocast_enabled(device)):
             return contextlib.nullcontext()
         return head.kept_rows(torch.get_autocast_dtype(device))
+
+
+@contextlib.contextmanager
+def keys_like_values() -> Iterator[None]:
+    """Within it a static cache takes keys of another dtype than its values, in the values' dtype.
+
+    Under autocast with float32 weights RoPE gives float32 keys (its cos and sin have the residual stream's dtype)
+    beside half-precision values, and a static cache has one dtype for both. Attention rounds the keys to half
+    precision anyway, so nothing is lost, and the cache takes two bytes a number.
+    """
+    update = StaticLayer.update
+
+    def update_in_one_dtype(layer, keys, values, *args, **kwargs):
+        return update(layer, keys.to(values.dtype), values, *args, **kwargs)
+
+    StaticLayer.update = update_in_one_dtype
+    try:
+        yield
+    finally:
+        StaticLayer.update = update
 
 
 def causal_lm(model):

@@ -25,11 +25,11 @@ import torch
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from audio import load_audio
-from cli import bad_input_exits, parse_strictly, pick_device
-from dataset_io import AUDIO_COLUMNS, CARRIED_COLUMNS, TEXT_COLUMNS, Source, open_source
-from speech_codec import SpeechCodec
-from speech_tokens import CODES_PER_SECOND, SAMPLE_RATE
+from common.cli import InputError, bad_input_exits, parse_strictly, pick_device
+from common.dataset_io import AUDIO_COLUMNS, CARRIED_COLUMNS, TEXT_COLUMNS, Source, open_source
+from speech.audio import load_audio
+from speech.codec import SpeechCodec
+from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
 
 MAX_DURATION_S = 30.0  # what Whisper hears; and 1,500 codes leave Llasa's 2,048 tokens room for the text
 MIN_DURATION_S = 0.3  # below it a click, not a word
@@ -187,14 +187,14 @@ def open_output(args: argparse.Namespace) -> Path:
     names = {file.name for file in output_dir.iterdir()} - {".partial"} if output_dir.is_dir() else set()
     if names and not any(partial.glob("shard-*.jsonl")):
         if "skipped.jsonl" not in names:
-            raise ValueError(f"--output_dir {output_dir} holds other files; give a new or an empty folder")
+            raise InputError(f"--output_dir {output_dir} holds other files; give a new or an empty folder")
         if not args.overwrite:
-            raise ValueError(f"--output_dir {output_dir} holds a finished data set; --overwrite replaces it")
+            raise InputError(f"--output_dir {output_dir} holds a finished data set; --overwrite replaces it")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=partial).close()
     except OSError as error:
-        raise OSError(f"--output_dir {output_dir} cannot be written: {error.strerror}; give another") from error
+        raise InputError(f"--output_dir {output_dir} cannot be written: {error.strerror}; give another") from error
     return partial
 
 
@@ -211,7 +211,7 @@ def open_run(source: Source, partial: Path, args: argparse.Namespace) -> None:
     earlier = json.loads(file.read_text()) if shards else run
     changed = [f"{name} {earlier.get(name)!r} (now {run[name]!r})" for name in run if run[name] != earlier.get(name)]
     if changed and not args.overwrite:
-        raise ValueError(
+        raise InputError(
             f"--output_dir {args.output_dir} holds an unfinished run with other {', '.join(changed)}. Go on with "
             "those, give another folder, or discard that run with --overwrite"
         )
@@ -219,7 +219,7 @@ def open_run(source: Source, partial: Path, args: argparse.Namespace) -> None:
         for shard in shards:
             shard.unlink()
     elif args.strict and (skipped := next(read_lines(shards, skipped=True), None)):
-        raise ValueError(f"--strict, but the run to go on with has skipped {json.dumps(skipped)}; give another folder")
+        raise InputError(f"--strict, but the run to go on with has skipped {json.dumps(skipped)}; give another folder")
     write_lines(file, [run])
 
 
@@ -231,14 +231,14 @@ def discard(partial: Path) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     if args.sampling_rate != SAMPLE_RATE:
-        raise ValueError(
+        raise InputError(
             f"--sampling_rate {args.sampling_rate}: XCodec2 works at {SAMPLE_RATE} Hz only, with "
             f"{CODES_PER_SECOND} codes a second; audio of other rates is resampled to that"
         )
     if min(args.batch_size, args.shard_size) < 1:
-        raise ValueError(f"--batch_size {args.batch_size}, --shard_size {args.shard_size}: both at least 1")
+        raise InputError(f"--batch_size {args.batch_size}, --shard_size {args.shard_size}: both at least 1")
     if not 0 <= args.min_duration_s < args.max_duration_s:
-        raise ValueError(
+        raise InputError(
             f"--min_duration_s {args.min_duration_s}, --max_duration_s {args.max_duration_s}: 0 <= min < max"
         )
 
@@ -249,7 +249,7 @@ def claim_hub_repo(name: str) -> None:
         HfApi().create_repo(name, repo_type="dataset", private=True, exist_ok=True)
     except Exception as error:  # as in dataset_io: httpx's errors or httpx2's
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise OSError(f"--push_to_hub {name}: {reason}. Log in with 'hf auth login', or leave it out") from error
+        raise InputError(f"--push_to_hub {name}: {reason}. Log in with 'hf auth login', or leave it out") from error
 
 
 def main(args: argparse.Namespace) -> None:
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
         check_arguments(args)
         device = pick_device(args.device)
         partial = open_output(args)
-        source = open_source(args.dataset, args.split, args.config, args.text_column, args.audio_column)
+        source = open_source(args.dataset, args.split, args.dataset_config, args.text_column, args.audio_column)
         open_run(source, partial, args)
         if args.push_to_hub:
             claim_hub_repo(args.push_to_hub)
@@ -278,7 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--dataset", required=True, help="hub id, saved folder, audiofolder, or .json/.jsonl/.csv/.parquet file")
-    add("--config", help="configuration of a hub set that has several, e.g. a language")
+    add("--dataset_config", help="configuration of a hub set that has several, e.g. a language")
     add("--split", default="train", help="split to encode; of a hub set also train[:100]")
     add("--text_column", help=f"None: the first there of {', '.join(TEXT_COLUMNS)}")
     add("--audio_column", help=f"None: the first there of {', '.join(AUDIO_COLUMNS)}")

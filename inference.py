@@ -13,50 +13,37 @@ was trained on), and a voice prompt's own codes are never decoded, so the wav st
 import argparse
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 
 import numpy as np
 from transformers import set_seed
 
-from audio import load_audio, save_audio
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
-from policy import DEFAULT_CODEC, DEFAULT_WHISPER, Policy, Sample, Transcript, recorded
-from speech_tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_sampling,
+    check_writable,
+    parse_strictly,
+    pick_device,
+    read_text,
+)
+from speech.audio import load_audio, save_audio
+from speech.policy import (
+    DEFAULT_CODEC,
+    DEFAULT_WHISPER,
+    MAX_COMPLETION_LENGTH,
+    Policy,
+    Sample,
+    Transcript,
+    recorded,
+    reward_parameters,
+)
+from speech.tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
 
 logger = logging.getLogger(__name__)
-
-# --task asr: of one transcript; 30 s of fast speech are some 150 words
-MAX_NEW_TOKENS = 256
-
-
-def whisper_rewards(
-    scorer, samples: list[Sample], wavs: list[np.ndarray], texts: list[str], languages: list[str]
-) -> list[float]:
-    """The reward that GRPO optimises and best-of-N picks by: R of each clip, 0 for one that failed or never ended."""
-    from reward_whisper import harmonic_mean, nll_reward, wer_reward
-
-    scores = scorer.score(wavs, texts, languages)
-    return [
-        harmonic_mean(wer_reward(score.wer), nll_reward(score.nll)) if sample.ended and not score.failure else 0.0
-        for sample, score in zip(samples, scores, strict=True)
-    ]
-
-
-def best_of(rewards: list[float], n: int) -> list[int]:
-    """Index of the highest reward of each n in a row (the first, where several are)."""
-    return [start + int(np.argmax(rewards[start : start + n])) for start in range(0, len(rewards), n)]
-
-
-def read_text(path: str) -> str:
-    """A UTF-8 file, or stdin for "-"."""
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; give a UTF-8 text file, or - for stdin") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); give a UTF-8 text file") from error
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
@@ -65,7 +52,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
         return args.text
     texts = [line.strip() for line in read_text(args.text_file).splitlines() if line.strip()]
     if not texts:
-        raise ValueError(f"{args.text_file}: no text in it; give one text a line")
+        raise InputError(f"{args.text_file}: no text in it; give one text a line")
     return texts
 
 
@@ -86,23 +73,15 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
     ]
 
 
-def check_sampling(temperatures: list[float], top_p: float) -> None:
-    for temperature in temperatures:
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"--temperature {temperature}: give 0 (the likeliest code) or more; 0.8 is usual")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top_p {top_p}: give a share in (0, 1]; 1 samples from every code")
-
-
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_new_tokens=1)
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1)
     check_sampling([args.temperature], args.top_p)
     spoken = args.text is not None or args.text_file is not None
     if spoken != (args.task == "tts"):
         given = "--text or --text_file" if spoken else "--audio or --dataset"
-        raise ValueError(f"{given} is for --task {'tts' if spoken else 'asr'}; this is --task {args.task}")
+        raise InputError(f"{given} is for --task {'tts' if spoken else 'asr'}; this is --task {args.task}")
     if (args.ref_audio is None) != (args.ref_text is None):
-        raise ValueError(
+        raise InputError(
             "a voice prompt needs both --ref_audio and --ref_text (what is said in it); only "
             f"{'--ref_audio' if args.ref_text is None else '--ref_text'} was given"
         )
@@ -115,8 +94,8 @@ def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs
         if not len(wav):
             logger.warning("%s: empty, not written: the policy ended without a code: %r", path, text)
             continue
-        if not sample.ended:
-            logger.warning("%s: never ended, cut where the context did: %r", path, text)
+        if sample.truncated:
+            logger.warning("%s: truncated before END, at the end of the context: %r", path, text)
         save_audio(path, wav)
         logger.info("%s  %.2f s  %r", path, len(sample.codes) / CODES_PER_SECOND, text)
         written += 1
@@ -125,7 +104,7 @@ def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs
 
 def speak(args: argparse.Namespace) -> None:
     # Here: --help and bad input need not wait for it
-    from speech_codec import SpeechCodec, check_codebook, decode_rollouts
+    from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 
     with bad_input_exits():
         texts = read_texts(args)
@@ -145,7 +124,8 @@ def speak(args: argparse.Namespace) -> None:
         policy.encode(prompts, args.max_length)  # a text too long is known before Whisper is loaded
         scorer = None
         if args.best_of > 1:
-            from reward_whisper import WhisperScorer
+            from reward_models.whisper import best_of_n
+            from speech.whisper_scorer import WhisperScorer
 
             whisper = args.whisper or recorded(args.model_name_or_path, "whisper", DEFAULT_WHISPER)
             scorer = WhisperScorer(whisper, device)
@@ -163,8 +143,15 @@ def speak(args: argparse.Namespace) -> None:
     wavs = decode_rollouts(codec, [sample.codes for sample in samples])
     if scorer is not None:
         repeated = [text for text in texts for _ in range(times)]
-        rewards = whisper_rewards(scorer, samples, wavs, repeated, [args.language] * len(repeated))
-        kept = best_of(rewards, args.best_of)
+        kept = best_of_n(
+            scorer,
+            samples,
+            wavs,
+            repeated,
+            [args.language] * len(repeated),
+            args.best_of,
+            **reward_parameters(args.model_name_or_path),
+        )
         samples, wavs = [samples[i] for i in kept], [wavs[i] for i in kept]
     clip_texts = [text for text in texts for _ in range(args.num_samples)]
     if not write_clips(paths, clip_texts, samples, wavs):
@@ -177,17 +164,17 @@ def speak(args: argparse.Namespace) -> None:
 
 def speech_to_read(args: argparse.Namespace, codec_id: str, device: str) -> tuple[list[dict], list[list[int]]]:
     """What names each clip in the output (its "audio", or "index" and "id" in the data set), and its codes."""
-    from speech_codec import SpeechCodec
+    from speech.codec import SpeechCodec
 
     if args.audio is not None:
         wavs = [load_audio(path) for path in args.audio]
         codec = SpeechCodec.from_pretrained(codec_id, device)
         return [{"audio": path} for path in args.audio], codec.encode(wavs)
-    from dataset_io import load_any_dataset
+    from common.dataset_io import load_any_dataset
 
     rows = load_any_dataset(args.dataset, args.split)
     if "audio_codes" not in rows.column_names:
-        raise ValueError(f"{args.dataset} has no column 'audio_codes'; make it with create_dataset.py, or give --audio")
+        raise InputError(f"{args.dataset} has no column 'audio_codes'; make it with create_dataset.py, or give --audio")
     names = [{"index": i} for i in range(len(rows))]
     if "id" in rows.column_names:
         names = [name | {"id": row_id} for name, row_id in zip(names, rows["id"], strict=True)]
@@ -199,10 +186,10 @@ def read(args: argparse.Namespace) -> None:
     with bad_input_exits():
         output = args.output and Path(args.output)
         if args.dataset is not None and output is None:
-            raise ValueError("--dataset: give --output a .jsonl file for the transcripts")
+            raise InputError("--dataset: give --output a .jsonl file for the transcripts")
         if output is not None:
             if output.suffix != ".jsonl":
-                raise ValueError(f"--output {output}: transcripts are written to a .jsonl file")
+                raise InputError(f"--output {output}: transcripts are written to a .jsonl file")
             check_writable(output.parent)
         device = pick_device(args.device)
         codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
@@ -219,7 +206,7 @@ def read(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         max_length=args.max_length,
-        max_new_tokens=args.max_new_tokens,
+        max_completion_length=args.max_completion_length,
         batch_size=args.batch_size,
         progress="transcribing",
     )
@@ -232,10 +219,10 @@ def write_transcripts(
     lines = []
     for number, name in enumerate(names):
         own = transcripts[number * num_samples : (number + 1) * num_samples]
-        texts, ended = [one.text for one in own], [one.ended for one in own]
-        lines.append(json.dumps({**name, "transcripts": texts, "ended": ended}, ensure_ascii=False) + "\n")
+        texts, truncated = [one.text for one in own], [one.truncated for one in own]
+        lines.append(json.dumps({**name, "transcripts": texts, "truncated": truncated}, ensure_ascii=False) + "\n")
         for one in own if shown else ():
-            logger.info("%s  %r%s", name["audio"], one.text, "" if one.ended else "  (never ended, cut)")
+            logger.info("%s  %r%s", name["audio"], one.text, "  (truncated)" if one.truncated else "")
     if output is not None:
         output.write_text("".join(lines), encoding="utf-8")
         logger.info("%d clips, %d transcripts each: %s", len(names), num_samples, output)
@@ -271,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, help="of sampling; 0 takes the likeliest token. Default: 0.8 for tts, 0 for asr")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this share")
     add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
-    add("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="asr: tokens of a transcript")
+    add("--max_completion_length", type=int, default=MAX_COMPLETION_LENGTH, help="asr: tokens of a transcript")
     add("--seed", type=int, default=0, help="of sampling")
     add("--batch_size", type=int, default=16, help="clips sampled at a time")
     add("--device", default="auto", help="auto is a GPU where there is one")

@@ -43,11 +43,11 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly
-from dataset_io import load_any_dataset
+from common.cli import HelpFormatter, InputError, bad_input_exits, check_at_least, check_writable, parse_strictly
+from common.dataset_io import load_any_dataset
 from reward_models.asr_rules import find_keywords, keyword_index, repetition
-from reward_whisper import CER_LANGUAGES, error_rate, language_code, normalize_text
-from speech_tokens import CODES_PER_SECOND
+from speech.error_rate import CER_LANGUAGES, error_rate, language_code, normalize_text
+from speech.tokens import CODES_PER_SECOND
 
 KINDS = ("random", "hard", "long", "keywords", "nothing")
 MIN_LONG_S = 20.0  # the paper's: rare in the data of supervised training
@@ -93,7 +93,7 @@ def open_corpus(args: argparse.Namespace) -> Corpus:
     texts, languages = list(rows["text"]), row_languages(rows, args.language)
     scorable = {i: text for i, text in enumerate(texts) if text and normalize_text(text, languages[i])}
     if not scorable:
-        raise ValueError(f"{args.dataset}: no row has a text with a word in it")
+        raise InputError(f"{args.dataset}: no row has a text with a word in it")
     nothing = [i for i, text in enumerate(texts) if text is not None and not text.strip()]
     left_out = len(texts) - len(scorable) - len(nothing)
     if left_out:
@@ -105,12 +105,12 @@ def check_columns(rows: datasets.Dataset, args: argparse.Namespace) -> None:
     there = ", ".join(rows.column_names)
     for column in ("text", "audio_codes"):
         if column not in rows.column_names:
-            raise ValueError(f"{args.dataset}: no column {column!r} (there: {there}); make it with create_dataset.py")
+            raise InputError(f"{args.dataset}: no column {column!r} (there: {there}); make it with create_dataset.py")
     if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"{args.dataset}: column 'text' holds {rows.features['text']}, not text")
+        raise InputError(f"{args.dataset}: column 'text' holds {rows.features['text']}, not text")
     for column in added_columns(args.select):
         if column in rows.column_names:
-            raise ValueError(f"{args.dataset} has a column {column!r} already, which would be overwritten; remove it")
+            raise InputError(f"{args.dataset} has a column {column!r} already, which would be overwritten; remove it")
 
 
 def added_columns(kinds: list[str]) -> list[str]:
@@ -138,9 +138,9 @@ def read_keywords(path: str) -> list[str]:
     try:
         keywords = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--keywords {path}: cannot be read: {error}") from None
+        raise InputError(f"--keywords {path}: cannot be read: {error}") from None
     if not keywords:
-        raise ValueError(f"--keywords {path}: the file is empty; give a word a line")
+        raise InputError(f"--keywords {path}: the file is empty; give a word a line")
     return keywords
 
 
@@ -160,16 +160,16 @@ def read_transcripts(paths: list[str], ids: list[str], num_rows: int) -> dict[in
             # Not splitlines, which cuts at U+2028 too, inside a string.
             lines = Path(path).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--transcripts {path}: cannot be read: {error}") from None
+            raise InputError(f"--transcripts {path}: cannot be read: {error}") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     row, texts = _parse_transcripts(line, numbers, num_rows)
                 except ValueError as error:
-                    raise ValueError(f"--transcripts {path}, line {number}: {error}") from None
+                    raise InputError(f"--transcripts {path}, line {number}: {error}") from None
                 transcripts[row] += texts
     if paths and not transcripts:
-        raise ValueError(f"--transcripts {' '.join(paths)}: no transcripts in it")
+        raise InputError(f"--transcripts {' '.join(paths)}: no transcripts in it")
     return dict(transcripts)
 
 
@@ -177,20 +177,20 @@ def _parse_transcripts(line: str, numbers: dict[str, int], num_rows: int) -> tup
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise InputError(f"not JSON: {error}") from None
     expected = 'expected {"index": 0, "transcripts": ["…", …]}, or "id" in place of "index"'
     texts = fields.get("transcripts") if isinstance(fields, dict) else None
     if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-        raise ValueError(f"{expected}; got {line[:80]}")
+        raise InputError(f"{expected}; got {line[:80]}")
     if "index" not in fields:
         if "id" not in fields:
-            raise ValueError(f"{expected}; got {line[:80]}")
+            raise InputError(f"{expected}; got {line[:80]}")
         if str(fields["id"]) not in numbers:
-            raise ValueError(f"no row, or more than one, has the id {fields['id']!r}: is it another data set's?")
+            raise InputError(f"no row, or more than one, has the id {fields['id']!r}: is it another data set's?")
         return numbers[str(fields["id"])], texts
     index = fields["index"]
     if type(index) is not int or not 0 <= index < num_rows:
-        raise ValueError(f"index {index!r} is not in [0, {num_rows}): are these the transcripts of another data set?")
+        raise InputError(f"index {index!r} is not in [0, {num_rows}): are these the transcripts of another data set?")
     return index, texts
 
 
@@ -217,7 +217,7 @@ def long_rows(corpus: Corpus, min_long_s: float, longest_share: float | None) ->
         return {i: f"{durations_s[i]:.1f} s, among the longest {100 * longest_share:g} %" for i in longest}
     longer = {i: f"{length:.1f} s, over {min_long_s:g} s" for i, length in durations_s.items() if length > min_long_s}
     if not longer:
-        raise ValueError(
+        raise InputError(
             f"--select long: no row is over {min_long_s:g} s, the longest has {max(durations_s.values()):.1f} s; "
             "lower --min_long_s, or give --longest_share 0.1"
         )
@@ -234,7 +234,7 @@ def rarest_words(corpus: Corpus, num: int, seed: int) -> dict[str, list[str]]:
     """
     spaceless = sorted({corpus.languages[i] for i in corpus.texts} & CER_LANGUAGES)
     if spaceless:
-        raise ValueError(
+        raise InputError(
             f"--select keywords: the data set has rows in {', '.join(spaceless)}, where the rarest words cannot be "
             "told from the text; give --keywords a file"
         )
@@ -265,7 +265,7 @@ def keyword_rows(corpus: Corpus, keywords: dict[str, list[str]]) -> dict[int, li
         if words := find_keywords(text, indices.get(language, {}), language):
             found[i] = sorted(words)
     if not found:
-        raise ValueError("--select keywords: no row has any of the keywords; give another --keywords file")
+        raise InputError("--select keywords: no row has any of the keywords; give another --keywords file")
     return found
 
 
@@ -314,7 +314,7 @@ def hard_rows(corpus: Corpus, transcripts: dict[int, list[str]], num: int) -> Re
             why[i] = _why_hard(hyps, loops, language)
     logger.info("hard: %d of %d rows have transcripts, %d are hard", len(compared), len(corpus.texts), len(hardness))
     if not hardness:
-        raise ValueError(
+        raise InputError(
             f"--select hard: in none of the {len(compared)} rows with transcripts do these differ or repeat "
             "themselves; give those of several recognisers, or several samples of each row"
         )
@@ -390,7 +390,7 @@ def select(
         picked["keywords"] = {i: f"keyword {', '.join(map(repr, found[i]))}" for i in drawn}
     if "nothing" in args.select:
         if not corpus.nothing:
-            raise ValueError("--select nothing: no row has an empty text")
+            raise InputError("--select nothing: no row has an empty text")
         picked["nothing"] = dict.fromkeys(draw(corpus.nothing, args.num, args.seed, "nothing"), "nothing is said")
     return Selection(picked, found)
 
@@ -406,19 +406,19 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         unused = [flag for flag in flags if getattr(args, flag) is not None]
         if unused and kind not in args.select:
-            raise ValueError(f"--{unused[0]} is for --select {kind}; add that, or leave it out")
+            raise InputError(f"--{unused[0]} is for --select {kind}; add that, or leave it out")
     if "hard" in args.select and not args.transcripts:
-        raise ValueError("--select hard compares transcripts; give --transcripts a file (see --help for its format)")
+        raise InputError("--select hard compares transcripts; give --transcripts a file (see --help for its format)")
     if args.longest_share is not None and not 0 < args.longest_share <= 1:
-        raise ValueError(f"--longest_share {args.longest_share:g}: give a share above 0, at most 1")
+        raise InputError(f"--longest_share {args.longest_share:g}: give a share above 0, at most 1")
     if args.min_long_s is not None and not 0 <= args.min_long_s < math.inf:
-        raise ValueError(f"--min_long_s {args.min_long_s:g}: give seconds from 0 on")
+        raise InputError(f"--min_long_s {args.min_long_s:g}: give seconds from 0 on")
     language_code(args.language)
     output = Path(args.output)
     if output.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--output {output}: give a .jsonl or a .parquet file")
+        raise InputError(f"--output {output}: give a .jsonl or a .parquet file")
     if output.exists() and not args.overwrite:
-        raise ValueError(f"--output {output} is there already; --overwrite replaces it")
+        raise InputError(f"--output {output} is there already; --overwrite replaces it")
     check_writable(output.parent)
 
 

@@ -32,11 +32,19 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, pick_device
-from dataset_io import load_any_dataset
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_writable,
+    parse_strictly,
+    pick_device,
+)
+from common.dataset_io import load_any_dataset
+from common.run_record import write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, Token2Text, new_text_tokenizer
-from reward_whisper import error_rate, language_code, normalize_text
-from run_record import write_run
+from speech.error_rate import error_rate, language_code, normalize_text
 
 logger = logging.getLogger("train_token2text")
 
@@ -60,7 +68,7 @@ def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
     rows = load_any_dataset(name, split)
     for column in ("text", CODES_COLUMN, *labels):
         if column not in rows.column_names:
-            raise ValueError(
+            raise InputError(
                 f"{name}: no column {column!r} (there: {', '.join(rows.column_names)}); create_dataset.py makes "
                 f"text and {CODES_COLUMN}, and --labels may only name columns that are there"
             )
@@ -70,17 +78,17 @@ def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
     scorable = []
     for index, row in enumerate(rows):
         if not row[CODES_COLUMN]:
-            raise ValueError(f"{name}, row {index}: no {CODES_COLUMN}; drop the row or encode it again")
+            raise InputError(f"{name}, row {index}: no {CODES_COLUMN}; drop the row or encode it again")
         for column in labels:
             if row[column] is None:
-                raise ValueError(f"{name}, row {index}: no {column}; fill it in or leave {column} out of --labels")
+                raise InputError(f"{name}, row {index}: no {column}; fill it in or leave {column} out of --labels")
         language_code(row["language"])
         if row["text"] and normalize_text(row["text"], row["language"]):
             scorable.append(index)
     if len(scorable) < len(rows):
         logger.warning("%s: %d of %d rows have no word in their text", name, len(rows) - len(scorable), len(rows))
     if not scorable:
-        raise ValueError(f"{name}: no row has a text with a word in it")
+        raise InputError(f"{name}: no row has a text with a word in it")
     return rows.select(scorable)
 
 
@@ -89,7 +97,7 @@ def split_by_text(rows: datasets.Dataset, share: float, seed: int) -> tuple[data
     texts = sorted(set(rows["text"]))
     count = max(1, round(share * len(texts)))
     if not 0 < share < 1 or count == len(texts):
-        raise ValueError(
+        raise InputError(
             f"--heldout_share {share} of {len(texts)} different texts leaves nothing on one side; give a share "
             "between 0 and 1, more texts, or --heldout_dataset"
         )
@@ -238,7 +246,7 @@ def check_resumable(args: argparse.Namespace) -> None:
     if not path.exists():
         return
     if args.resume_from_checkpoint == "false":
-        raise ValueError(
+        raise InputError(
             f"{path} is of a run that was stopped; go on with --resume_from_checkpoint true, or give another "
             "--output_dir"
         )
@@ -246,7 +254,7 @@ def check_resumable(args: argparse.Namespace) -> None:
     changed = [name for name, value in vars(args).items() if name not in MAY_CHANGE and before.get(name) != value]
     if changed:
         told = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
-        raise ValueError(f"{path} is of a run with other settings: {told}; give the same, or another --output_dir")
+        raise InputError(f"{path} is of a run with other settings: {told}; give the same, or another --output_dir")
 
 
 # --- Held-out rows ----------------------------------------------------------------------------------------
@@ -295,7 +303,7 @@ def word_errors(model: Token2Text, codes: list[list[int]], texts: list[str], lan
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder, file or hub id with text and audio_codes")
-    parser.add_argument("--dataset_split", default="train", help="of --dataset and --heldout_dataset")
+    parser.add_argument("--split", default="train", help="of --dataset and --heldout_dataset")
     parser.add_argument("--heldout_dataset", help="rows to evaluate on; else a share of --dataset's texts")
     parser.add_argument("--heldout_share", type=float, default=0.02, help="of the different texts")
     parser.add_argument("--labels", nargs="*", default=[], help="columns that get a head, such as speaker")
@@ -331,15 +339,15 @@ def check(args: argparse.Namespace) -> None:
     )
     check_at_least(args, batch_size=1, logging_steps=1, save_steps=1)
     if args.hidden_size % args.num_heads:
-        raise ValueError(f"--hidden_size {args.hidden_size} must be a multiple of --num_heads {args.num_heads}")
+        raise InputError(f"--hidden_size {args.hidden_size} must be a multiple of --num_heads {args.num_heads}")
     for name in ("dropout", "label_smoothing", "code_noise"):
         if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: give a share, from 0 up to below 1")
+            raise InputError(f"--{name} {getattr(args, name)}: give a share, from 0 up to below 1")
     for name in ("embedding_noise", "ctc_weight", "label_weight"):
         if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name} {getattr(args, name)}: give 0 or more")
+            raise InputError(f"--{name} {getattr(args, name)}: give 0 or more")
     if not args.learning_rate > 0:
-        raise ValueError(f"--learning_rate {args.learning_rate}: give a number above 0")
+        raise InputError(f"--learning_rate {args.learning_rate}: give a number above 0")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -350,9 +358,9 @@ def main(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
         check_resumable(args)
-        rows = open_rows(args.dataset, args.dataset_split, args.labels)
+        rows = open_rows(args.dataset, args.split, args.labels)
         if args.heldout_dataset:
-            heldout = open_rows(args.heldout_dataset, args.dataset_split, args.labels)
+            heldout = open_rows(args.heldout_dataset, args.split, args.labels)
             rows = rows.filter(lambda text, seen=frozenset(heldout["text"]): text not in seen, input_columns="text")
         else:
             rows, heldout = split_by_text(rows, args.heldout_share, args.seed)

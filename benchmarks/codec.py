@@ -32,8 +32,8 @@ from harness import (
 )
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 
-from cli import pick_device
-from speech_codec import BATCH_CODES, SpeechCodec
+from common.cli import pick_device
+from speech.codec import BATCH_CODES, SpeechCodec
 
 Side = Callable[[list[list[int]]], list[np.ndarray]]
 

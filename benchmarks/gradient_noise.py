@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from benchmarks.harness import table  # noqa: E402
-from diffro import DiffROTrainer, sample_filter  # noqa: E402
-from speech_trainer import SpeechGRPOTrainer  # noqa: E402
+from training.diffro import DiffROTrainer, sample_filter  # noqa: E402
+from training.grpo_trainer import SpeechGRPOTrainer  # noqa: E402
 
 
 class NoiseMeter:
@@ -44,10 +44,10 @@ class NoiseMeter:
         self.collect("GRPO", model, lambda: SpeechGRPOTrainer._compute_loss(trainer, model, batch), times=1)
         masks = batch["completion_mask"].bool()
         said = [ids[mask].tolist() for ids, mask in zip(batch["completion_ids"], masks, strict=True)]
-        codes, ended = zip(*map(trainer.tokens.codes, said), strict=True)
+        codes, truncated = zip(*map(trainer.tokens.codes, said), strict=True)
         for filter, draws in itertools.product(("none", "clean"), self.draws):
             trainer.gumbel_draws = draws
-            kept = sample_filter(filter, batch["advantages"].tolist(), codes, ended)
+            kept = sample_filter(filter, batch["advantages"].tolist(), codes, truncated)
             batch["diffro_kept"] = torch.tensor(kept, device=masks.device)
             self.collect(
                 f"DiffRO, filter {filter}, draws: {draws}", model, lambda: trainer._diffro_loss(model, batch), times=2

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/codec.py` finds the project's files
 
-from run_record import provenance  # noqa: E402
+from common.run_record import provenance  # noqa: E402
 
 REFERENCE = "one at a time"  # the obvious way: what every other side is a ratio to
 

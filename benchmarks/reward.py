@@ -49,13 +49,14 @@ from transformers import Xcodec2Config, Xcodec2Model, set_seed
 from whisper.normalizers import EnglishTextNormalizer
 
 import reward_whisper
-import whisper_decoding
-from audio import audio_failure
-from cli import pick_device
-from policy import Policy
-from reward_whisper import MAX_NLL, WhisperScorer, harmonic_mean, nll_reward, wer_reward
-from speech_codec import SpeechCodec, decode_rollouts
-from speech_tokens import CODES_PER_SECOND, tts_prompt
+from common.cli import pick_device
+from reward_whisper import harmonic_mean, nll_reward, wer_reward
+from speech import whisper_decoding
+from speech.audio import audio_failure
+from speech.codec import SpeechCodec, decode_rollouts
+from speech.policy import Policy
+from speech.tokens import CODES_PER_SECOND, tts_prompt
+from speech.whisper_scorer import MAX_NLL, WhisperScorer
 
 LARGE_V3 = {
     "n_mels": 128,

@@ -29,10 +29,10 @@ from harness import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cli import pick_device
-from confined_head import confine_head
-from policy import Policy
-from speech_tokens import SpeechTokens, tts_prompt
+from common.cli import pick_device
+from speech.confined_head import confine_head
+from speech.policy import Policy
+from speech.tokens import SpeechTokens, tts_prompt
 
 # Llama-3.2-1B with Llasa's vocabulary: 1.37 B parameters, the embeddings (397 M) tied to the head
 LLASA_1B = {

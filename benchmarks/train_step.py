@@ -23,13 +23,13 @@ from rollout import LLASA_1B, forbid_by_bias
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
-import memory
 import train
-from cli import pick_device
-from policy import load_tokenizer
-from reward_whisper import WhisperScorer
-from speech_codec import SpeechCodec
+from common.cli import pick_device
+from speech.codec import SpeechCodec
+from speech.policy import load_tokenizer
+from speech.whisper_scorer import WhisperScorer
 from tiny.llasa import new_tokenizer
+from training import memory
 
 PHASES = ("sampling", "rewards", "loss forward", "backward", "optimizer and the rest")
 WARM_UP = 1  # steps of each trainer that are not counted
@@ -96,7 +96,7 @@ def obvious(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:
     def whisper_reward(completion_ids, text, **_) -> list[float]:
         parts = [tokens.codes(ids) for ids in completion_ids]
         heard = one_at_a_time(codec, scorer, [codes for codes, _ in parts], text)
-        return [item.reward if ended else 0.0 for item, (_, ended) in zip(heard, parts, strict=True)]
+        return [0.0 if truncated else item.reward for item, (_, truncated) in zip(heard, parts, strict=True)]
 
     model = train.load_model(model_args, tokenizer, tokens, script.task)
     forbid_by_bias(model, tokens)

@@ -2,22 +2,23 @@
 
     {"whisper": {"weight": 1.0, "alpha_wer": 3.0}, "duration": {"weight": 0.5}}
 
-Adding a reward is one class in a file of this folder (its `needs` says what it listens with), one line in REWARDS, a
-test, and a row in the README.
+Adding a reward is one class in a file of this folder (its `needs` says which models it scores with), one line in
+REWARDS, a test, and a row in docs/rewards.md.
 """
 
-import difflib
 import inspect
 import json
+import math
 from pathlib import Path
 
+from common.cli import InputError, unknown_key
 from reward_models.asr_rules import AsrRulesReward
 from reward_models.diversity import DiversityReward
-from reward_models.intelligibility import WhisperReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
 from reward_models.token2text import Token2TextReward
+from reward_models.whisper import WhisperReward
 
-REWARDS = {  # by task, then by name: what judges speech cannot judge text
+REWARDS = {  # by task, then by name: what scores speech cannot score text
     "tts": {
         "whisper": WhisperReward,
         "token2text": Token2TextReward,
@@ -29,15 +30,10 @@ REWARDS = {  # by task, then by name: what judges speech cannot judge text
 }
 DEFAULT_CONFIG = {"tts": "reward_models/whisper.json", "asr": "reward_models/asr_rules.json"}
 
-
-def unknown_key(key: str, known: list[str]) -> str:
-    """The end of an error message: the nearest known key, and all of them."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown key {key!r}.{hint} Known: {', '.join(sorted(known))}"
+RewardConfig = dict[str, dict[str, float]]  # {reward: {"weight": …, parameter: …}}
 
 
-def load_config(path: str | Path, task: str = "tts") -> dict[str, dict[str, float]]:
+def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
     """Read and check a reward config.
 
     Args:
@@ -45,53 +41,58 @@ def load_config(path: str | Path, task: str = "tts") -> dict[str, dict[str, floa
     Returns:
         {reward: {"weight": …, parameter: …}}, weights filled in with 1.
     Raises:
-        ValueError: no such file, not JSON, an unknown reward or parameter, a value that is no number.
+        InputError: no such file, not JSON, an unknown reward or parameter, a value that is no number or out of range.
     """
     path, rewards = Path(path), REWARDS[task]
     if not path.is_file():
         shipped = ", ".join(str(p) for p in sorted(Path(__file__).parent.glob("*.json")))
-        raise ValueError(f"no reward config {path}; give a JSON file, such as {shipped}")
+        raise InputError(f"{path}: no such reward config. Use a JSON file, such as {shipped}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict) or not config:
-        raise ValueError(f"{path}: expected an object with at least one of {', '.join(rewards)}")
+        raise InputError(f"{path}: expected an object with at least one of {', '.join(rewards)}")
     for name, parameters in config.items():
         others = [other for other in REWARDS if name in REWARDS[other] and other != task]
         if others:
-            raise ValueError(f"{path}: {name} is a reward of --task {others[0]}, this is --task {task}")
+            raise InputError(f"{path}: {name} is a reward of --task {others[0]}, this is --task {task}")
         if name not in rewards:
-            raise ValueError(f"{path}: {unknown_key(name, list(rewards))}")
-        known = ["weight", *list(inspect.signature(rewards[name]).parameters)[1:]]
-        if not isinstance(parameters, dict):
-            raise ValueError(f"{path}: {name} must be an object with {', '.join(known)}; got {parameters!r}")
-        for key, value in parameters.items():
-            if key not in known:
-                raise ValueError(f"{path}: {name}: {unknown_key(key, known)}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{path}: {name}: {key} must be a number, got {value!r}")
+            raise InputError(f"{path}: {unknown_key(name, rewards)}")
+        _check_parameters(f"{path}: {name}", parameters, rewards[name])
     return {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
 
 
-def models_needed(path: str | Path) -> set[str]:
-    """Which of "codec", "whisper" and "token2text" the speech rewards of a config listen with."""
-    return {model for name in load_config(path) for model in REWARDS["tts"][name].needs}
+def _check_parameters(where: str, parameters: dict, reward: type) -> None:
+    known = ["weight", *list(inspect.signature(reward).parameters)[1:]]
+    if not isinstance(parameters, dict):
+        raise InputError(f"{where} must be an object with {', '.join(known)}; got {parameters!r}")
+    for key, value in parameters.items():
+        if key not in known:
+            raise InputError(f"{where}: {unknown_key(key, known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{where}: {key} must be a finite number, got {value!r}")
+    try:
+        reward(None, **{key: value for key, value in parameters.items() if key != "weight"})
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
-def load_rewards(path: str | Path, listener, task: str = "tts") -> tuple[list, list[float]]:
+def models_needed(config: RewardConfig, task: str) -> set[str]:
+    """Which of "codec", "whisper" and "token2text" the rewards of a config score with."""
+    return {model for name in config for model in REWARDS[task][name].needs}
+
+
+def build_rewards(config: RewardConfig, rollout_scorer, task: str = "tts") -> tuple[list, list[float]]:
     """The reward functions and weights that `GRPOTrainer` takes.
 
     Args:
-        path: a reward config.
-        listener: what all of them share: a `reward_models.rollouts.Listener`, for "asr" a `asr_rules.Reader`.
+        config: from `load_config`.
+        rollout_scorer: what all of them share: a `rollouts.SpeechRolloutScorer`, for "asr" a
+            `transcripts.TranscriptScorer`.
     """
-    rewards, weights = [], []
-    for name, parameters in load_config(path, task).items():
-        weight = parameters.pop("weight")
-        try:
-            rewards.append(REWARDS[task][name](listener, **parameters))
-        except ValueError as error:
-            raise ValueError(f"{path}: {name}: {error}") from None
-        weights.append(weight)
-    return rewards, weights
+    rewards = []
+    for name, parameters in config.items():
+        parameters = {key: value for key, value in parameters.items() if key != "weight"}
+        rewards.append(REWARDS[task][name](rollout_scorer, **parameters))
+    return rewards, [parameters["weight"] for parameters in config.values()]

@@ -10,14 +10,13 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
-from reward_whisper import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
-from speech_tokens import written_text
+from common.cli import InputError
+from speech.error_rate import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
 
-RULES = ("unended", "invented", "empty", "script", "repetition", "length", "no_overlap")
+RULES = ("truncated", "non_speech", "empty", "script", "repetition", "length", "no_overlap")
 
 # Where words are not written apart: most Chinese words have one or two characters. (Thai and Korean have more,
 # so the same slack is fewer of their words.)
@@ -75,7 +74,7 @@ def exact_match(ref: str, hyp: str, language: str) -> float:
 def hallucination(ref: str, hyp: str, language: str) -> str | None:
     """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
 
-    "invented": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most
+    "non_speech": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most
     of it is in a script that the reference does not have, as after a translation. Then, only for a transcript more
     than ORDINARY_EDITS words from its reference: "repetition", "length" and "no_overlap"; see the functions so called.
 
@@ -87,7 +86,7 @@ def hallucination(ref: str, hyp: str, language: str) -> str | None:
     """
     heard = normalize_text(hyp, language)
     if not ref.strip():
-        return "invented" if heard else None
+        return "non_speech" if heard else None
     errors = error_rate(ref, hyp, language)
     if not heard:
         return "empty"
@@ -257,110 +256,15 @@ def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -
 # --- As TRL calls it --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transcripts:
-    """A batch of completions as text, each list in the batch's order.
-
-    Attributes:
-        ref_texts: the references.
-        hyp_texts: what the policy wrote before END.
-        ended: whether END came.
-        errors: against the references.
-        rules: the broken one of RULES ("unended" goes first), or None.
-    """
-
-    ref_texts: list[str]
-    hyp_texts: list[str]
-    ended: list[bool]
-    errors: list[ErrorRate]
-    rules: list[str | None]
-
-    def metrics(self) -> dict[str, float]:
-        """What the log shows of a batch besides its rewards.
-
-        `wer` and its three parts are all edits of the batch over all its reference words, as in the paper's table;
-        the shares are of rollouts.
-        """
-        ref_length = sum(errors.ref_length for errors in self.errors)
-        kinds = ("substitutions", "deletions", "insertions")
-        edits = {kind: sum(getattr(errors, kind) for errors in self.errors) for kind in kinds}
-        # A batch may consist of clips in which nothing is said.
-        parts = {kind: count / ref_length if ref_length else math.nan for kind, count in edits.items()}
-        num_rollouts = len(self.rules)
-        return {
-            "wer": sum(parts.values()),
-            **parts,
-            "share_exact": sum(errors.edits == 0 for errors in self.errors) / num_rollouts,
-            "share_hallucination": 1 - self.rules.count(None) / num_rollouts,
-            **{f"share_{rule}": self.rules.count(rule) / num_rollouts for rule in RULES},
-        }
-
-
-class Reader:
-    """A tokenizer, and the transcripts that were read last.
-
-    TRL calls every reward function of a batch with the same list of completions: the first call makes the
-    `Transcripts` (and logs their metrics), the others find them here.
-
-    Args:
-        tokenizer: the policy's.
-        end_id: id of the token that ends a transcript, Llasa's <|TEXT_GENERATION_END|>.
-    """
-
-    def __init__(self, tokenizer, end_id: int):
-        self.tokenizer, self.end_id = tokenizer, end_id
-        self.transcripts: Transcripts | None = None
-        self._completion_ids = None
-
-    def read(
-        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric
-    ) -> Transcripts:
-        """The transcripts of a batch.
-
-        Args:
-            completion_ids: sampled token ids, END included where it came, no padding.
-            text: the references.
-            language: Whisper's code of each; English if None.
-            log_metric: called once a batch with each metric's name and value; None: nothing is logged.
-        """
-        if completion_ids is not self._completion_ids:
-            self.transcripts = self._read(completion_ids, text, language or ["en"] * len(text))
-            self._completion_ids = completion_ids
-            for name, value in self.transcripts.metrics().items() if log_metric else ():
-                log_metric(name, value)
-        return self.transcripts
-
-    def _read(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
-        read = [written_text(self.tokenizer, ids, self.end_id) for ids in completion_ids]
-        hyps, ended = [text for text, _ in read], [end for _, end in read]
-        items = list(zip(texts, hyps, languages, strict=True))
-        rules = [hallucination(*item) if end else "unended" for item, end in zip(items, ended, strict=True)]
-        return Transcripts(texts, hyps, ended, [transcript_errors(*item) for item in items], rules)
-
-    def last_samples(self, count: int) -> list[tuple[dict, None]]:
-        """The first transcripts of the batch that was read last; there is no sound to go with them."""
-        last, samples = self.transcripts, []
-        for i in range(min(count, len(last.hyp_texts)) if last else 0):
-            record = {
-                "rollout": i,
-                "text": last.ref_texts[i],
-                "written": last.hyp_texts[i],
-                "wer": last.errors[i].rate,
-                "failure": last.rules[i],
-            }
-            samples.append((record, None))
-        return samples
-
-
 class AsrRulesReward:
     """R1, R2, R3 and exact match: the weighted mean of the terms, or the override for a hallucination.
 
     Paper: R1 alone is (1, 0, 0, 0), R1 and R2 (1, 1, 0, 0), all three (1, 1, 1, 0); it does not state how R1 and
     R3 are weighted. The override holds within this reward: one listed beside it in a config would be added to it.
-    A rollout that never ended is treated as a hallucination ("unended"); without R2 it earns R1 for what it wrote.
+    A rollout that was truncated is treated as a hallucination ("truncated"); without R2 it earns R1 for what it wrote.
 
     Args:
-        listener: a `Reader`.
+        rollout_scorer: a `TranscriptScorer`.
         weight_accuracy, weight_exact: of R1 and of the exact match.
         weight_hallucination: a hallucination earns −weight_hallucination, whatever else it has; 0 leaves R2 out.
         weight_keywords: of R3, in rows with keywords. Rows without any go without the term, which would be 1 for
@@ -370,10 +274,11 @@ class AsrRulesReward:
     """
 
     __name__ = "asr_rules"
+    needs = ()
 
     def __init__(
         self,
-        listener,
+        rollout_scorer,
         weight_accuracy: float = 1.0,
         weight_hallucination: float = 1.0,
         weight_keywords: float = 1.0,
@@ -383,13 +288,13 @@ class AsrRulesReward:
         weights |= {"keywords": weight_keywords, "exact": weight_exact}
         for name, weight in weights.items():
             if not 0 <= weight < math.inf:
-                raise ValueError(f"weight_{name} must be finite and >= 0, got {weight}")
+                raise InputError(f"weight_{name} must be finite and >= 0, got {weight}")
         if weight_accuracy + weight_exact == 0:
-            raise ValueError(
+            raise InputError(
                 "weight_accuracy and weight_exact are both 0: texts without keywords would have no reward; "
                 "give one of them a weight"
             )
-        self.listener, self.weights = listener, weights
+        self.rollout_scorer, self.weights = rollout_scorer, weights
 
     def __call__(self, completion_ids, text, language=None, keywords=None, log_metric=None, **_) -> list[float]:
         """The rewards, in [−weight_hallucination, 1].
@@ -397,7 +302,7 @@ class AsrRulesReward:
         Args:
             text, language, keywords: the dataset's columns; `keywords` a list of strings per row, or None.
         """
-        transcripts = self.listener.read(completion_ids, text, language, log_metric)
+        transcripts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
         languages = language or ["en"] * len(text)
         keyword_lists = [_checked_keywords(row) for row in keywords or [None] * len(text)]
         items = zip(text, transcripts.hyp_texts, languages, keyword_lists, strict=True)
@@ -428,5 +333,5 @@ class AsrRulesReward:
 
 def _checked_keywords(keywords: list[str] | None) -> list[str]:
     if isinstance(keywords, str):  # would be read as a list of letters
-        raise ValueError(f"column 'keywords': expected a list of words per row, got {keywords!r}")
+        raise InputError(f"column 'keywords': expected a list of words per row, got {keywords!r}")
     return keywords or []

@@ -1,9 +1,9 @@
-"""R3 of arXiv 2509.18569: rollouts of one text are to differ, and their melody is to move."""
+"""R3 of arXiv 2509.18569: diversity of a group's code sequences, plus the spread of F0."""
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from reward_models.prosody import LogF0SpreadReward
+from reward_models.prosody import LOG_F0_STD_CEILING, check_ceiling, log_f0_rewards
 
 
 def group_distances(group: list[list[int]]) -> list[float]:
@@ -20,23 +20,27 @@ def group_distances(group: list[list[int]]) -> list[float]:
     return (distances.mean(axis=1) / np.maximum(lengths, 1) * (lengths > 0)).tolist()
 
 
-class DiversityReward(LogF0SpreadReward):
+class DiversityReward:
     """R3_i = min((1/G) Σ_j dist(o_i, o_j) / |o_i|, 1) + min(std of ln F0, ceiling); 0 where the rollout failed.
 
     As the paper writes it the distance is bounded by nothing: of 50 codes among rollouts of 100 it is above 0.88, and
-    of 10 above 7.9, so saying less would pay. Hence the 1, which rollouts of equal length never pass.
+    of 10 above 7.9, so a short rollout would pay. Hence the 1, which rollouts of equal length never pass.
 
     Args:
-        listener: with a codec, for the F0; see reward_models/rollouts.py.
-        ceiling: of the second term, in natural-log units; see `LogF0SpreadReward`.
+        rollout_scorer: with a codec, for the F0; see reward_models/rollouts.py.
+        ceiling: of the second term; see `prosody.LogF0SpreadReward`.
     """
 
     __name__ = "diversity"
     needs = ("codec",)
 
+    def __init__(self, rollout_scorer, ceiling: float = LOG_F0_STD_CEILING):
+        check_ceiling(ceiling)
+        self.rollout_scorer, self.ceiling = rollout_scorer, ceiling
+
     def __call__(self, completion_ids, text, language=None, log_metric=None, **_) -> list[float]:
-        spreads = super().__call__(completion_ids, text, language, log_metric)
-        rollouts = self.listener.rollouts
+        rollouts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
+        spreads = log_f0_rewards(rollouts, self.ceiling)
         size = rollouts.group_size
         groups = [rollouts.codes[first : first + size] for first in range(0, len(rollouts.codes), size)]
         distances = [distance for group in groups for distance in group_distances(group)]

@@ -23,7 +23,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from reward_whisper import MAX_NLL, nll_reward, normalize_text
+from common.cli import InputError
+from reward_whisper import nll_reward
+from speech.error_rate import normalize_text
+from speech.whisper_scorer import MAX_NLL
 
 PAD, END = 0, 1  # ids in the text's vocabulary; PAD also opens the decoder, and is CTC's blank
 IGNORED = -100  # labels beyond a text's end
@@ -77,7 +80,7 @@ class Token2Text(nn.Module):
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{folder} is no token-to-text model, it lacks {', '.join(missing)}: train one with "
                 "train_token2text.py, or give tiny/token2text"
             )
@@ -102,7 +105,7 @@ class Token2Text(nn.Module):
     def check_codebook(self, num_codes: int) -> None:
         """ValueError where a policy's codebook is another one."""
         if self.config["num_codes"] != num_codes:
-            raise ValueError(
+            raise InputError(
                 f"the token-to-text model reads {self.config['num_codes']} codes and the policy speaks {num_codes}: "
                 "they do not belong together"
             )
@@ -117,9 +120,9 @@ class Token2Text(nn.Module):
         """
         for index, item in enumerate(codes):
             if not len(item):
-                raise ValueError(f"item {index} has no codes; the caller decides what silence is worth")
+                raise InputError(f"item {index} has no codes; the caller decides what silence is worth")
             if not 0 <= min(item) <= max(item) < self.config["num_codes"]:
-                raise ValueError(
+                raise InputError(
                     f"item {index} holds codes from {min(item)} to {max(item)}, and this token-to-text model knows "
                     f"[0, {self.config['num_codes']}): they come from another codec"
                 )
@@ -137,7 +140,7 @@ class Token2Text(nn.Module):
         normalized = [normalize_text(text, language) for text, language in zip(texts, languages, strict=True)]
         for text, words in zip(texts, normalized, strict=True):
             if not words:
-                raise ValueError(f"text {text!r} is empty after Whisper's normalisation: drop it from the data set")
+                raise InputError(f"text {text!r} is empty after Whisper's normalisation: drop it from the data set")
         rows = [torch.tensor([*self.tokenizer.encode(words).ids, END], device=self.device) for words in normalized]
         return pad_sequence(rows, batch_first=True, padding_value=IGNORED)
 
@@ -146,10 +149,10 @@ class Token2Text(nn.Module):
         known = self.config["labels"].get(column)
         if known is None:
             there = ", ".join(self.config["labels"]) or "none"
-            raise ValueError(f"this token-to-text model has no head for {column!r}; it has: {there}")
+            raise InputError(f"this token-to-text model has no head for {column!r}; it has: {there}")
         for value in values:
             if str(value) not in known:
-                raise ValueError(f"{column}: {value!r} was not among the labels of training: {', '.join(known)}")
+                raise InputError(f"{column}: {value!r} was not among the labels of training: {', '.join(known)}")
         return torch.tensor([known.index(str(value)) for value in values], device=self.device)
 
     # --- What comes out -----------------------------------------------------------------------------------
@@ -255,23 +258,25 @@ class Token2TextReward:
     """exp(mean log P(text | codes) / alpha), in (0, 1]: `nll_reward` of the token-to-text model's NLL.
 
     The token-based R1 of arXiv 2509.18569, as the exponential of arXiv 2509.18798, so that one bad rollout does not
-    stretch its group's deviation. Needs neither codec nor Whisper. A rollout that never ended or has no codes earns 0.
+    stretch its group's deviation. Needs neither codec nor Whisper. A truncated rollout, or one without codes, earns 0.
 
     Args:
-        listener: with a token-to-text model; see reward_models/rollouts.py.
+        rollout_scorer: with a token-to-text model; see reward_models/rollouts.py.
         alpha: NLL 0.6 nats a token and alpha 3 are exp(−0.2) = 0.8187.
     """
 
     __name__ = "token2text"
     needs = ("token2text",)
 
-    def __init__(self, listener, alpha: float = 3.0):
-        self.listener, self.alpha = listener, alpha
+    def __init__(self, rollout_scorer, alpha: float = 3.0):
+        self.rollout_scorer, self.alpha = rollout_scorer, alpha
         nll_reward(0.5, alpha)  # a bad alpha is to be found now, not after the first batch was sampled
 
     def __call__(self, completion_ids, text, language=None, log_metric=None, **_) -> list[float]:
-        rollouts = self.listener.hear(completion_ids, text, language, log_metric)
+        rollouts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
         return [
-            nll_reward(max(0.0, -log_prob), self.alpha) if ended and codes else 0.0
-            for log_prob, ended, codes in zip(rollouts.text_log_probs, rollouts.ended, rollouts.codes, strict=True)
+            nll_reward(max(0.0, -log_prob), self.alpha) if codes and not truncated else 0.0
+            for log_prob, truncated, codes in zip(
+                rollouts.text_log_probs, rollouts.truncated, rollouts.codes, strict=True
+            )
         ]

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 import evaluation
-import evaluation_asr
 import inference
 import train
-from evaluation_asr import Clip, judged, summarize
-from policy import Policy, Transcript, load_tokenizer
-from speech_tokens import asr_prompt, tts_prompt
-from training_data import grpo_asr_rows, sft_rows
+from metrics import recognition
+from metrics.recognition import Clip, judged, summarize
+from speech.policy import Policy, Transcript, load_tokenizer
+from speech.tokens import asr_prompt, tts_prompt
+from training.rows import grpo_asr_rows, sft_rows
 
 CODES, TEXT = [1, 2, 3], "Anna found two boxes."
 RECOGNISER = "tiny/llasa_asr"
@@ -85,7 +85,7 @@ def test_grpo_moves_every_parameter_and_logs_its_rules(tmp_path):
     after = load_file(tmp_path / "model.safetensors")
     assert [name for name in after if torch.equal(before[name], after[name])] == []
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    logged = {"wer", "insertions", "deletions", "substitutions", "share_hallucination", "share_unended", "entropy"}
+    logged = {"wer", "insertions", "deletions", "substitutions", "frac_hallucination", "share_unended", "entropy"}
     assert logged <= log[0].keys() and log[0]["reward_std"] > 0
     lines = (tmp_path / "samples" / "step_000001" / "transcripts.jsonl").read_text().splitlines()
     assert {"text", "written", "wer", "failure"} <= json.loads(lines[0]).keys()
@@ -182,7 +182,7 @@ def test_numbers_by_hand():
 
 
 def test_a_keyword_of_another_clip_counts_against_precision():
-    clips = evaluation_asr.all_keywords([clip("from Zagreb", keywords=("Zagreb",)), clip("red hats", keywords=())])
+    clips = recognition.all_keywords([clip("from Zagreb", keywords=("Zagreb",)), clip("red hats", keywords=())])
     assert judged(clips[1], Transcript("red Zagreb", True), None)["keywords"] == {"said": 0, "heard": 1, "hits": 0}
 
 
@@ -205,12 +205,12 @@ def test_reports(tmp_path):
 
 
 def test_clips_may_be_recordings(tmp_path):
-    codec = evaluation_asr.SpeechCodec.from_pretrained("tiny/codec")
-    clips = evaluation_asr.read_clips("tiny/heldout", "train", "en", lambda: codec)
+    codec = recognition.SpeechCodec.from_pretrained("tiny/codec")
+    clips = recognition.read_clips("tiny/heldout", "train", "en", lambda: codec)
     assert len(clips) == 96 and clips[0].codes and clips[0].id == "slt_000"
     (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
     with pytest.raises(ValueError, match="neither audio_codes nor audio"):
-        evaluation_asr.read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec)
+        recognition.read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec)
 
 
 def test_the_model_reads_its_own_speech(tmp_path):
@@ -231,8 +231,8 @@ def test_the_model_reads_its_own_speech(tmp_path):
 def test_one_model_both_ways():
     """tiny/llasa_asr recognises, and speaks again after that."""
     policy = Policy.from_pretrained(RECOGNISER, task="asr")
-    codec = evaluation_asr.SpeechCodec.from_pretrained("tiny/codec")
-    clips = evaluation_asr.read_clips("tiny/heldout", "train", "en", lambda: codec)
+    codec = recognition.SpeechCodec.from_pretrained("tiny/codec")
+    clips = recognition.read_clips("tiny/heldout", "train", "en", lambda: codec)
     transcripts = policy.transcribe([asr_prompt(one.codes) for one in clips], batch_size=48, max_new_tokens=40)
     entries = [judged(one, transcript, None) for one, transcript in zip(clips, transcripts, strict=True)]
     assert summarize(entries, 1, long_s=3.0)["all"]["wer"] <= 0.10  # clean recordings

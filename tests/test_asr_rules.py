@@ -10,7 +10,6 @@ import reward_models
 from reward_models.asr_rules import (
     RULES,
     AsrRulesReward,
-    Reader,
     accuracy_reward,
     back_to_back,
     exact_match,
@@ -23,6 +22,7 @@ from reward_models.asr_rules import (
     repetition,
     wrong_length,
 )
+from reward_models.transcripts import TranscriptScorer
 
 REF = "The boat was already gone when we came to the harbour of Split."  # 13 words
 REF_ZH = "今天天气很好我们去公园散步吧"  # 14 characters
@@ -253,7 +253,7 @@ class WordTokenizer:
 
 @pytest.fixture
 def reader():
-    return Reader(WordTokenizer(), END)
+    return TranscriptScorer(WordTokenizer(), END)
 
 
 def call(reward, completion_ids, text, metrics=None, **columns):
@@ -289,8 +289,8 @@ def test_a_group_through_the_class(reader):
     assert metrics["deletions"] == pytest.approx(6 / 24)
     assert metrics["insertions"] == pytest.approx(4 / 24)
     assert metrics["wer"] == pytest.approx(16 / 24)
-    assert metrics["share_exact"] == pytest.approx(2 / 6)
-    assert metrics["share_hallucination"] == pytest.approx(4 / 6)
+    assert metrics["frac_exact"] == pytest.approx(2 / 6)
+    assert metrics["frac_hallucination"] == pytest.approx(4 / 6)
     shares = {rule: metrics[f"share_{rule}"] for rule in RULES}
     broken = ("unended", "empty", "script", "repetition")
     assert shares == pytest.approx({rule: 1 / 6 if rule in broken else 0 for rule in RULES})
@@ -317,7 +317,7 @@ def test_where_nothing_is_said(reader):
     # The two words made up are insertions beside the two words said.
     assert metrics["wer"] == metrics["insertions"] == 1.0 and metrics["share_invented"] == pytest.approx(1 / 3)
     reader.read([ids("")], [""], None, lambda name, value: metrics.update({name: value}))
-    assert math.isnan(metrics["wer"]) and metrics["share_hallucination"] == 0.0
+    assert math.isnan(metrics["wer"]) and metrics["frac_hallucination"] == 0.0
 
 
 def test_languages_and_keywords_per_row(reader):
@@ -360,11 +360,11 @@ def test_a_batch_is_read_and_logged_once(reader):
 def test_only_what_comes_before_end_is_read(reader):
     """And the texts of a real tokenizer come back as they are, control tokens included."""
     assert call(AsrRulesReward(reader), [reader.tokenizer.ids("yes") + [5, 6]], ["yes"]) == [1.0]
-    from policy import load_tokenizer
+    from speech.policy import load_tokenizer
 
     tokenizer, _ = load_tokenizer("tiny/llasa")
     end_id = tokenizer.convert_tokens_to_ids("<|TEXT_GENERATION_END|>")
-    reader = Reader(tokenizer, end_id)
+    reader = TranscriptScorer(tokenizer, end_id)
     text = "Anna found two boxes."
     batch = [[*tokenizer.encode(text, add_special_tokens=False), end_id]]
     assert call(AsrRulesReward(reader), batch, [text]) == [1.0]
@@ -400,6 +400,6 @@ def test_keywords_must_be_lists(reader):
 )
 def test_shipped_configs(reader, name, weights):
     path = Path("reward_models") / f"{name}.json"
-    [reward], [weight] = reward_models.load_rewards(path, reader, "asr")
+    [reward], [weight] = reward_models.build_rewards(path, reader, "asr")
     assert weight == 1.0 and list(json.loads(path.read_text())) == ["asr_rules"] == [reward.__name__]
     assert tuple(reward.weights[term] for term in ("accuracy", "hallucination", "keywords", "exact")) == weights

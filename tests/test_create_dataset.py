@@ -18,9 +18,9 @@ import torch
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 
 import create_dataset
-import dataset_io
-from speech_codec import SpeechCodec
-from speech_tokens import SAMPLE_RATE
+from common import dataset_io
+from speech.codec import SpeechCodec
+from speech.tokens import SAMPLE_RATE
 
 ROOT = Path(__file__).parent.parent
 load_codec = functools.cache(SpeechCodec.from_pretrained)

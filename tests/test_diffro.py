@@ -15,11 +15,11 @@ from test_token2text import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
-import diffro
-from diffro import DiffROTrainer, draw_codes, sample_filter, straight_through
-from speech_tokens import prepare_model, prepare_tokenizer, tts_prompt
-from speech_trainer import SpeechGRPOTrainer
+from speech.tokens import prepare_model, prepare_tokenizer, tts_prompt
 from tiny.llasa import new_model, new_tokenizer
+from training import diffro
+from training.diffro import DiffROTrainer, draw_codes, sample_filter, straight_through
+from training.grpo_trainer import SpeechGRPOTrainer
 
 TEXTS = ["Anna found two boxes.", "Peter bought hats.", "Laura saw birds.", "Oliver sold six."]
 HIDDEN, ROWS, CODES, WIDTH = 24, 67, 64, 32
@@ -278,7 +278,7 @@ def test_only_kept_rollouts_count_in_a_mean_over_all(folder, tmp_path):
     torch.manual_seed(1)
     alone = trainer._compute_loss(trainer.model, part)
     assert loss.item() == pytest.approx(alone.item() * len(rows) / 8, rel=1e-5)
-    shares = trainer._metrics["train"]["diffro_share_kept"]
+    shares = trainer._metrics["train"]["diffro_frac_kept"]
     assert shares == pytest.approx([len(rows) / 8, 1.0])
 
 
@@ -290,7 +290,7 @@ def test_a_batch_of_which_nothing_is_kept(folder, tmp_path, method):
     batch["diffro_kept"][:] = False
     loss = trainer._compute_loss(trainer.model, batch)
     found = gradients(trainer, loss)
-    assert trainer._metrics["train"]["diffro_share_kept"] == [0.0]
+    assert trainer._metrics["train"]["diffro_frac_kept"] == [0.0]
     if method == "diffro":
         assert loss == 0 and all((slope == 0).all() for slope in found.values())
 
@@ -370,7 +370,7 @@ def test_two_half_batches_are_one(folder, tmp_path, method):
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
     halves = make(folder, tmp_path, **parts, **options)
     assert_same(trained(halves), weights, rtol=1e-4, atol=1e-6)
-    for name in ("diffro_share_kept", "loss"):
+    for name in ("diffro_frac_kept", "loss"):
         assert logged(whole)[0][name] == pytest.approx(logged(halves)[0][name], abs=1e-4)
 
 
@@ -400,7 +400,7 @@ def test_lora_and_gradient_checkpointing(folder, tmp_path, method, lora):
     assert len(entries) == 2
     assert abs(entries[0]["kl"]) < 1e-5 and entries[1]["kl"] > 1e-6
     if method != "grpo":
-        assert all({"diffro_reward", "diffro_share_kept", "gumbel_temperature"} <= entry.keys() for entry in entries)
+        assert all({"diffro_reward", "diffro_frac_kept", "gumbel_temperature"} <= entry.keys() for entry in entries)
     assert all(entry["entropy"] > 1 for entry in entries)
 
 
@@ -490,4 +490,4 @@ def test_two_processes(folder, tmp_path):
     subprocess.run([*command, str(script), str(folder), str(tmp_path)], env=environment, check=True, timeout=120)
     for entries in json.loads((tmp_path / "log.json").read_text()).values():
         assert len(entries) == 2 and all("diffro_reward" in entry for entry in entries)
-        assert entries[1]["diffro_share_kept"] <= 0.5
+        assert entries[1]["diffro_frac_kept"] <= 0.5

@@ -5,8 +5,8 @@ import pytest
 from test_reward_models import TOKENS, HummingCodec, PerfectScorer, call, ids
 
 from reward_models.diversity import DiversityReward, group_distances
-from reward_models.prosody import log_f0_std
-from reward_models.rollouts import Listener
+from reward_models.rollouts import SpeechRolloutScorer
+from speech.measures import log_f0_std
 
 
 def test_distances_by_hand():
@@ -28,7 +28,7 @@ def test_distances_at_the_edges():
 
 def test_the_reward_adds_the_melody_and_gives_failures_nothing():
     codec = HummingCodec()
-    listener = Listener(TOKENS, codec, PerfectScorer(), group_size=2)
+    listener = SpeechRolloutScorer(TOKENS, codec, PerfectScorer(), group_size=2)
     up, down = list(range(20, 50)), list(range(50, 20, -1))
     batch = [ids(up), ids(down), ids(up), ids(up, ended=False)]
     scores = call(DiversityReward(listener), batch)
@@ -41,7 +41,7 @@ def test_the_reward_adds_the_melody_and_gives_failures_nothing():
 
 
 def test_a_short_rollout_gains_no_more_than_1():
-    listener = Listener(TOKENS, HummingCodec(), PerfectScorer(), group_size=4)
+    listener = SpeechRolloutScorer(TOKENS, HummingCodec(), PerfectScorer(), group_size=4)
     long = [list(np.random.default_rng(i).integers(20, 50, 60)) for i in range(3)]
     batch = [ids(list(range(20, 30))), *map(ids, long)]
     scores = call(DiversityReward(listener), batch)

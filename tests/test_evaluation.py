@@ -10,13 +10,12 @@ from test_inference import NUM_CODES, ToneCodec, save_policy
 from test_token2text import small
 
 import evaluation
-import evaluation_report as report
-import html_page
-import judges
-from audio import load_audio, save_audio
-from judges import PocketsphinxJudge, spoken_words
-from policy import Sample
-from reward_whisper import MAX_NLL, Score, error_rate
+from metrics import html_page, judges, report
+from metrics.judges import PocketsphinxJudge, spoken_words
+from speech.audio import load_audio, save_audio
+from speech.error_rate import error_rate
+from speech.policy import Sample
+from speech.whisper_scorer import MAX_NLL, Score
 
 
 class DeafJudge:

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import inference
 import reward_whisper
-import speech_codec
-from audio import load_audio, save_audio
-from speech_tokens import SPECIAL_TOKENS, code_token, prompt_ids, tts_prompt
+from speech import codec as speech_codec
+from speech.audio import load_audio, save_audio
+from speech.tokens import SPECIAL_TOKENS, code_token, prompt_ids, tts_prompt
 
 NUM_CODES = 64
 CONTEXT = 256  # tokens

@@ -10,9 +10,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM, Xcodec2Config, Xcodec2Model
 from whisper.model import AudioEncoder, ModelDimensions, TextDecoder
 
-import memory
-from confined_head import confine_head
-from speech_trainer import score_confined
+from speech.confined_head import confine_head
+from training import memory
+from training.grpo_trainer import score_confined
 
 LLASA_1B = {  # Llama-3.2-1B with Llasa's vocabulary
     "vocab_size": 193_800,

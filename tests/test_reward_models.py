@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from reward_models import REWARDS, load_config, load_rewards
-from reward_models.prosody import DurationReward, LogF0SpreadReward, duration_reward, log_f0_std
-from reward_models.rollouts import Listener, is_repetitive
-from reward_whisper import MAX_NLL, Score, harmonic_mean
-from speech_tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
+from reward_models import REWARDS, build_rewards, load_config
+from reward_models.prosody import DurationReward, LogF0SpreadReward, duration_reward
+from reward_models.rollouts import SpeechRolloutScorer
+from reward_whisper import harmonic_mean
+from speech.measures import is_repetitive, log_f0_std
+from speech.tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
+from speech.whisper_scorer import MAX_NLL, Score
 
 TOKENS = SpeechTokens(start_id=0, end_id=1, first_code_id=10, num_codes=64, num_text_ids=0, text_end_id=2)
 
@@ -43,7 +45,7 @@ class PerfectScorer:
         self.calls = 0
 
     def score(self, wavs, texts, languages):
-        from audio import audio_failure
+        from speech.audio import audio_failure
 
         self.calls += 1
         return [
@@ -54,7 +56,7 @@ class PerfectScorer:
 
 @pytest.fixture
 def listener():
-    return Listener(TOKENS, HummingCodec(), PerfectScorer(), group_size=2)
+    return SpeechRolloutScorer(TOKENS, HummingCodec(), PerfectScorer(), group_size=2)
 
 
 def ids(codes: list[int], ended: bool = True) -> list[int]:
@@ -80,15 +82,15 @@ def test_whisper_reward_of_good_and_failed_rollouts(listener):
     """Failures earn 0, the stated score, and each is counted."""
     voice = [int(20 + 10 * math.sin(i / 3)) for i in range(40)]
     batch = [ids(voice), ids([]), ids([0] * 10), ids(voice, ended=False), ids([63] * 10), ids(voice[:20])]
-    rewards, weights = load_rewards("reward_models/whisper.json", listener)
+    rewards, weights = build_rewards("reward_models/whisper.json", listener)
     metrics = {}
     scores = call(rewards[0], batch, metrics)
     # WER 0 and NLL 0.3: R_wer = 1, R_nll = e^-0.1 = 0.904837; R = 1 / (0.6 / 1 + 0.4 / 0.904837) = 0.959630
     assert scores[0] == scores[5] == pytest.approx(0.959630, abs=1e-6)
     assert scores[1:5] == [0.0, 0.0, 0.0, 0.0]
     assert weights == [1.0]
-    assert metrics["share_empty"] == metrics["share_silent"] == metrics["share_non_finite"] == pytest.approx(1 / 6)
-    assert metrics["share_truncated"] == pytest.approx(1 / 6)
+    assert metrics["frac_empty"] == metrics["frac_silent"] == metrics["frac_non_finite"] == pytest.approx(1 / 6)
+    assert metrics["frac_truncated"] == pytest.approx(1 / 6)
     assert metrics["wer"] == pytest.approx(3 / 6)  # the unended one was understood
     assert metrics["duration_s"] == pytest.approx((40 + 0 + 10 + 40 + 10 + 20) / 6 / 50)
     # groups (0.9048, e^-20/3), (e^-20/3, 0.9048), (e^-20/3, 0.9048): each ± half the difference
@@ -96,13 +98,13 @@ def test_whisper_reward_of_good_and_failed_rollouts(listener):
 
 
 def test_everything_empty_is_scored_too(listener):
-    rewards, _ = load_rewards("reward_models/prosody_reward.json", listener)
+    rewards, _ = build_rewards("reward_models/prosody_reward.json", listener)
     batch = [ids([])] * 4
     assert [call(reward, batch) for reward in rewards] == [[0.0] * 4, [-1.0] * 4, [0.0] * 4]
 
 
 def test_rewards_share_one_batch_of_rollouts(listener):
-    rewards, weights = load_rewards("reward_models/prosody_reward.json", listener)
+    rewards, weights = build_rewards("reward_models/prosody_reward.json", listener)
     batch = [ids([20 + i % 7 for i in range(30)]) for _ in range(4)]
     for reward in rewards:
         call(reward, batch)
@@ -113,7 +115,7 @@ def test_rewards_share_one_batch_of_rollouts(listener):
 
 
 def test_ours_raises(listener):
-    rewards, _ = load_rewards("reward_models/whisper.json", listener)
+    rewards, _ = build_rewards("reward_models/whisper.json", listener)
     with pytest.raises(ValueError, match="outside the speech codes"):
         call(rewards[0], [[5], ids([1])])
     with pytest.raises(ValueError, match="not of one prompt"):
@@ -121,7 +123,7 @@ def test_ours_raises(listener):
     with pytest.raises(ValueError, match="groups of 2"):
         call(rewards[0], [ids([1])] * 3)
     with pytest.raises(ValueError, match="do not belong together"):
-        Listener(TOKENS, HummingCodec(codebook_size=65), PerfectScorer(), 2)
+        SpeechRolloutScorer(TOKENS, HummingCodec(codebook_size=65), PerfectScorer(), 2)
 
 
 def test_duration_reward_by_hand():
@@ -211,7 +213,7 @@ def test_offloaded_models_are_on_their_device_only_while_they_listen():
     codec.model, scorer.model = Moved(), Moved()
     decode, seen = codec.decode, []
     codec.decode = lambda codes: seen.append(codec.device.type) or decode(codes)
-    listener = Listener(TOKENS, codec, scorer, 2, offload=True)
+    listener = SpeechRolloutScorer(TOKENS, codec, scorer, 2, offload=True)
     assert codec.model.places == scorer.model.places == ["cpu"]
     hear = [ids([5] * 20), ids([9] * 20)], ["a", "a"], None, lambda name, value: None
     listener.hear(*hear)
@@ -229,7 +231,7 @@ def test_bad_config_files_and_values(tmp_path, listener):
         load_config(tmp_path / "text.json")
     (tmp_path / "zero.json").write_text('{"whisper": {"alpha_nll": 0}}')
     with pytest.raises(ValueError, match="alpha"):
-        load_rewards(tmp_path / "zero.json", listener)
+        build_rewards(tmp_path / "zero.json", listener)
 
 
 def test_every_reward_has_a_name_of_its_own():

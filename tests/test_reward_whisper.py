@@ -16,23 +16,13 @@ import whisper
 from whisper.tokenizer import get_tokenizer
 
 import reward_whisper
-import whisper_decoding
-from audio import audio_failure, load_audio, save_audio, split_at_pauses
-from reward_whisper import (
-    MAX_NLL,
-    WhisperScorer,
-    corpus_error_rate,
-    error_rate,
-    harmonic_mean,
-    language_code,
-    log_mel_spectrograms,
-    nll_reward,
-    normalize_text,
-    split_reference,
-    wer_reward,
-)
-from speech_tokens import SAMPLE_RATE
-from whisper_decoding import WindowReader
+from reward_whisper import harmonic_mean, nll_reward, wer_reward
+from speech import whisper_decoding
+from speech.audio import audio_failure, load_audio, save_audio, split_at_pauses
+from speech.error_rate import corpus_error_rate, error_rate, language_code, normalize_text, split_reference
+from speech.tokens import SAMPLE_RATE
+from speech.whisper_decoding import WindowReader
+from speech.whisper_scorer import MAX_NLL, WhisperScorer, log_mel_spectrograms
 
 # --- formulas ---
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-import dataset_io
 import select_rl_data
+from common import dataset_io
 from select_rl_data import disagreement
 
 ROOT = Path(__file__).parent.parent

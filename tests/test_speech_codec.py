@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 from xcodec2_oracle import build_oracle, build_published_sizes, chirp, save_oracle
 
-from codec_batching import decode_ragged, masked_group_norm, window_envelope
-from speech_codec import SpeechCodec, _batches, _original_config, _rename_original
+from speech.codec import SpeechCodec, _batches
+from speech.codec_batching import decode_ragged, masked_group_norm, window_envelope
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("xcodec2") is None,
@@ -372,8 +372,8 @@ def test_parity_with_the_xcodec2_package(oracle, original_folder):
 @needs_package
 def test_published_sizes():
     """The parity test runs small; here every weight of the real size has its place and shape."""
-    state = _rename_original(build_published_sizes().state_dict())
-    config = _original_config(state)
+    state = rename_original(build_published_sizes().state_dict())
+    config = original_config(state)
     published = Xcodec2Config()  # the defaults are those of HKUSTAudio/xcodec2-hf
     ours, theirs = config.to_dict(), published.to_dict()
     ours["semantic_model_config"].pop("mask_time_prob")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from policy import Policy
-from speech_tokens import (
+from speech.policy import Policy
+from speech.tokens import (
     SPECIAL_TOKENS,
     SpeechTokens,
     asr_prompt,

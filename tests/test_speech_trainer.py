@@ -5,11 +5,11 @@ import torch
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
-import speech_trainer
-from confined_head import FORBIDDEN_LOGIT, ConfinedHead, confine_head
-from speech_tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
-from speech_trainer import prepare_vllm, score_confined
+from speech.confined_head import FORBIDDEN_LOGIT, ConfinedHead, confine_head
+from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
 from tiny.llasa import new_model, new_tokenizer
+from training import grpo_trainer
+from training.grpo_trainer import prepare_vllm, score_confined
 
 TEXT = "Anna found two boxes."
 
@@ -115,7 +115,7 @@ def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, 
     ids, mask, labels = long_prompts(tokenizer, tokens)
     results, lengths = [], []
     for packed in (False, True):
-        monkeypatch.setattr(speech_trainer, "PACKED_SHARE", 0.5 if packed else 0.0)
+        monkeypatch.setattr(grpo_trainer, "PACKED_SHARE", 0.5 if packed else 0.0)
         model = new_model(tokenizer, seed=0, hidden=48, layers=3)
         prepare_model(model, tokenizer, tokens, "asr")
         score_confined(model, temperature=0.7)
@@ -138,7 +138,7 @@ def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, 
 def test_short_prompts_are_not_packed(model, tokenizer, tokens):
     ids, mask, labels = batch(tokenizer, tokens)
     length = int((labels != -100).any(dim=0).int().argmax())
-    assert speech_trainer.shared_prompts(model, {"input_ids": ids, "attention_mask": mask}, length) is None
+    assert grpo_trainer.shared_prompts(model, {"input_ids": ids, "attention_mask": mask}, length) is None
 
 
 def test_kept_rows_give_the_same_logits_and_go(model, tokenizer, tokens):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from transformers import set_seed
 
-from audio import load_audio
-from judges import PocketsphinxJudge
-from policy import Policy
-from reward_models.prosody import log_f0_std
-from reward_whisper import WhisperScorer, corpus_error_rate
-from speech_codec import SpeechCodec, decode_rollouts
-from speech_tokens import tts_prompt
+from metrics.judges import PocketsphinxJudge
+from speech.audio import load_audio
+from speech.codec import SpeechCodec, decode_rollouts
+from speech.error_rate import corpus_error_rate
+from speech.measures import log_f0_std
+from speech.policy import Policy
+from speech.tokens import tts_prompt
+from speech.whisper_scorer import WhisperScorer
 
 ROWS = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()]
 TEXTS = [row["text"] for row in ROWS]

@@ -10,11 +10,12 @@ import torch
 from test_reward_models import TOKENS, call, ids
 
 import train_token2text
-from audio import load_audio
-from reward_models.rollouts import Listener
+from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.token2text import Token2Text, Token2TextReward, new_text_tokenizer
-from reward_whisper import MAX_NLL, corpus_error_rate
-from speech_codec import SpeechCodec
+from speech.audio import load_audio
+from speech.codec import SpeechCodec
+from speech.error_rate import corpus_error_rate
+from speech.whisper_scorer import MAX_NLL
 
 CODES = [[1, 2, 3, 4, 5, 6, 7], [8, 9, 10], [11] * 12]
 TEXTS = ["Anna found two boxes.", "Peter, bought!", "…zwölf Bücher"]
@@ -99,7 +100,7 @@ def test_bad_input(model, tmp_path):
 
 
 def test_reward_needs_neither_codec_nor_whisper(model):
-    listener = Listener(TOKENS, None, None, group_size=2, token2text=model)
+    listener = SpeechRolloutScorer(TOKENS, None, None, group_size=2, token2text=model)
     metrics = {}
     batch = [ids([1, 2, 3]), ids([]), ids([1, 2, 3], ended=False), ids([4] * 50)]
     rewards = call(Token2TextReward(listener), batch, metrics)
@@ -107,8 +108,8 @@ def test_reward_needs_neither_codec_nor_whisper(model):
     assert log_probs[1] == -MAX_NLL
     assert rewards == pytest.approx([np.exp(log_probs[0] / 3), 0, 0, np.exp(log_probs[3] / 3)])
     assert metrics["text_log_prob"] == pytest.approx(np.mean(log_probs))
-    assert metrics["share_empty"] == metrics["share_truncated"] == metrics["share_repetitive"] == 0.25
-    assert not metrics.keys() & {"wer", "nll", "log_f0_std", "share_silent"}
+    assert metrics["frac_empty"] == metrics["frac_truncated"] == metrics["frac_repetitive"] == 0.25
+    assert not metrics.keys() & {"wer", "nll", "log_f0_std", "frac_silent"}
     with pytest.raises(ValueError, match="alpha"):
         Token2TextReward(listener, alpha=0)
 

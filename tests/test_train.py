@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from policy import Policy
-from speech_tokens import prompt_ids, tts_prompt
-from speech_trainer import SpeechGRPOTrainer
+from speech.policy import Policy
+from speech.tokens import prompt_ids, tts_prompt
+from training.grpo_trainer import SpeechGRPOTrainer
 
 SHORT = [
     "--config",
@@ -79,10 +79,10 @@ def test_what_is_logged(trained):
         "wer",
         "nll",
         "duration_s",
-        "share_truncated",
-        "share_empty",
-        "share_silent",
-        "share_repetitive",
+        "frac_truncated",
+        "frac_empty",
+        "frac_silent",
+        "frac_repetitive",
         "entropy",
         "kl",
     }
@@ -212,7 +212,7 @@ def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch, cap
     rewards = ("--reward_config", "reward_models/token2text.json")
     run("--method", "diffro", *DIFFRO, *rewards, "--output_dir", str(tmp_path))
     entry = logged(tmp_path)
-    assert entry["diffro_share_kept"] > 0 and entry["diffro_reward"] < 0 and entry["grad_norm"] > 0
+    assert entry["diffro_frac_kept"] > 0 and entry["diffro_reward"] < 0 and entry["grad_norm"] > 0
     assert "text_log_prob" in entry and "wer" not in entry
     assert "nothing holds the policy" in caplog.text  # configs/tiny.yaml has --beta 0
 
@@ -220,7 +220,7 @@ def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch, cap
 def test_grpo_and_diffro_together(tmp_path):
     run("--method", "grpo+diffro", "--diffro_filter", "positive", *DIFFRO, "--output_dir", str(tmp_path))
     entry = logged(tmp_path)
-    assert 0 < entry["diffro_share_kept"] < 1 and {"wer", "text_log_prob", "diffro_reward"} <= entry.keys()
+    assert 0 < entry["diffro_frac_kept"] < 1 and {"wer", "text_log_prob", "diffro_reward"} <= entry.keys()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -292,8 +292,8 @@ def test_sft_trains_on_speech_alone(tmp_path):
 def test_sft_mask_covers_codes_and_end():
     import datasets
 
-    from policy import load_tokenizer
-    from training_data import sft_rows
+    from speech.policy import load_tokenizer
+    from training.rows import sft_rows
 
     tokenizer, tokens = load_tokenizer("tiny/llasa")
     rows = datasets.Dataset.from_dict(

@@ -29,9 +29,9 @@ from transformers import AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Mode
 
 import train
 import train_token2text
-from audio import load_audio
-from speech_codec import SpeechCodec
-from speech_tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
+from speech.audio import load_audio
+from speech.codec import SpeechCodec
+from speech.tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
 from tiny.corpus import SPEAKERS, babble, sentences, speak_all
 from tiny.llasa import new_model, new_tokenizer
 from tiny.recognition import RARE_NAMES, Mix, clips_of, rows_of

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import HelpFormatter, bad_input_exits, check_writable, parse_strictly
+from common.cli import HelpFormatter, bad_input_exits, check_writable, parse_strictly
 
 logger = logging.getLogger("tiny.compare")
 
@@ -32,7 +32,7 @@ BEFORE = "sft"  # the policy that every run starts from, before training
 POOL = "--dataset tiny/asr/pool.parquet --num 400"
 TRANSCRIPTS = (
     "inference.py --task asr --model_name_or_path tiny/llasa_asr --dataset tiny/asr/pool.parquet --num_samples 4 "
-    "--temperature 1 --batch_size 64 --max_new_tokens 64"
+    "--temperature 1 --batch_size 64 --max_completion_length 64"
 )
 HARD, LONG = "--transcripts {folder}/transcripts.jsonl", "--longest_share 0.15"
 RL_DATA = {  # name: flags of select_rl_data.py; "nothing" keeps a policy from making up words
@@ -96,7 +96,7 @@ SPEECH_METRICS = {
     "token-to-text score": Metric((1.0, "token2text"), scale=1, digits=2),
     "seconds": Metric((1.0, "duration_s"), scale=1, digits=2),
     "log-F0 spread": Metric((1.0, "log_f0_std"), scale=1, digits=3),
-    "never ended": Metric((1.0, "truncated")),
+    "truncated": Metric((1.0, "truncated")),
 }
 
 
@@ -123,14 +123,14 @@ class Comparison:
     rl_data: tuple[str, ...] = ()
 
 
-SPEECH_PLOTTED = ("WER by pocketsphinx", "WER by the reward's ASR", "token-to-text score", "never ended")
+SPEECH_PLOTTED = ("WER by pocketsphinx", "WER by the reward's ASR", "token-to-text score", "truncated")
 COMPARISONS = {
     "grpo": Comparison(
         policy="tiny/llasa",
         runs={"grpo": "--config configs/tiny_long.yaml --save_steps 75 --sample_steps 0"},
         evaluation=SPEECH_EVALUATION,
         metrics=SPEECH_METRICS,
-        plotted=("WER by pocketsphinx", "WER by the reward's ASR", "seconds", "never ended"),
+        plotted=("WER by pocketsphinx", "WER by the reward's ASR", "seconds", "truncated"),
         checkpoints=(75, 150, 300, 400),
     ),
     "recognition": Comparison(
@@ -146,7 +146,7 @@ COMPARISONS = {
             "r123_all": RECOGNITION % ("all", "asr_rules"),
         },
         evaluation="--task asr --clips tiny/asr/heldout.parquet --long_s 3 --temperature 0 1 --seeds 0 --batch_size 64 "
-        "--max_length 512 --max_new_tokens 64",
+        "--max_length 512 --max_completion_length 64",
         metrics=RECOGNITION_METRICS,
         plotted=("all: WER", "short: WER", "long: WER", "words where nothing is said"),
         rl_data=tuple(RL_DATA),

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile as sf
 from tqdm import tqdm
 
-from speech_tokens import SAMPLE_RATE
+from speech.tokens import SAMPLE_RATE
 
 NAMES = "Anna Peter Robert Sarah Michael Susan David Oliver Laura Martin Helen Diana".split()
 VERBS = "found bought painted carried opened counted washed dropped visited finished".split()

@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 from tqdm import tqdm
 
-from speech_codec import SpeechCodec
-from speech_tokens import CODES_PER_SECOND, SAMPLE_RATE
+from speech.codec import SpeechCodec
+from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
 from tiny.corpus import SPEAKERS, speak_all
 
 RARE_NAMES = "Victoria Edward Barbara Thomas Angela Frederick".split()  # the keywords

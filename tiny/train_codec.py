@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 from transformers.audio_utils import mel_filter_bank
 
-from speech_tokens import HOP_LENGTH, SAMPLE_RATE
+from speech.tokens import HOP_LENGTH, SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
-from speech_tokens import SAMPLE_RATE
+from speech.tokens import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,11 @@ from torch.utils.checkpoint import checkpoint
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from reward_models.rollouts import is_repetitive
+from common.cli import InputError
 from reward_models.token2text import Token2Text
-from speech_tokens import SpeechTokens
-from speech_trainer import SpeechGRPOTrainer
+from speech.measures import is_repetitive
+from speech.tokens import SpeechTokens
+from training.grpo_trainer import SpeechGRPOTrainer
 
 METHODS = ("grpo", "diffro", "grpo+diffro")
 FILTERS = ("none", "positive", "clean")
@@ -141,16 +142,16 @@ def draw_codes(
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def sample_filter(name: str, advantages: list[float], codes: list[list[int]], ended: list[bool]) -> list[bool]:
+def sample_filter(name: str, advantages: list[float], codes: list[list[int]], truncated: list[bool]) -> list[bool]:
     """Which rollouts DiffRO learns from (arXiv 2509.18569). One without codes is never among them.
 
-    "none": all. "positive": those whose advantage is above 0. "clean": of these, those that ended and do not repeat
+    "none": all. "positive": those whose advantage is above 0. "clean": of these, those that were not truncated and do not repeat
     themselves (`is_repetitive`): the paper's reason for the filter, which a positive advantage does not rule out.
     """
     kept = []
-    for advantage, spoken, end in zip(advantages, codes, ended, strict=True):
+    for advantage, spoken, cut in zip(advantages, codes, truncated, strict=True):
         good = bool(spoken) and (name == "none" or advantage > 0)
-        kept.append(good and (name != "clean" or (end and not is_repetitive(spoken))))
+        kept.append(good and (name != "clean" or (not cut and not is_repetitive(spoken))))
     return kept
 
 
@@ -171,7 +172,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         gumbel_draws: R is the mean over so many independent draws; one in the papers.
         label_columns: columns whose label's log-probability is added to R (the multi-task reward, MTR).
     Logs:
-        diffro_reward (mean R of the rollouts kept), diffro_share_kept, gumbel_temperature; for "diffro" also
+        diffro_reward (mean R of the rollouts kept), diffro_frac_kept, gumbel_temperature; for "diffro" also
         entropy and, with a β, kl, in nats per token, of the rollouts kept.
     Raises:
         ValueError: an unknown method or filter, a number out of its range, a token-to-text model of another codebook
@@ -195,21 +196,21 @@ class DiffROTrainer(SpeechGRPOTrainer):
     ):
         for name, value, known in (("method", method, METHODS), ("filter", filter, FILTERS)):
             if value not in known:
-                raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+                raise InputError(f"{name} {value!r} is none of {', '.join(known)}")
         if not 0 <= diffro_weight < math.inf:
-            raise ValueError(f"diffro_weight must be 0 or more, got {diffro_weight}")
+            raise InputError(f"diffro_weight must be 0 or more, got {diffro_weight}")
         end = gumbel_temperature if gumbel_temperature_end is None else gumbel_temperature_end
         for name, value in (("gumbel_temperature", gumbel_temperature), ("gumbel_temperature_end", end)):
             if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0, got {value}")
+                raise InputError(f"{name} must be above 0, got {value}")
         if gumbel_draws < 1:
-            raise ValueError(f"gumbel_draws must be at least 1, got {gumbel_draws}")
+            raise InputError(f"gumbel_draws must be at least 1, got {gumbel_draws}")
         token2text.check_codebook(tokens.num_codes)
         for column in label_columns:
             token2text.label_ids(column, [])
         super().__init__(*args, allowed_ids=tokens.speech_ids, **kwargs)
         if self.args.cast_lm_head_to_fp32 or self._zero_stage() == 3:
-            raise ValueError(
+            raise InputError(
                 "DiffRO recomputes the head's logits in the backward pass, which neither ZeRO-3 nor "
                 "cast_lm_head_to_fp32 allows; use DDP, ZeRO-2 or FSDP2, and leave cast_lm_head_to_fp32 off"
             )
@@ -241,8 +242,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
             return output
         masks = output["completion_mask"].bool()
         said = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
-        codes, ended = zip(*map(self.tokens.codes, said), strict=True)
-        kept = sample_filter(self.filter, output["advantages"].tolist(), codes, ended)
+        codes, truncated = zip(*map(self.tokens.codes, said), strict=True)
+        kept = sample_filter(self.filter, output["advantages"].tolist(), codes, truncated)
         output["diffro_kept"] = torch.tensor(kept, device=masks.device)
         output["diffro_text"] = [row["text"] for row in inputs]
         output["diffro_language"] = [row.get("language") or "en" for row in inputs]
@@ -373,7 +374,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         kept = inputs["diffro_kept"].float()
         sums = [kept.sum(), kept.new_tensor(len(kept)), *(v.detach().float().sum() for v in values.values())]
         num_kept, num_rows, *sums = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
-        metrics["diffro_share_kept"].append(num_kept / num_rows)
+        metrics["diffro_frac_kept"].append(num_kept / num_rows)
         metrics["gumbel_temperature"].append(self.gumbel_temperature)
         for name, total in zip(values, sums, strict=True):
             metrics[name].append(total / num_kept if num_kept else math.nan)

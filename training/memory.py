@@ -1,6 +1,6 @@
 """How much memory one process of GRPO needs, before it needs it: what is held all along, and the largest phase.
 
-A step has three phases that follow each other: sampling, listening (codec and Whisper), and the loss. Each adds to
+A step has three phases that follow each other: sampling, scoring (codec and Whisper), and the loss. Each adds to
 what is held: weights, gradients, optimizer, reference. Sizes are counted on the models themselves; activations and
 caches follow from the shapes of a Llama (`loss_bytes` says which tensors its backward keeps).
 """
@@ -123,7 +123,7 @@ def sampling_bytes(s: Shapes) -> int:
     return cache + SAMPLING_COPIES * 4 * s.rollouts * s.vocabulary
 
 
-def listening_bytes(scorer) -> int:
+def scoring_bytes(scorer) -> int:
     """What a `WhisperScorer` adds for one batch: keys and values of its cross-attention, and an encoder layer."""
     dims = scorer.model.dims
     cross = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state
@@ -132,14 +132,14 @@ def listening_bytes(scorer) -> int:
 
 
 def estimate(
-    policy, reference, reward_models: list, listening: int, shapes: Shapes, offload_rewards: bool
+    policy, reference, reward_models: list, scoring: int, shapes: Shapes, offload_rewards: bool
 ) -> dict[str, int]:
     """Bytes by part: what is held, then the three phases, of which the largest counts, then the peak of all.
 
     Args:
         policy: the causal LM, adapters included; reference: another one, or None.
-        reward_models: the modules that listen; listening: what they add while they work, in bytes.
-        offload_rewards: whether they are on the device only while they listen.
+        reward_models: the modules that score; scoring: what they add while they work, in bytes.
+        offload_rewards: whether they are on the device only while they score.
     """
     trainable = module_bytes(policy, trainable=True)
     mixed = shapes.activation_bytes < shapes.residual_bytes
@@ -154,11 +154,29 @@ def estimate(
     }
     phases = {
         "sampling": copies + sampling_bytes(shapes),
-        "listening": listening + (rewards if offload_rewards else 0),
+        "scoring": scoring + (rewards if offload_rewards else 0),
         "loss": copies + loss_bytes(shapes, policy.get_output_embeddings().weight.requires_grad),
     }
     peak = int(ALLOCATOR_SLACK * (sum(held.values()) + max(phases.values())))
     return held | phases | {"peak": peak}
+
+
+def estimate_run(policy, reference, rollout_scorer, training_args, longest: int) -> dict[str, int]:
+    """`estimate` of a GRPO run.
+
+    Args:
+        rollout_scorer: a `SpeechRolloutScorer`, or a `TranscriptScorer`, which has no models.
+        longest: tokens of the longest prompt and completion together.
+    """
+    codec, whisper = (getattr(rollout_scorer, name, None) for name in ("codec", "whisper"))
+    return estimate(
+        policy,
+        reference,
+        [part.model for part in (codec, whisper) if part],
+        scoring_bytes(whisper) if whisper else 0,
+        shapes_of(policy, training_args, longest),
+        bool(codec) and rollout_scorer.offload,
+    )
 
 
 def report(parts: dict[str, int]) -> str:

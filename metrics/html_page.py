@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from run_record import plot_curves
-from speech_tokens import SAMPLE_RATE
+from common.run_record import plot_curves
+from speech.tokens import SAMPLE_RATE
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fde; }

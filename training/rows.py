@@ -1,12 +1,16 @@
 """From a dataset's rows to what TRL's trainers read, checked before any model is loaded."""
 
 import logging
+import math
 
 import datasets
 import numpy as np
 
-from reward_whisper import normalize_text
-from speech_tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
+from common.cli import InputError
+from common.dataset_io import load_any_dataset
+from speech.error_rate import normalize_text
+from speech.tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
+from training.recipes import GRPORecipe, ScriptArguments
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +30,21 @@ def _prompt(row: dict) -> list[dict]:
 def _checked_prompts(rows: datasets.Dataset, name: str, tokenizer, room: int, max_length: int) -> list[list[dict]]:
     """A prompt per row; ValueError names the first row that cannot be said."""
     if "text" not in rows.column_names:
-        raise ValueError(
+        raise InputError(
             f"{name} has no column 'text' (it has {', '.join(rows.column_names)}); each row needs the text to say"
         )
     columns = [c for c in ("text", *REFERENCE_COLUMNS) if c in rows.column_names]
     prompts = []
     for index, row in enumerate(rows.select_columns(columns)):
         if not isinstance(row["text"], str):
-            raise ValueError(f"{name}, row {index}: text is {row['text']!r}; each row needs a text to say")
+            raise InputError(f"{name}, row {index}: text is {row['text']!r}; each row needs a text to say")
         try:
             prompt = _prompt(row)
         except ValueError as error:
-            raise ValueError(f"{name}, row {index}: {error}") from None
+            raise InputError(f"{name}, row {index}: {error}") from None
         length = len(prompt_ids(tokenizer, prompt))
         if length + room > max_length:
-            raise ValueError(
+            raise InputError(
                 f"{name}, row {index}: the prompt is {length} tokens and its speech may take {room}, more than the "
                 f"{max_length} of the context; shorten the text ({row['text'][:60]!r}…), drop the row, or lower "
                 "--max_completion_length"
@@ -52,26 +56,26 @@ def _checked_prompts(rows: datasets.Dataset, name: str, tokenizer, room: int, ma
 def _speech(rows: datasets.Dataset, name: str, tokens: SpeechTokens) -> list[list[int]]:
     """The rows' codes; ValueError names the first row whose codes are missing or another codec's."""
     if SPEECH_COLUMN not in rows.column_names:
-        raise ValueError(f"{name} has no column {SPEECH_COLUMN!r}: make it with create_dataset.py first")
+        raise InputError(f"{name} has no column {SPEECH_COLUMN!r}: make it with create_dataset.py first")
     speech = list(rows[SPEECH_COLUMN])
     for index, codes in enumerate(speech):
         if not codes:
-            raise ValueError(f"{name}, row {index}: no {SPEECH_COLUMN}; drop the row or encode it again")
+            raise InputError(f"{name}, row {index}: no {SPEECH_COLUMN}; drop the row or encode it again")
         try:
             tokens.ids(codes)
         except ValueError as error:
-            raise ValueError(f"{name}, row {index}: {error}") from None
+            raise InputError(f"{name}, row {index}: {error}") from None
     return speech
 
 
 def _transcripts(rows: datasets.Dataset, name: str) -> list[str]:
     """The rows' texts, "" where nothing is said; ValueError names the first row without one."""
     if "text" not in rows.column_names:
-        raise ValueError(f"{name} has no column 'text' (it has {', '.join(rows.column_names)}); what is said in a clip")
+        raise InputError(f"{name} has no column 'text' (it has {', '.join(rows.column_names)}); what is said in a clip")
     texts = list(rows["text"])
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name}, row {index}: text is {text!r}; give what is said in the clip, '' for nothing")
+            raise InputError(f"{name}, row {index}: text is {text!r}; give what is said in the clip, '' for nothing")
     return texts
 
 
@@ -89,7 +93,7 @@ def grpo_rows(
     columns = {"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)}
     for label in labels:
         if label not in rows.column_names:
-            raise ValueError(f"{name} has no column {label!r} (--diffro_labels); it has {', '.join(rows.column_names)}")
+            raise InputError(f"{name} has no column {label!r} (--diffro_labels); it has {', '.join(rows.column_names)}")
         columns[label] = list(rows[label])
     return datasets.Dataset.from_dict(columns)
 
@@ -106,13 +110,13 @@ def grpo_asr_rows(
     prompts = [asr_prompt(codes) for codes in speech]
     for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
         if text.strip() and not normalize_text(text, language):
-            raise ValueError(
+            raise InputError(
                 f"{name}, row {index}: the text {text!r} has no word in it, so no error rate can be made of it; "
                 "give '' for a clip in which nothing is said, or drop the row"
             )
         length = len(prompt_ids(tokenizer, prompt))
         if length + max_completion_length > max_length:
-            raise ValueError(
+            raise InputError(
                 f"{name}, row {index}: the clip's prompt is {length} tokens and its text may take "
                 f"{max_completion_length}, more than the {max_length} of the context; drop the row, or lower "
                 "--max_completion_length"
@@ -142,7 +146,7 @@ def sft_rows(
                 examples["completion_mask"].append([0] * len(opening) + [1] * len(answer))
     too_long = total - len(examples["input_ids"])
     if too_long == total:
-        raise ValueError(f"{name}: none of the {len(rows)} rows fits into --max_length {max_length} tokens")
+        raise InputError(f"{name}: none of the {len(rows)} rows fits into --max_length {max_length} tokens")
     if too_long:
         logger.warning("%s: %d of %d examples are longer than %d tokens, left out", name, too_long, total, max_length)
     return datasets.Dataset.from_dict(examples)
@@ -157,7 +161,7 @@ def _rows_of_task(rows: datasets.Dataset, name: str, task: str, one: str) -> dat
     named = rows[TASK_COLUMN]
     for index, value in enumerate(named):
         if value not in (None, *TASKS):
-            raise ValueError(f"{name}, row {index}: {TASK_COLUMN} is {value!r}; give {', '.join(TASKS)} or nothing")
+            raise InputError(f"{name}, row {index}: {TASK_COLUMN} is {value!r}; give {', '.join(TASKS)} or nothing")
     return rows.select([index for index, value in enumerate(named) if value in (None, one)])
 
 
@@ -182,3 +186,50 @@ def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Da
     rng = np.random.default_rng(seed)
     order = [rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))]
     return rows.select(np.concatenate(order)[:count])
+
+
+def grpo_dataset(
+    script_args: ScriptArguments, training_args: GRPORecipe, tokenizer, tokens: SpeechTokens
+) -> tuple[datasets.Dataset, int]:
+    """The run's rows in the order they are used, and the tokens of its longest prompt and completion together."""
+    rows = load_any_dataset(script_args.dataset, script_args.split)
+    lengths = training_args.max_completion_length, training_args.max_length
+    if script_args.task == "asr":
+        rows = grpo_asr_rows(rows, script_args.dataset, tokenizer, tokens, *lengths)
+    else:
+        rows = grpo_rows(rows, script_args.dataset, tokenizer, *lengths, script_args.diffro_labels)
+    per_step = prompts_per_step(training_args)
+    if len(rows) < per_step:
+        raise InputError(
+            f"--dataset {script_args.dataset}: has {len(rows)} rows and one step takes {per_step} prompts "
+            "(per_device_train_batch_size × gradient_accumulation_steps × processes / num_generations). "
+            "Add texts or lower the batch size"
+        )
+    epoch_steps = math.ceil(training_args.num_train_epochs * (len(rows) // per_step))
+    steps = training_args.max_steps if training_args.max_steps > 0 else epoch_steps
+    training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
+    longest_prompt = max(len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"])
+    rows = one_long_epoch(rows, steps * per_step, training_args.seed)
+    return rows, longest_prompt + training_args.max_completion_length
+
+
+def prompts_per_step(training_args: GRPORecipe) -> int:
+    """Different prompts behind one optimizer step; InputError for a run that could not resume or learn."""
+    group, micro_batch = training_args.num_generations, training_args.per_device_train_batch_size
+    accumulation = training_args.gradient_accumulation_steps
+    if group < 2:
+        raise InputError(f"--num_generations: must be >= 2, an advantage needs a group (got {group})")
+    if training_args.generation_batch_size % group or micro_batch % group:
+        raise InputError(
+            f"--per_device_train_batch_size: must be a multiple of --num_generations {group}, since a group is scored "
+            f"together (got {micro_batch})"
+        )
+    # Between these a checkpoint would lose the rollouts not yet used.
+    steps_per_batch = max(1, training_args.steps_per_generation * training_args.num_iterations // accumulation)
+    if training_args.save_strategy == "steps" and training_args.save_steps % steps_per_batch:
+        raise InputError(
+            f"--save_steps: must be a multiple of {steps_per_batch}, the optimizer steps made from one batch of "
+            f"rollouts, or a resumed run would not repeat the original (got {training_args.save_steps})"
+        )
+    rollouts = micro_batch * training_args.world_size * accumulation
+    return max(1, rollouts // group // training_args.num_iterations)

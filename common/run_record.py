@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoint: run.json, reward_curve.png, and rollouts to listen to."""
+"""What a run leaves beside its checkpoint: run.json and reward_curve.png."""
 
 import json
 import os
@@ -10,9 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
-
-from audio import save_audio
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
 # What the reward curve shows where it was logged: (log key, label)
@@ -22,7 +19,7 @@ CURVES = (
     ("nll", "NLL per token"),
     ("duration_s", "duration, s"),
     ("log_f0_std", "spread of ln F0"),
-    ("share_hallucination", "hallucinations"),
+    ("frac_hallucination", "hallucinations"),
     ("insertions", "insertions per word"),
     ("deletions", "deletions per word"),
     ("kl", "KL to the reference"),
@@ -33,7 +30,7 @@ CURVES = (
 
 def git_commit() -> str:
     """The project's commit, with +dirty where the tree differs from it; "unknown" outside a clone."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
@@ -95,22 +92,3 @@ def plot_curves(log_history: list[dict], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-class SampleSaver(TrainerCallback):
-    """Every `every` steps, the first rollouts that the listener (or reader) had last: transcripts.jsonl, and wavs."""
-
-    def __init__(self, listener, every: int, count: int):
-        self.listener, self.every, self.count = listener, every, count
-
-    def on_step_end(self, args, state, control, **_):
-        if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
-            self.save(Path(args.output_dir) / "samples" / f"step_{state.global_step:06d}")
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "transcripts.jsonl").open("w", encoding="utf-8") as lines:
-            for record, wav in self.listener.last_samples(self.count):
-                if wav is not None:
-                    save_audio(folder / f"rollout_{record['rollout']}.wav", wav)
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -20,7 +20,8 @@ after it, so the opening of the assistant's turn travels with the user's message
 import re
 from dataclasses import dataclass
 
-from confined_head import confine_head
+from common.cli import InputError
+from speech.confined_head import confine_head
 
 SAMPLE_RATE = 16_000  # Hz: the codec's and Whisper's
 HOP_LENGTH = 320  # samples per code
@@ -71,7 +72,7 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
         ValueError: an empty text, a text with a `<|…|>` marker in it, or half a voice prompt.
     """
     if (ref_text is None) != (ref_codes is None):
-        raise ValueError(
+        raise InputError(
             "a voice prompt needs both its transcript (ref_text) and its codes (ref_codes); "
             f"got ref_text={ref_text!r} and {'no' if ref_codes is None else len(ref_codes)} codes"
         )
@@ -80,9 +81,9 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
         if value is None:
             continue
         if not value.strip():
-            raise ValueError(f"{name} is empty ({value!r}); give at least one word to say")
+            raise InputError(f"{name} is empty ({value!r}); give at least one word to say")
         if re.search(r"<\|[^|]*\|>", value):
-            raise ValueError(f"{name} holds a control token: {value!r}; give plain text without <|…|>")
+            raise InputError(f"{name} holds a control token: {value!r}; give plain text without <|…|>")
     content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{spoken}{TEXT_UNDERSTANDING_END}"
     opening = SPEECH_GENERATION_START + "".join(map(code_token, ref_codes or []))
     return [{"role": "user", "content": content, "opening": opening}]
@@ -95,7 +96,7 @@ def asr_prompt(codes: list[int]) -> list[dict[str, str]]:
         ValueError: no codes.
     """
     if not codes:
-        raise ValueError("there is no speech to read: the list of codes is empty")
+        raise InputError("there is no speech to read: the list of codes is empty")
     speech = "".join(map(code_token, codes))
     content = f"Convert the speech to text:{SPEECH_UNDERSTANDING_START}{speech}{SPEECH_UNDERSTANDING_END}"
     return [{"role": "user", "content": content, "opening": TEXT_GENERATION_START}]
@@ -131,19 +132,19 @@ class SpeechTokens:
         }
         missing = [token for token in SPECIAL_TOKENS if token not in vocab]
         if missing or not codes:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path!r} is not a Llasa one: it lacks "
                 f"{', '.join(missing) or 'the speech codes <|s_0|>, <|s_1|>, …'}. Use a Llasa checkpoint "
                 "(HKUSTAudio/Llasa-1B-Multilingual, or tiny/llasa) or one trained from it"
             )
         first = codes.get(0, -1)
         if sorted(codes.items()) != [(c, first + c) for c in range(len(codes))]:
-            raise ValueError(
+            raise InputError(
                 f"the speech codes of {tokenizer.name_or_path!r} are not one run of ids from <|s_0|> on; "
                 "only Llasa's layout is supported"
             )
         if min(vocab.values()) < tokenizer.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"the added tokens of {tokenizer.name_or_path!r} do not follow its text vocabulary of "
                 f"{tokenizer.vocab_size}; only Llasa's layout is supported"
             )
@@ -178,18 +179,18 @@ class SpeechTokens:
         """Codes to token ids; raises ValueError for a code outside the codebook."""
         bad = [code for code in codes if not 0 <= code < self.num_codes]
         if bad:
-            raise ValueError(
+            raise InputError(
                 f"code {bad[0]} is not in [0, {self.num_codes}): these codes come from another codec than the policy's"
             )
         return [self.first_code_id + code for code in codes]
 
     def codes(self, completion_ids: list[int]) -> tuple[list[int], bool]:
-        """A completion's ids to its codes, and whether it ended.
+        """A completion's ids to its codes, and whether it was truncated.
 
         Args:
             completion_ids: what was sampled after the prompt, without padding.
         Returns:
-            (codes before END, True if END came).
+            (codes before END, True if END never came).
         Raises:
             ValueError: an id that is neither a code nor END. Sampling is confined to those
                 (`prepare_model`), so this is never the policy's doing.
@@ -202,7 +203,7 @@ class SpeechTokens:
                 f"the completion holds ids outside the speech codes [{self.first_code_id}, "
                 f"{self.first_code_id + self.num_codes}): was prepare_model called?"
             )
-        return codes, ended
+        return codes, not ended
 
 
 def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
@@ -217,7 +218,7 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
     """
     tokens = SpeechTokens.from_tokenizer(tokenizer)
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
     if _OPEN_ANSWER not in tokenizer.chat_template:
         tokenizer.chat_template = _DATE_PIN + tokenizer.chat_template + _OPEN_ANSWER
     _check_rendering(tokenizer)
@@ -225,7 +226,7 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
     if tokenizer.pad_token in (None, SPEECH_GENERATION_END, TEXT_GENERATION_END):
         padding = [t for t in ("<|finetune_right_pad_id|>", "<|end_of_text|>") if t in tokenizer.get_vocab()]
         if not padding:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no padding token besides EOS; "
                 "set tokenizer.pad_token to an unused token and save it"
             )
@@ -242,7 +243,7 @@ def _check_rendering(tokenizer) -> None:
     rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     content, opening = prompt[0]["content"], prompt[0]["opening"]
     if not rendered.endswith(opening) or rendered.count(opening) != 1 or rendered.count(content) != 1:
-        raise ValueError(
+        raise InputError(
             f"the chat template of {tokenizer.name_or_path!r} renders a prompt as {rendered!r}; it should hold "
             f"{content!r} once, and {opening!r} once, at its end. The template was changed by another tool or version: "
             "give the checkpoint the chat_template.jinja of the model it was trained from"
@@ -257,13 +258,13 @@ def prompt_ids(tokenizer, prompt: list[dict[str, str]]) -> list[int]:
 
 
 def written_text(tokenizer, completion_ids: list[int], end_id: int) -> tuple[str, bool]:
-    """A completion's ids to the text before END, and whether END came.
+    """A completion's ids to the text before END, and whether it was truncated (END never came).
 
     Other control tokens are kept: what the policy wrote is to be seen as it is.
     """
     ended = end_id in completion_ids
     written = completion_ids[: completion_ids.index(end_id)] if ended else completion_ids
-    return tokenizer.decode(written, skip_special_tokens=False).strip(), ended
+    return tokenizer.decode(written, skip_special_tokens=False).strip(), not ended
 
 
 def prepare_model(model, tokenizer, tokens: SpeechTokens, task: str = "tts") -> None:

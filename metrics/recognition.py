@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
-from audio import load_audio
-from cli import bad_input_exits
-from dataset_io import AUDIO_COLUMNS, load_any_dataset
-from evaluation_report import interval, markdown, percent, percents, replace_files, resampled_sums
-from html_page import bars, document, marked, meanings, metrics_table, player, to_show, training_curves
-from policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
+from common.cli import InputError, bad_input_exits
+from common.dataset_io import AUDIO_COLUMNS, load_any_dataset
+from common.run_record import provenance
+from metrics.bootstrap import interval, resampled_sums
+from metrics.html_page import bars, document, marked, meanings, metrics_table, player, to_show, training_curves
+from metrics.report import markdown, percent, percents, replace_files
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
-from reward_whisper import error_rate, normalize_text
-from run_record import provenance
-from speech_codec import SpeechCodec, decode_rollouts
-from speech_tokens import CODES_PER_SECOND, asr_prompt
+from speech.audio import load_audio
+from speech.codec import SpeechCodec, decode_rollouts
+from speech.error_rate import error_rate, normalize_text
+from speech.policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
+from speech.tokens import CODES_PER_SECOND, asr_prompt
 
 logger = logging.getLogger("evaluation")
 
@@ -59,7 +60,7 @@ def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechC
     """
     rows = load_any_dataset(path, split)
     if "text" not in rows.column_names:
-        raise ValueError(f"{path} has no column 'text' (it has {', '.join(rows.column_names)})")
+        raise InputError(f"{path} has no column 'text' (it has {', '.join(rows.column_names)})")
     if "audio_codes" in rows.column_names:
         speech = list(rows["audio_codes"])
     else:
@@ -68,21 +69,21 @@ def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechC
     clips = []
     for i, (text, codes) in enumerate(zip(rows["text"], speech, strict=True)):
         if not codes:
-            raise ValueError(f"{path}, row {i}: no audio_codes")
+            raise InputError(f"{path}, row {i}: no audio_codes")
         row_id, row_language, keywords = (column[name] and column[name][i] for name in column)
         clip = Clip(str(row_id or i), codes, (text or "").strip(), row_language or language, keywords or [])
         if clip.text and not normalize_text(clip.text, clip.language):
-            raise ValueError(f"{path}, row {i}: the text {clip.text!r} has no word in it; give '' for nothing said")
+            raise InputError(f"{path}, row {i}: the text {clip.text!r} has no word in it; give '' for nothing said")
         clips.append(clip)
     if not any(clip.text for clip in clips):
-        raise ValueError(f"{path}: in none of its clips is anything said")
+        raise InputError(f"{path}: in none of its clips is anything said")
     return clips
 
 
 def _recordings(rows, path: str) -> list[np.ndarray]:
     names = [name for name in AUDIO_COLUMNS if name in rows.column_names]
     if not names:
-        raise ValueError(f"{path} has neither audio_codes nor audio (one of {', '.join(AUDIO_COLUMNS)})")
+        raise InputError(f"{path} has neither audio_codes nor audio (one of {', '.join(AUDIO_COLUMNS)})")
     file = Path(path)
     folder = file if file.is_dir() else file.parent
     return [load_audio(str(folder / name)) for name in rows[names[0]]]
@@ -96,13 +97,13 @@ def judged(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
         "duration_s": clip.duration_s,
         "text": clip.text,
         "hyp_text": transcript.text,
-        "ended": transcript.ended,
+        "truncated": transcript.truncated,
         "words": len(normalize_text(transcript.text, clip.language).split()),
     }
     if not clip.text:
         return entry
     errors = error_rate(clip.text, transcript.text, clip.language)
-    rule = hallucination(clip.text, transcript.text, clip.language) if transcript.ended else "unended"
+    rule = "truncated" if transcript.truncated else hallucination(clip.text, transcript.text, clip.language)
     index = keyword_index(clip.keywords, clip.language)
     said, heard = (find_keywords(text, index, clip.language) for text in (clip.text, transcript.text))
     return {
@@ -138,7 +139,7 @@ def error_metrics(entries: list[dict], num_seeds: int) -> dict | None:
         "interval": interval(resampled_edits / resampled_length),
         **rates,
         "hallucinations": 1 - rules.count(None) / len(rules),
-        "unended": rules.count("unended") / len(rules),
+        "truncated": rules.count("truncated") / len(rules),
     }
 
 
@@ -165,21 +166,21 @@ def cells(row: dict) -> list[str]:
         own = metrics[part]
         rates = " / ".join(f"{100 * own[key]:.1f}" for key in ("wer", "insertions", "deletions")) if own else "–"
         line.append(f"{rates} {percents(own['interval'])}" if own else "–")
-    for key in ("hallucinations", "unended"):
+    for key in ("hallucinations", "truncated"):
         line.append(percent(metrics["all"][key]))
     line += [percent(metrics[key]) for key in ("keyword_recall", "keyword_precision", "nothing_with_words")]
     return line
 
 
-HEADER = ("", "all: WER / ins / del, % [95 %]", "short", "long", "hallucinations", "unended")
+HEADER = ("", "all: WER / ins / del, % [95 %]", "short", "long", "hallucinations", "truncated")
 HEADER += ("keyword recall", "keyword precision", "words where nothing is said")
 EXPLANATIONS = {
     "WER / ins / del": "Words to substitute, delete and insert over the words that are said, and of these the inserted "
     "and the deleted; in brackets the WER's 95 % bootstrap interval over clips.",
     "short, long": "Clips of up to --long_s seconds, and above.",
     "hallucinations": "Share of the clips with speech whose transcript breaks a rule of reward_models/asr_rules.py: it "
-    "never ended, is empty, loops, is in another script, is twice as long or half as long, has no word in common.",
-    "unended": "Share of transcripts that were cut at --max_new_tokens.",
+    "was truncated, is empty, loops, is in another script, is twice as long or half as long, has no word in common.",
+    "truncated": "Share of transcripts that were cut off before END, at --max_completion_length.",
     "keyword recall, precision": "Keywords found over those said, and over those written.",
     "words where nothing is said": "Share of the clips without speech that got a word.",
 }
@@ -270,7 +271,7 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
                     temperature=temperature,
                     top_p=args.top_p,
                     max_length=args.max_length,
-                    max_new_tokens=args.max_new_tokens,
+                    max_completion_length=args.max_completion_length,
                     batch_size=args.batch_size,
                     progress=label,
                 )

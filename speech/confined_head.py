@@ -9,6 +9,8 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from common.cli import InputError
+
 # −inf would make the entropy NaN; e^−10000 is 0 in every float format.
 FORBIDDEN_LOGIT = -1e4
 
@@ -57,7 +59,7 @@ def confine_head(model, allowed_ids: list[int]) -> None:
     """
     head = model.get_output_embeddings()
     if head._parameters.get("bias") is not None:
-        raise ValueError(f"the head of {model.config._name_or_path!r} has a bias of its own; Llasa's has none")
+        raise InputError(f"the head of {model.config._name_or_path!r} has a bias of its own; Llasa's has none")
     bias = torch.full((head.weight.shape[0],), FORBIDDEN_LOGIT, dtype=head.weight.dtype, device=head.weight.device)
     bias[allowed_ids] = 0
     head._parameters.pop("bias", None)

@@ -8,7 +8,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from speech_tokens import SAMPLE_RATE
+from common.cli import InputError
+from speech.tokens import SAMPLE_RATE
 
 SILENCE_DBFS = -60.0  # RMS about the mean; speech lies near -25, 16-bit rounding noise near -101
 FRAME = SAMPLE_RATE // 50  # 20 ms: the step at which a pause is sought
@@ -30,20 +31,20 @@ def load_audio(path_or_bytes: str | os.PathLike | bytes) -> np.ndarray:
     else:
         source = name = os.fspath(path_or_bytes)
         if not Path(source).is_file():
-            raise ValueError(f"{name}: no such audio file")
+            raise InputError(f"{name}: no such audio file")
     try:
         channels, sample_rate = soundfile.read(source, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise ValueError(f"{name}: cannot read as audio (WAV, FLAC, OGG, MP3): {error}") from error
+        raise InputError(f"{name}: cannot read as audio (WAV, FLAC, OGG, MP3): {error}") from error
     if len(channels) == 0:
-        raise ValueError(f"{name}: holds no samples")
+        raise InputError(f"{name}: holds no samples")
     if not np.isfinite(channels).all():
-        raise ValueError(f"{name}: holds NaN or infinite samples")
+        raise InputError(f"{name}: holds NaN or infinite samples")
     wav = channels.mean(axis=1)
     if sample_rate != SAMPLE_RATE:
         wav = soxr.resample(wav, sample_rate, SAMPLE_RATE)
         if len(wav) == 0:  # a few samples of a high rate
-            raise ValueError(f"{name}: too short: no sample is left at {SAMPLE_RATE} Hz")
+            raise InputError(f"{name}: too short: no sample is left at {SAMPLE_RATE} Hz")
     return wav.astype(np.float32)
 
 

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from cli import first_line, pick_device
-from speech_tokens import (
+from common.cli import InputError, first_line, pick_device
+from speech.tokens import (
     CODES_PER_SECOND,
     TEXT_UNDERSTANDING_END,
     TEXT_UNDERSTANDING_START,
@@ -24,23 +24,25 @@ from speech_tokens import (
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2"
 DEFAULT_WHISPER = "large-v3"
+# Tokens of a transcript: 30 s of fast speech are some 150 words
+MAX_COMPLETION_LENGTH = 256
 MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech, or as many tokens of text
 
 
 @dataclass
 class Sample:
-    """A spoken rollout: its speech codes, and whether END came before the context ran out."""
+    """A spoken rollout: its speech codes, and whether the context ran out before END."""
 
     codes: list[int]
-    ended: bool
+    truncated: bool
 
 
 @dataclass
 class Transcript:
-    """A written rollout: its text, and whether END came before the limit."""
+    """A written rollout: its text, and whether the limit came before END."""
 
     text: str
-    ended: bool
+    truncated: bool
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Policy:
         try:
             model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
         except OSError as error:  # what transformers raises for files that are not there
-            raise ValueError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
+            raise InputError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
         # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
         model.generation_config = GenerationConfig()
         prepare_model(model, tokenizer, tokens, task)
@@ -91,7 +93,7 @@ class Policy:
         ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
         for prompt, row in zip(prompts, ids, strict=True):
             if len(row) + MIN_ROOM > limit:
-                raise ValueError(self._too_long(prompt, len(row), limit))
+                raise InputError(self._too_long(prompt, len(row), limit))
         return ids
 
     def _too_long(self, prompt: list[dict[str, str]], length: int, limit: int) -> str:
@@ -129,7 +131,7 @@ class Policy:
         temperature: float,
         top_p: float = 1.0,
         max_length: int = 2048,
-        max_new_tokens: int | None = None,
+        max_completion_length: int | None = None,
         batch_size: int = 16,
         progress: str | None = None,
     ) -> list[list[int]]:
@@ -141,13 +143,13 @@ class Policy:
             prompts: a repeated one gives another rollout.
             temperature: 0 takes the likeliest token each time.
             max_length: tokens of prompt and answer together; the model's context caps it.
-            max_new_tokens: of the answer alone.
+            max_completion_length: tokens of the answer alone.
             progress: label of a progress bar.
         Raises:
             ValueError: a prompt too long for the context; nothing has been sampled then.
         """
         ids, limit = self.encode(prompts, max_length), self._limit(max_length)
-        limits = [min(limit, len(row) + (max_new_tokens or limit)) for row in ids]
+        limits = [min(limit, len(row) + (max_completion_length or limit)) for row in ids]
         answers = [None] * len(ids)
         # Neighbours in length end at about the same step, so little is spent on padding.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -193,7 +195,7 @@ def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTo
     try:
         tokenizer = AutoTokenizer.from_pretrained(id_or_path)
     except OSError as error:
-        raise ValueError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
     return tokenizer, prepare_tokenizer(tokenizer, task)
 
 
@@ -202,23 +204,31 @@ def check_model_exists(id_or_path: str) -> None:
     folder = Path(id_or_path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise ValueError(f"{id_or_path}: no model in this folder: it has no config.json or adapter_config.json")
+            raise InputError(f"{id_or_path}: no model in this folder: it has no config.json or adapter_config.json")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", id_or_path) or folder.parent.is_dir():
-        raise ValueError(
+        raise InputError(
             f"no such model: {id_or_path!r}. Give a folder saved by train.py, tiny/llasa, or a Hub id "
             "such as HKUSTAudio/Llasa-1B-Multilingual"
         )
 
 
-def recorded(model: str, key: str, default: str) -> str:
-    """What the model's run was made with: `key` ("codec_id", "whisper") of its run.json, else `default`.
+def recorded(model: str, key: str, default=None):
+    """What the model's run was made with: `key` ("codec_id", "whisper", "reward") of its run.json, else `default`.
 
-    A path that is not there from the working directory is tried from the project's folder.
+    A path that does not exist from the working directory is tried from the project's folder.
     """
     for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
         if (folder / "run.json").is_file():
             value = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(key)
+            if isinstance(value, str):
+                in_project = Path(__file__).parent.parent / value
+                return str(in_project) if in_project.exists() and not Path(value).exists() else value
             if value:
-                ours = Path(__file__).parent / value
-                return str(ours) if ours.exists() and not Path(value).exists() else value
+                return value
     return default
+
+
+def reward_parameters(model: str) -> dict[str, float]:
+    """Parameters of the Whisper reward that the model was trained with; {}, for the paper's, if it was not."""
+    parameters = (recorded(model, "reward") or {}).get("whisper", {})
+    return {key: value for key, value in parameters.items() if key != "weight"}

@@ -9,8 +9,10 @@ import re
 
 import numpy as np
 
-from audio import audio_failure
-from reward_whisper import Score, WhisperScorer, error_rate, language_code
+from common.cli import InputError
+from speech.audio import audio_failure
+from speech.error_rate import error_rate, language_code
+from speech.whisper_scorer import Score, WhisperScorer
 
 
 def load_judges(names: list[str], texts: list[str], languages: list[str], device: str) -> dict[str, object]:
@@ -33,13 +35,13 @@ class PocketsphinxJudge:
 
         foreign = sorted({language for language in languages if language_code(language) != "en"})
         if foreign:
-            raise ValueError(f"pocketsphinx judges English only, these texts are in {foreign[0]!r}; give a Whisper")
+            raise InputError(f"pocketsphinx judges English only, these texts are in {foreign[0]!r}; give a Whisper")
         # cmn=batch: normalised by the clip alone; the default carries over from one clip to the next.
         self.decoder = Decoder(lm=None, cmn="batch", loglevel="FATAL")
         words = sorted({word for text in texts for word in spoken_words(text)})
         unknown = [word for word in words if self.decoder.lookup_word(word) is None]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"pocketsphinx's dictionary lacks {', '.join(map(repr, unknown[:5]))}"
                 f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}; spell numbers out, "
                 "leave those texts out, or judge by a Whisper"

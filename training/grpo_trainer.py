@@ -20,7 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
-from confined_head import ConfinedHead, confine_head
+from common.cli import InputError
+from speech.confined_head import ConfinedHead, confine_head
 
 
 class SpeechGRPOTrainer(GRPOTrainer):
@@ -227,13 +228,13 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
     """
     for name, neutral in _NEUTRAL_SAMPLING.items():
         if getattr(args, name) not in neutral:
-            raise ValueError(
+            raise InputError(
                 f"--{name} {getattr(args, name)} with vLLM: the importance-sampling correction would weight every "
                 f"rollout by about 0 and nothing would be learnt; sample by temperature alone (--{name} {neutral[0]})"
             )
     mode = args.vllm_importance_sampling_mode
     if args.vllm_importance_sampling_correction and not mode.startswith("token"):
-        raise ValueError(
+        raise InputError(
             f"--vllm_importance_sampling_mode {mode}: a ratio over a whole rollout of up to "
             f"{args.max_completion_length} codes is about 0 or out of bounds, and its rollout teaches nothing; "
             "give token_truncate"

@@ -10,6 +10,8 @@ from datasets import Audio, Dataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, is_offline_mode
 
+from common.cli import InputError
+
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ACCEPTED = (
     "Accepted: a hub id such as 'owner/name', a folder saved by datasets' save_to_disk, a folder of "
@@ -44,7 +46,7 @@ def load_any_dataset(name_or_path: str, split: str = "train", config: str | None
     if not path.exists():
         return _load_from_hub(name_or_path, split, config)
     if config is not None:
-        raise ValueError(f"config {config!r}: {name_or_path} is not on the hub, only hub sets have one")
+        raise InputError(f"config {config!r}: {name_or_path} is not on the hub, only hub sets have one")
     file = find_data_file(name_or_path, split)
     if file is not None:
         rows = _read_file(file)
@@ -58,7 +60,7 @@ def load_any_dataset(name_or_path: str, split: str = "train", config: str | None
     else:
         rows = _load_folder(path, split)
     if len(rows) == 0:
-        raise ValueError(f"{name_or_path}: split {split!r} holds no rows")
+        raise InputError(f"{name_or_path}: split {split!r} holds no rows")
     return rows
 
 
@@ -71,7 +73,7 @@ def find_data_file(name_or_path: str, split: str) -> Path | None:
     path = Path(name_or_path)
     if path.is_file():
         if path.suffix.lower() not in FILE_SUFFIXES:
-            raise ValueError(f"{path}: a {path.suffix or 'nameless'} file is no data set. {ACCEPTED}")
+            raise InputError(f"{path}: a {path.suffix or 'nameless'} file is no data set. {ACCEPTED}")
         _check_split(name_or_path, split, ["train", path.stem])
         return path
     stems = [split, f"{split}/metadata"] + (["metadata"] if split == "train" else [])
@@ -121,12 +123,12 @@ def open_source(
     text = find_column(name_or_path, rows, text_column, TEXT_COLUMNS, "--text_column")
     audio = find_column(name_or_path, rows, audio_column, AUDIO_COLUMNS, "--audio_column")
     if not _is_text(rows.features[text]):
-        raise ValueError(f"{name_or_path}: --text_column {text!r} holds {rows.features[text]}, not text")
+        raise InputError(f"{name_or_path}: --text_column {text!r} holds {rows.features[text]}, not text")
     feature = rows.features[audio]
     if isinstance(feature, Audio):  # datasets 5 decodes with torchcodec, we do without
         rows = rows.cast_column(audio, Audio(decode=False))
     elif not (_is_text(feature) or feature == Value("binary") or isinstance(feature, dict)):
-        raise ValueError(
+        raise InputError(
             f"{name_or_path}: --audio_column {audio!r} holds {feature}; accepted: paths, the bytes of audio "
             "files, or datasets' Audio"
         )
@@ -152,7 +154,7 @@ def find_column(name: str, rows: Dataset, chosen: str | None, candidates: tuple[
     there = ", ".join(rows.column_names)
     has_codes = candidates is AUDIO_COLUMNS and "audio_codes" in rows.column_names
     hint = ". It has audio_codes: train.py takes it as it is" if has_codes else ""
-    raise ValueError(f"{name}: no column {wanted}; there: {there}; choose one with {flag}{hint}")
+    raise InputError(f"{name}: no column {wanted}; there: {there}; choose one with {flag}{hint}")
 
 
 def _is_text(feature) -> bool:
@@ -161,7 +163,7 @@ def _is_text(feature) -> bool:
 
 def _check_split(name: str, split: str, splits: list[str]) -> None:
     if split not in splits:
-        raise ValueError(f"{name}: no split {split!r}; there: {', '.join(dict.fromkeys(splits))}")
+        raise InputError(f"{name}: no split {split!r}; there: {', '.join(dict.fromkeys(splits))}")
 
 
 def _read_file(path: Path) -> Dataset:
@@ -175,9 +177,9 @@ def _read_file(path: Path) -> Dataset:
             return Dataset.from_parquet(str(path))
         return Dataset.from_json(str(path))
     except StopIteration:  # what datasets 5 makes of an empty .jsonl
-        raise ValueError(f"{path}: the file is empty") from None
+        raise InputError(f"{path}: the file is empty") from None
     except (DatasetsError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix}: {error.__cause__ or error}") from error
+        raise InputError(f"{path}: cannot be read as {path.suffix}: {error.__cause__ or error}") from error
 
 
 def _load_folder(path: Path, split: str) -> Dataset:
@@ -189,7 +191,7 @@ def _load_folder(path: Path, split: str) -> Dataset:
     try:
         return load_dataset(str(path), split=split)
     except (DatasetsError, OSError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: the folder cannot be read as split {split!r}: {error.__cause__ or error}. {ACCEPTED}"
         ) from error
 
@@ -197,19 +199,19 @@ def _load_folder(path: Path, split: str) -> Dataset:
 def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_a_path or Path(name).suffix.lower() in FILE_SUFFIXES:
-        raise FileNotFoundError(f"{name}: no such data set: no such file or folder. {ACCEPTED}")
+        raise InputError(f"{name}: no such data set: no such file or folder. {ACCEPTED}")
     if not is_offline_mode():
         try:
             HfApi().dataset_info(name, timeout=20)  # datasets itself retries for half a minute
         except Exception as error:  # httpx's errors or httpx2's, by the version: no nearer common base
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise FileNotFoundError(
+            raise InputError(
                 f"{name}: no such data set: neither on the disk nor to be had from the hub ({reason}). {ACCEPTED}"
             ) from error
     try:
         return load_dataset(name, config, split=split)
     except OSError as error:  # offline and not in the cache
-        raise FileNotFoundError(f"{name}: no such data set: {error}. {ACCEPTED}") from error
+        raise InputError(f"{name}: no such data set: {error}. {ACCEPTED}") from error
     except (DatasetsError, RuntimeError, ValueError) as error:
         advice = ACCEPTED
         if isinstance(error.__cause__, ImportError):  # raw audio files: datasets asks for torchcodec
@@ -217,4 +219,4 @@ def _load_from_hub(name: str, split: str, config: str | None) -> Dataset:
                 f"Get its files with 'hf download {name} --repo-type dataset --local-dir FOLDER', then pass the folder"
             )
         reason = error.__cause__ or error
-        raise ValueError(f"{name}: datasets cannot load split {split!r}: {reason}. {advice}") from error
+        raise InputError(f"{name}: datasets cannot load split {split!r}: {reason}. {advice}") from error

@@ -1,0 +1,164 @@
+"""What every script does with its command line: flags, one-line errors for bad input, the device, files written whole."""
+
+import argparse
+import contextlib
+import difflib
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(Path(sys.argv[0]).name)
+
+_debug = False  # set by --debug
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message names the flag or file, what came, and what to do."""
+
+
+@contextlib.contextmanager
+def bad_input_exits() -> Iterator[None]:
+    """Around what reads the user's input: InputError becomes one line and exit code 2 (--debug: its traceback too).
+
+    Any other exception is a bug, ours or a library's, and keeps its traceback.
+    """
+    try:
+        yield
+    except InputError as error:
+        if _debug:
+            raise
+        logger.error("error: %s", error)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def library_errors_are_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Around a library's reading of the user's input: its `kinds` of exceptions become InputErrors about `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def set_up_logging(*loggers: str, timestamps: bool = False) -> None:
+    """Messages of the project's loggers to stderr, from INFO on.
+
+    Args:
+        loggers: names of loggers; those of libraries stay at WARNING.
+        timestamps: for long runs, whose log is read afterwards.
+    """
+    logging.basicConfig(
+        format="%(asctime)s %(message)s" if timestamps else "%(message)s", datefmt="%H:%M:%S", level=logging.WARNING
+    )
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+# --- Flags ------------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and the defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def parse_strictly(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """What `parser` makes of `argv`, --debug included; for an unknown flag the error names the nearest one."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        parser.error(f"unknown argument {unknown[0]}{did_you_mean(flag, parser._option_string_actions)}")
+    show_tracebacks(args.debug)
+    return args
+
+
+def show_tracebacks(debug: bool) -> None:
+    """Whether `bad_input_exits` lets an InputError through with its traceback."""
+    global _debug
+    _debug = debug
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """The part of an error message that names the nearest of the `known` names; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """An error message's part about an unknown key: the nearest known one, and all of them."""
+    hint = did_you_mean(key, known) or "."
+    return f"unknown key {key!r}{hint} Known: {', '.join(sorted(known))}"
+
+
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Raises InputError where a whole number of the arguments is below its least."""
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise InputError(f"--{name}: must be >= {number} (got {getattr(args, name)})")
+
+
+def check_sampling(temperatures: list[float], top_p: float) -> None:
+    """Raises InputError for a temperature or a top_p that cannot be sampled with."""
+    for temperature in temperatures:
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"--temperature: must be finite and >= 0, 0 is greedy (got {temperature})")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top_p: must be in (0, 1], 1 samples from every token (got {top_p})")
+
+
+def pick_device(device: str = "auto") -> str:
+    """A GPU if there is one, for "auto"; InputError for a device that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
+        raise InputError(f"--device {device}: {first_line(error)}. Use auto, cpu, cuda or cuda:1") from error
+    return device
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, or stdin for "-"; InputError names a file that cannot be read."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}. Use a UTF-8 text file, or - for stdin") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason}). Convert the file to UTF-8") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try it, before the work that it is to hold."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}. Use another output folder") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then rename it: `path` is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

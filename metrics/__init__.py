@@ -1,0 +1,1 @@
+"""What evaluation.py is made of."""

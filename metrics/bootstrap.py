@@ -1,0 +1,72 @@
+"""Corpus error rates with bootstrap intervals over texts."""
+
+import numpy as np
+
+NUM_RESAMPLES = 2_000  # of the bootstrap: the ends of an interval then vary by some 2 % of its width
+
+
+def resampled_sums(counts: np.ndarray) -> np.ndarray:
+    """Bootstrap over texts: each row of `counts`, shape (k, num_texts), summed over the same random draws.
+
+    Returns:
+        shape (k, NUM_RESAMPLES).
+    """
+    num_texts = counts.shape[1]
+    uniform = np.full(num_texts, 1 / num_texts)
+    times_drawn = np.random.default_rng(0).multinomial(num_texts, uniform, size=NUM_RESAMPLES)
+    return counts @ times_drawn.T
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """The middle 95 %."""
+    return np.percentile(values, [2.5, 97.5]).tolist()
+
+
+def edit_counts(row: dict, judge: str) -> np.ndarray:
+    """Edits and reference lengths, shape (2, num_seeds, num_texts)."""
+    heard = [clip["judges"][judge] for clip in row["clips"]]
+    counts = [[clip["edits"] for clip in heard], [clip["ref_length"] for clip in heard]]
+    return np.array(counts).reshape(2, len(row["seeds"]), -1)
+
+
+def error_metrics(counts: np.ndarray) -> dict:
+    """Corpus-level error rate: all edits over all words (or characters) of all texts and seeds.
+
+    The interval resamples the texts, all seeds of one together: its seeds share a text's difficulty.
+
+    Args:
+        counts: from `edit_counts`.
+    """
+    edits, ref_length = counts.sum(axis=(1, 2))
+    resampled_edits, resampled_length = resampled_sums(counts.sum(axis=1))
+    per_seed = counts[0].sum(axis=1) / counts[1].sum(axis=1)
+    return {
+        "error_rate": float(edits / ref_length),
+        "interval": interval(resampled_edits / resampled_length),
+        "per_seed": per_seed.tolist(),
+        "seed_mean": float(per_seed.mean()),
+        "seed_std": float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None,
+    }
+
+
+def change(row: dict, first: dict, judge: str) -> dict | None:
+    """Relative change of the error rate from the first row's, its interval paired by text.
+
+    None for other texts than the first row's, and where that has no error to lose.
+    """
+    if first_seed_texts(row) != first_seed_texts(first):
+        return None
+    counts = np.concatenate([edit_counts(r, judge).sum(axis=1) for r in (row, first)])
+    if counts[2].sum() == 0:
+        return None
+
+    def relative(edits, length, first_edits, first_length):
+        return (edits / length) / (first_edits / first_length) - 1
+
+    sums = resampled_sums(counts)
+    sums = sums[:, sums[2] > 0]  # a draw of texts that the first row has all right says nothing
+    return {"relative": float(relative(*counts.sum(axis=1))), "interval": interval(relative(*sums))}
+
+
+def first_seed_texts(row: dict) -> list[str]:
+    return [clip["text"] for clip in row["clips"][: len(row["clips"]) // len(row["seeds"])]]

@@ -1,0 +1,94 @@
+"""One batch of ASR completions, scored once for all rewards."""
+
+import math
+from dataclasses import dataclass
+
+from reward_models.asr_rules import RULES, hallucination, transcript_errors
+from speech.error_rate import ErrorRate, sum_errors
+from speech.tokens import written_text
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """A batch of completions as text, each list in the batch's order.
+
+    Attributes:
+        ref_texts: the references.
+        hyp_texts: what the policy wrote before END.
+        truncated: whether the transcript was cut off before END.
+        errors: against the references.
+        rules: the violated one of RULES ("truncated" goes first), or None.
+    """
+
+    ref_texts: list[str]
+    hyp_texts: list[str]
+    truncated: list[bool]
+    errors: list[ErrorRate]
+    rules: list[str | None]
+
+    def metrics(self) -> dict[str, float]:
+        """The batch's metrics besides its rewards.
+
+        `wer` and its three parts are all edits of the batch over all its reference words, as in the paper's table
+        (NaN for a batch without speech); the fractions are of rollouts.
+        """
+        total = sum_errors(self.errors)
+        kinds = {"substitutions": total.substitutions, "deletions": total.deletions, "insertions": total.insertions}
+        num_rollouts = len(self.rules)
+        return {
+            "wer": total.rate,
+            **{kind: edits / total.ref_length if total.ref_length else math.nan for kind, edits in kinds.items()},
+            "frac_exact": sum(errors.edits == 0 for errors in self.errors) / num_rollouts,
+            "frac_hallucination": 1 - self.rules.count(None) / num_rollouts,
+            **{f"frac_{rule}": self.rules.count(rule) / num_rollouts for rule in RULES},
+        }
+
+
+class TranscriptScorer:
+    """A tokenizer, and the batch of transcripts that was scored last.
+
+    TRL calls every reward function of a batch with the same list of completions: the first call makes the
+    `Transcripts` (and logs their metrics), the others find them here.
+
+    Args:
+        tokenizer: the policy's.
+        end_id: id of the token that ends a transcript, Llasa's <|TEXT_GENERATION_END|>.
+    """
+
+    def __init__(self, tokenizer, end_id: int):
+        self.tokenizer, self.end_id = tokenizer, end_id
+        self.transcripts: Transcripts | None = None
+        self._completion_ids = None
+
+    def score(
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None = None, log_metric=None
+    ) -> Transcripts:
+        """The scored batch; arguments as for `rollouts.SpeechRolloutScorer.score`."""
+        if completion_ids is not self._completion_ids:
+            self.transcripts = self._transcripts(completion_ids, text, language or ["en"] * len(text))
+            self._completion_ids = completion_ids
+            if log_metric is not None:
+                for name, value in self.transcripts.metrics().items():
+                    log_metric(name, value)
+        return self.transcripts
+
+    def _transcripts(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
+        decoded = [written_text(self.tokenizer, ids, self.end_id) for ids in completion_ids]
+        hyps, truncated = [text for text, _ in decoded], [cut for _, cut in decoded]
+        items = list(zip(texts, hyps, languages, strict=True))
+        rules = ["truncated" if cut else hallucination(*item) for item, cut in zip(items, truncated, strict=True)]
+        return Transcripts(texts, hyps, truncated, [transcript_errors(*item) for item in items], rules)
+
+    def last_samples(self, count: int) -> list[tuple[dict, None]]:
+        """The first transcripts of the batch scored last: a record of each, and no waveform."""
+        last, samples = self.transcripts, []
+        for i in range(min(count, len(last.hyp_texts)) if last else 0):
+            record = {
+                "rollout": i,
+                "text": last.ref_texts[i],
+                "transcript": last.hyp_texts[i],
+                "wer": last.errors[i].rate,
+                "failure": last.rules[i],
+            }
+            samples.append((record, None))
+        return samples

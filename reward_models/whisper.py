@@ -1,0 +1,76 @@
+"""The Whisper reward (arXiv 2509.18798) as TRL calls it, and best-of-N by it; its formulas are in reward_whisper.py."""
+
+import numpy as np
+
+from reward_whisper import (
+    ALPHA_NLL,
+    ALPHA_WER,
+    LAMBDA_NLL,
+    LAMBDA_WER,
+    harmonic_mean,
+    nll_reward,
+    reward,
+    wer_reward,
+)
+
+
+class WhisperReward:
+    """R of `reward_whisper.reward`, in [0, 1].
+
+    A rollout that failed earns 0, the lowest: truncated, without codes, silent, or with NaN in it.
+
+    Args:
+        rollout_scorer: with a codec and Whisper; see reward_models/rollouts.py.
+        alpha_wer, alpha_nll, lambda_wer, lambda_nll: see the formulas.
+    """
+
+    __name__ = "whisper"
+    needs = ("codec", "whisper")
+
+    def __init__(
+        self,
+        rollout_scorer,
+        alpha_wer: float = ALPHA_WER,
+        alpha_nll: float = ALPHA_NLL,
+        lambda_wer: float = LAMBDA_WER,
+        lambda_nll: float = LAMBDA_NLL,
+    ):
+        # Bad parameters show now, not after the first batch was sampled.
+        harmonic_mean(wer_reward(0.5, alpha_wer), nll_reward(0.5, alpha_nll), lambda_wer, lambda_nll)
+        self.rollout_scorer = rollout_scorer
+        self.parameters = {
+            "alpha_wer": alpha_wer,
+            "alpha_nll": alpha_nll,
+            "lambda_wer": lambda_wer,
+            "lambda_nll": lambda_nll,
+        }
+
+    def __call__(self, completion_ids, text, language=None, log_metric=None, **_) -> list[float]:
+        rollouts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
+        if log_metric is not None:
+            self._log_terms(rollouts, log_metric)
+        return [
+            reward(score, truncated, **self.parameters)
+            for score, truncated in zip(rollouts.scores, rollouts.truncated, strict=True)
+        ]
+
+    def _log_terms(self, rollouts, log_metric) -> None:
+        r_wer = [wer_reward(score.wer, self.parameters["alpha_wer"]) for score in rollouts.scores]
+        r_nll = [nll_reward(score.nll, self.parameters["alpha_nll"]) for score in rollouts.scores]
+        for name, values in (("r_wer", r_wer), ("r_nll", r_nll)):
+            log_metric(f"{name}/mean", float(np.mean(values)))
+            log_metric(f"{name}/std", float(np.std(values)))
+            log_metric(f"{name}/group_std", float(rollouts.grouped(values).std(axis=1).mean()))
+
+
+def best_of_n(scorer, samples, wavs, texts: list[str], languages: list[str], n: int, **parameters) -> list[int]:
+    """Index of the rollout with the highest reward among each n in a row (the first, where several have it).
+
+    Args:
+        scorer: a `WhisperScorer`.
+        samples: `policy.Sample`s, n for each text; wavs, texts, languages: one for each of them.
+        parameters: of `reward_whisper.reward`.
+    """
+    scores = scorer.score(wavs, texts, languages)
+    rewards = [reward(score, sample.truncated, **parameters) for score, sample in zip(scores, samples, strict=True)]
+    return [start + int(np.argmax(rewards[start : start + n])) for start in range(0, len(rewards), n)]

@@ -1,0 +1,1 @@
+"""The policy, the codec and the recogniser."""

@@ -1,0 +1,123 @@
+"""Word and character error rates of normalised texts, with Whisper's own normalisers."""
+
+import math
+import re
+from functools import lru_cache
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+import jiwer
+from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+
+from common.cli import InputError, did_you_mean
+
+# Written without spaces between words, so a "word" error rate means nothing; Whisper writes them without a
+# leading space (openai/whisper#2112).
+SPACELESS_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
+# Scored by characters. Korean has spaces, but writers disagree on where, and arXiv 2509.18798 uses CER for it.
+CER_LANGUAGES = SPACELESS_LANGUAGES | {"ko"}
+
+
+def language_code(language: str) -> str:
+    """Whisper's code of a language: 'en', 'EN' and 'English' are 'en'. ValueError if it knows none."""
+    name = language.lower()
+    if name in LANGUAGES:
+        return name
+    if name in TO_LANGUAGE_CODE:
+        return TO_LANGUAGE_CODE[name]
+    hint = did_you_mean(name, [*LANGUAGES, *TO_LANGUAGE_CODE], cutoff=0.3) or "."
+    raise InputError(f"unknown language {language!r}{hint} Known: {', '.join(sorted(LANGUAGES))}")
+
+
+@lru_cache(maxsize=2)
+def _normalizer(english: bool) -> BasicTextNormalizer | EnglishTextNormalizer:
+    return EnglishTextNormalizer() if english else BasicTextNormalizer()
+
+
+@lru_cache(maxsize=1024)  # a text is compared with all of its group's rollouts
+def normalize_text(text: str, language: str) -> str:
+    """The text as it is compared: Whisper's own English normaliser for English, its basic one otherwise.
+
+    The English one leaves a "." where a text ends in an ellipsis; what holds no letter or digit is dropped here,
+    or it would be a word. It also joins numbers: "one two" is "12", one word. The basic one turns combining
+    vowel signs (Hindi, Thai …) into spaces, in reference and transcript alike.
+    """
+    words = _normalizer(language_code(language) == "en")(text).split()
+    return " ".join(word for word in words if re.search(r"\w", word))
+
+
+class ErrorRate(NamedTuple):
+    """WER, or CER for CER_LANGUAGES, with its counts. Can exceed 1: insertions count, and nothing bounds them."""
+
+    rate: float
+    substitutions: int
+    deletions: int
+    insertions: int
+    ref_length: int  # words, or characters
+
+    @property
+    def edits(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+
+def error_rate(ref: str, hyp: str, language: str) -> ErrorRate:
+    """Edits between the normalised texts over the reference's length: 'a b c' heard as 'a x' is 2 / 3.
+
+    Characters in place of words, and all spaces ignored, for CER_LANGUAGES. An empty `hyp` is 1.
+
+    Raises:
+        ValueError: nothing is left of `ref` after normalisation; such a text cannot be scored.
+    """
+    language = language_code(language)
+    ref_text, hyp_text = normalize_text(ref, language), normalize_text(hyp, language)
+    if not ref_text:
+        raise InputError(
+            f"reference text {ref!r} is empty after Whisper's normalisation ({language}): drop it from the data set"
+        )
+    if language in CER_LANGUAGES:
+        output = jiwer.process_characters("".join(ref_text.split()), "".join(hyp_text.split()))
+    else:
+        output = jiwer.process_words(ref_text, hyp_text)
+    counts = (output.substitutions, output.deletions, output.insertions)
+    ref_length = output.hits + output.substitutions + output.deletions
+    return ErrorRate(sum(counts) / ref_length, *counts, ref_length)
+
+
+def sum_errors(errors: list[ErrorRate]) -> ErrorRate:
+    """The error rate of a corpus: all edits over all reference words (or characters), so that long texts weigh more.
+
+    NaN where the references have no words at all: clips without speech.
+    """
+    substitutions, deletions, insertions, ref_length = (
+        sum(getattr(one, field) for one in errors) for field in ErrorRate._fields[1:]
+    )
+    edits = substitutions + deletions + insertions
+    return ErrorRate(edits / ref_length if ref_length else math.nan, substitutions, deletions, insertions, ref_length)
+
+
+def split_reference(text: str, hyps: list[str], language: str) -> list[str]:
+    """Divide a text over the consecutive transcripts of a clip: each gets the stretch that aligns with it.
+
+    'one two three four' over ['one too', 'four'] is ['one two three', 'four'].
+    """
+    if len(hyps) == 1:
+        return [text.strip()]
+    spaceless = language in SPACELESS_LANGUAGES
+    ref_units = list(text.strip()) if spaceless else text.split()
+    hyp_units = [list(hyp) if spaceless else hyp.split() for hyp in hyps]
+
+    def keys(units: list[str]) -> str:
+        # Not normalize_text: it merges and splits words, and here every raw word needs exactly one key.
+        return " ".join(re.sub(r"\W", "", unit).casefold() or "·" for unit in units)
+
+    [alignment] = jiwer.process_words(keys(ref_units), keys(list(chain(*hyp_units)))).alignments
+    ref_after = [0]  # ref_after[n]: the reference units used up by the first n units heard
+    for op in alignment:
+        if op.type == "delete":
+            ref_after[-1] = op.ref_end_idx
+        for n in range(op.hyp_end_idx - op.hyp_start_idx):
+            ref_after.append(min(op.ref_start_idx + n + 1, op.ref_end_idx))
+    cuts = [0, *(ref_after[n] for n in accumulate(map(len, hyp_units)))]
+    joiner = "" if spaceless else " "
+    return [joiner.join(ref_units[a:b]) for a, b in pairwise(cuts)]

@@ -1,0 +1,277 @@
+"""Whisper on batches of clips: the transcript and the NLL of a reference text from one encoder pass."""
+
+import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import whisper
+from torch.nn.utils.rnn import pad_sequence
+from whisper.audio import HOP_LENGTH as MEL_HOP_LENGTH
+from whisper.audio import N_FFT, mel_filters
+from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
+
+from common.cli import InputError
+from speech.audio import audio_failure, split_at_pauses
+from speech.error_rate import SPACELESS_LANGUAGES, error_rate, language_code, split_reference
+from speech.whisper_decoding import Reading, WindowReader
+
+MAX_NLL = 20.0  # nats per token, the worst score: a uniform guess over Whisper's vocabulary is ln 51,866 = 10.9
+SAMPLES_PER_FEATURE = 2 * MEL_HOP_LENGTH  # 20 ms: two mel frames of 10 ms make one encoder position
+
+# Keys and values of the sound outweigh all else in a batch: 17 windows of large-v3 in float16 (246 MB each) fit, and
+# 8 in float32. Small models: 64 clips on tiny/ take 0.56 s in batches of 16, 0.50 of 32, 0.49 of 64 (one CPU thread).
+BATCH_BYTES = 4 << 30
+MAX_BATCH_SIZE = 32  # windows
+
+
+@dataclass(frozen=True)
+class Score:
+    """What Whisper says of one clip. `wer` is the CER for CER_LANGUAGES; `nll` in nats per token, <= MAX_NLL."""
+
+    hyp_text: str
+    wer: float
+    nll: float
+    edits: int
+    ref_length: int
+    failure: str | None = None  # 'empty', 'silent', 'non_finite': scored without Whisper, WER 1 and MAX_NLL
+
+
+def load_whisper(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
+    """An openai-whisper model by name ('large-v3', also 'openai/whisper-large-v3') or from a .pt file.
+
+    Raises:
+        ValueError: no such name or file, not an openai-whisper checkpoint, or the download failed.
+    """
+    name = os.fspath(model_id_or_path).removeprefix("openai/whisper-")
+    if name not in whisper.available_models() and not os.path.isfile(name):
+        raise InputError(
+            f"{name}: no such Whisper. Give the path of an openai-whisper .pt file, or one of: "
+            + ", ".join(whisper.available_models())
+        )
+    try:
+        model = whisper.load_model(name, device="cpu")
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{name}: cannot be loaded as an openai-whisper model ({why})") from error
+    for module in model.modules():
+        # Whisper casts weights on the fly but computes its LayerNorms in float32: model.half() would break those.
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Embedding)):
+            module.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def log_mel_spectrograms(wavs: torch.Tensor, n_mels: int) -> torch.Tensor:
+    """Whisper's log-mel spectrogram of each waveform, shape (rows, n_mels, n_samples // 160), on its device.
+
+    `whisper.log_mel_spectrogram` takes its floor from the loudest value of all it is given, so it cannot be given
+    a batch: a quiet clip would lose what lies far below its neighbours.
+
+    Args:
+        wavs: float32 at 16 kHz, shape (rows, n_samples).
+    """
+    window = torch.hann_window(N_FFT, device=wavs.device)
+    spectrum = torch.stft(wavs, N_FFT, MEL_HOP_LENGTH, window=window, return_complex=True)[..., :-1].mT
+    power = spectrum.real.square() + spectrum.imag.square()
+    log_mel = (power @ mel_filters(wavs.device, n_mels).T).clamp(min=1e-10).log10().mT
+    log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8.0)
+    return (log_mel + 4.0) / 4.0
+
+
+class WhisperScorer:
+    """Transcripts and NLLs from one encoder pass, in batches; equal to scoring each clip alone.
+
+    Args:
+        model_id_or_path: see `load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
+        device: CUDA if there is one; 'cuda' is the process's current device.
+        dtype: float16 or float32; float16 on a GPU and float32 elsewhere if not given.
+        batch_size: windows a forward pass; as many as BATCH_BYTES and MAX_BATCH_SIZE allow if not given.
+    """
+
+    def __init__(
+        self,
+        model_id_or_path: str | os.PathLike,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+    ):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device {device}: this machine or this PyTorch has no CUDA; use 'cpu'")
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        if self.dtype not in (torch.float16, torch.float32):
+            raise ValueError(f"openai-whisper decodes in float16 or float32, not {self.dtype}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model = load_whisper(model_id_or_path, self.device, self.dtype)
+        dims = self.model.dims
+        window_bytes = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * self.dtype.itemsize
+        self.batch_size = batch_size or max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))
+        self.window = dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
+
+    def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str] | str = "en") -> list[Score]:
+        """Score each waveform against the text it should carry.
+
+        A transcript is cut at 2 * (tokens of the text) + 8 tokens a window, so that a loop cannot hold up the run.
+        The NLL is that of the text as it is written, with case and punctuation: what Whisper was trained to
+        write. A clip longer than the window is cut at pauses, and each piece is given the stretch of the text
+        that aligns with its transcript, and an end of its own.
+
+        Args:
+            wavs: float mono at 16 kHz, shape (n_samples,) each. Empty, silent and non-finite ones are the
+                policy's failures: they get the stated score, not an exception.
+            texts: the references, one for each.
+            languages: a Whisper code or name, one for all or one for each.
+        Raises:
+            ValueError, TypeError: lengths differ, a text is empty once normalised, an unknown language, or a
+                waveform is not a one-dimensional float array.
+        """
+        wavs, languages = self._check(wavs, languages)
+        if isinstance(texts, str) or len(texts) != len(wavs):
+            raise ValueError(f"expected one text for each of the {len(wavs)} waveforms, got {texts!r:.80}")
+        nothing_heard = [error_rate(text, "", language) for text, language in zip(texts, languages, strict=True)]
+        failures = [audio_failure(wav) for wav in wavs]
+        scores = [
+            Score("", errors.rate, MAX_NLL, errors.edits, errors.ref_length, failure)
+            for failure, errors in zip(failures, nothing_heard, strict=True)
+        ]
+        text_ids = [self._text_ids(*item) for item in zip(texts, languages, strict=True)]
+        max_tokens = [2 * len(ids) + 8 for ids in text_ids]
+        for i, features, readings in self._listen(wavs, failures, languages, text_ids, max_tokens):
+            language, drafts = languages[i], [text_ids[i]]
+            hyps = self._write(readings, language)
+            if len(hyps) > 1:  # only now can be said which stretch of the text is in which window
+                drafts = [self._text_ids(share, language) for share in split_reference(texts[i], hyps, language)]
+                readings = self._read(features, language, drafts, [0] * len(drafts))
+            hyp_text = _join(hyps, language)
+            errors = error_rate(texts[i], hyp_text, language)
+            nll = _mean_nll(readings, drafts)
+            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length)
+        return scores
+
+    def transcribe(
+        self, wavs: list[np.ndarray], languages: list[str] | str = "en", max_tokens: int | None = None
+    ) -> list[str]:
+        """Greedy transcripts, '' for empty, silent and non-finite waveforms; arguments as for `score`.
+
+        Args:
+            max_tokens: a window's most, half the decoder's context (224 for OpenAI's) if not given.
+        """
+        wavs, languages = self._check(wavs, languages)
+        limit = self.model.dims.n_text_ctx // 2 if max_tokens is None else max_tokens
+        if limit < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        texts, failures = [""] * len(wavs), [audio_failure(wav) for wav in wavs]
+        for i, _, readings in self._listen(wavs, failures, languages, [[]] * len(wavs), [limit] * len(wavs)):
+            texts[i] = _join(self._write(readings, languages[i]), languages[i])
+        return texts
+
+    def _check(self, wavs: list[np.ndarray], languages: list[str] | str) -> tuple[list[np.ndarray], list[str]]:
+        languages = [languages] * len(wavs) if isinstance(languages, str) else languages
+        if len(languages) != len(wavs):
+            raise ValueError(f"expected one language for each of the {len(wavs)} waveforms, got {len(languages)}")
+        for i, wav in enumerate(wavs):
+            if not (isinstance(wav, np.ndarray) and wav.ndim == 1 and np.issubdtype(wav.dtype, np.floating)):
+                came = f"{wav.dtype} array of shape {wav.shape}" if isinstance(wav, np.ndarray) else type(wav).__name__
+                raise TypeError(f"waveform {i}: expected a float numpy array of shape (n_samples,), got {came}")
+        codes = [language_code(language) for language in languages]
+        for code in set(codes):
+            self._tokenizer(code)  # raises before any work
+        return [np.ascontiguousarray(wav, dtype=np.float32) for wav in wavs], codes
+
+    def _tokenizer(self, language: str) -> Tokenizer:
+        model = self.model
+        known = list(LANGUAGES)[: model.num_languages] if model.is_multilingual else ["en"]
+        if language not in known:
+            raise InputError(f"this Whisper does not know the language {language!r}. It knows: {', '.join(known)}")
+        return get_tokenizer(
+            model.is_multilingual, num_languages=model.num_languages, language=language, task="transcribe"
+        )
+
+    def _text_ids(self, text: str, language: str) -> list[int]:
+        text = text.strip()
+        # A text that spells a special token is text.
+        written = text if language in SPACELESS_LANGUAGES or not text else " " + text
+        return self._tokenizer(language).encode(written, disallowed_special=())
+
+    def _listen(
+        self,
+        wavs: list[np.ndarray],
+        failures: list[str | None],
+        languages: list[str],
+        drafts: list[list[int]],
+        max_tokens: list[int],
+    ) -> Iterator[tuple[int, torch.Tensor, list[Reading]]]:
+        """Of each waveform without a failure: its index, and the features and readings of its windows.
+
+        Those of a waveform of several windows are read without a draft.
+        """
+        pieces = {
+            # Clipped as in a file or a loudspeaker: what is finite but huge would overflow in the mel.
+            i: split_at_pauses(wav.clip(-1.0, 1.0), self.window) if len(wav) > self.window else [wav.clip(-1.0, 1.0)]
+            for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True))
+            if failure is None
+        }
+        batches: list[list[int]] = []
+        room = 0
+        # One language a batch, for one prompt; like lengths together, as they end together.
+        for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], len(drafts[i]), len(wavs[i]))):
+            if not batches or len(pieces[i]) > room or languages[batches[-1][0]] != languages[i]:
+                batches.append([])
+                room = self.batch_size
+            batches[-1].append(i)
+            room -= len(pieces[i])
+        for batch in batches:
+            owners = [i for i in batch for _ in pieces[i]]  # the waveform of each window
+            features = self._encode([piece for i in batch for piece in pieces[i]])
+            window_drafts = [drafts[i] if len(pieces[i]) == 1 else [] for i in owners]
+            readings = self._read(features, languages[batch[0]], window_drafts, [max_tokens[i] for i in owners])
+            for i in batch:
+                first = owners.index(i)
+                windows = slice(first, first + len(pieces[i]))
+                yield i, features[windows], readings[windows]
+
+    @torch.inference_mode()
+    def _encode(self, wavs: list[np.ndarray]) -> torch.Tensor:
+        """Features, shape (len(wavs), n_audio_ctx, n_audio_state), of waveforms of at most `window` samples."""
+        features = []
+        for first in range(0, len(wavs), self.batch_size):
+            batch = [torch.from_numpy(wav) for wav in wavs[first : first + self.batch_size]]
+            padded = pad_sequence(batch, batch_first=True).to(self.device)
+            # The *waveform* is padded, as in Whisper's training; a mel padded with zeros is not silence.
+            padded = F.pad(padded, (0, self.window - padded.shape[1]))
+            mels = log_mel_spectrograms(padded, self.model.dims.n_mels)
+            features.append(self.model.encoder(mels.to(self.dtype)))
+        return torch.cat(features)
+
+    def _read(
+        self, features: torch.Tensor, language: str, drafts: list[list[int]], max_tokens: list[int]
+    ) -> list[Reading]:
+        """`WindowReader.read`, in batches."""
+        reader = WindowReader(self.model, language)
+        batches = [slice(first, first + self.batch_size) for first in range(0, len(drafts), self.batch_size)]
+        return list(chain(*(reader.read(features[part], drafts[part], max_tokens[part]) for part in batches)))
+
+    def _write(self, readings: list[Reading], language: str) -> list[str]:
+        """The transcripts, as text."""
+        tokenizer = self._tokenizer(language)
+        # Specials have the ids from `eot` on; the library forbids only some of them and would spell them out.
+        return [tokenizer.decode([t for t in reading.tokens if t < tokenizer.eot]).strip() for reading in readings]
+
+
+def _mean_nll(readings: list[Reading], texts: list[list[int]]) -> float:
+    """Nats per token over all windows of a clip, an end-of-text each included; at most MAX_NLL.
+
+    Tokens beyond the decoder's context cannot be in this much sound: they count MAX_NLL each.
+    """
+    num_tokens = sum(len(ids) + 1 for ids in texts)
+    unread = num_tokens - sum(reading.nll_tokens for reading in readings)
+    return min((sum(reading.nll for reading in readings) + MAX_NLL * unread) / num_tokens, MAX_NLL)
+
+
+def _join(hyps: list[str], language: str) -> str:
+    return ("" if language in SPACELESS_LANGUAGES else " ").join(hyps).strip()

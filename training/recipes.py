@@ -1,0 +1,296 @@
+"""The flags of train.py: what is ours, TRL's configs with every value of the experiment stated, and their parsing."""
+
+import argparse
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
+
+from common.cli import InputError, bad_input_exits, did_you_mean, library_errors_are_input, show_tracebacks
+from reward_models import DEFAULT_CONFIG
+from training.diffro import FILTERS, METHODS
+
+# Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s
+MAX_COMPLETION_LENGTH = {"tts": 1500, "asr": 256}
+
+
+@dataclass
+class ScriptArguments:
+    """The flags that are ours rather than TRL's."""
+
+    dataset: str = field(
+        default=None, metadata={"help": "training rows: hub id, saved folder, or a .json/.jsonl/.csv/.parquet file"}
+    )
+    split: str = field(default="train", metadata={"help": "split of --dataset to train on"})
+    method: str = field(
+        default="grpo",
+        metadata={
+            "help": "training method; diffro is the differentiable reward, sft supervised training",
+            "choices": [*METHODS, "sft"],
+        },
+    )
+    task: str = field(
+        default="tts",
+        metadata={
+            "help": "tts: text to speech; asr: speech to text; both: multitask, for --method sft only",
+            "choices": ["tts", "asr", "both"],
+        },
+    )
+    reward_config: str = field(
+        default=None,
+        metadata={
+            "help": "JSON file of rewards and weights (default: reward_models/whisper.json; asr: asr_rules.json)"
+        },
+    )
+    codec_id: str = field(
+        default=None, metadata={"help": "XCodec2, hub id or folder (default: the policy's run.json, else the hub's)"}
+    )
+    whisper: str = field(
+        default=None, metadata={"help": "Whisper of the reward (default: the policy's run.json, else large-v3)"}
+    )
+    token2text: str = field(
+        default=None, metadata={"help": "folder of DiffRO's reward model, from train_token2text.py"}
+    )
+    diffro_weight: float = field(
+        default=1.0, metadata={"help": "weight of DiffRO's loss beside GRPO's, for grpo+diffro"}
+    )
+    diffro_filter: str = field(
+        default=None,
+        metadata={
+            "help": "rollouts DiffRO learns from: all, positive advantage, or of these the clean ones (neither "
+            "truncated nor repetitive); default: none for diffro, clean for grpo+diffro",
+            "choices": list(FILTERS),
+        },
+    )
+    diffro_labels: list[str] = field(
+        default_factory=list,
+        metadata={"help": "columns whose labels DiffRO rewards too (heads of the token-to-text model)"},
+    )
+    gumbel_temperature: float = field(default=1.0, metadata={"help": "temperature of DiffRO's Gumbel-softmax"})
+    gumbel_temperature_end: float = field(
+        default=None, metadata={"help": "Gumbel temperature at the last step, linear in between"}
+    )
+    gumbel_hard: bool = field(
+        default=True, metadata={"help": "straight-through codes (the paper's); false: mixtures of codes"}
+    )
+    gumbel_draws: int = field(default=1, metadata={"help": "Gumbel draws averaged for each rollout"})
+    sample_steps: int = field(default=50, metadata={"help": "steps between saved rollouts (wav, transcript); 0: never"})
+    sample_count: int = field(default=8, metadata={"help": "number of rollouts saved each time"})
+    offload_rewards: bool = field(
+        default=False, metadata={"help": "keep codec and Whisper on the CPU while they do not score"}
+    )
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@dataclass
+class GRPORecipe(GRPOConfig):
+    """TRL's GRPOConfig, with every value that shapes the experiment stated here."""
+
+    output_dir: str = "llasa-grpo"
+    # arXiv 2509.18798, §4: G = 8, β = 0.1, lr 1e-5 fixed, the loss a mean per sequence; k3 KL, not bias-corrected
+    num_generations: int = 8
+    beta: float = 0.1
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "constant"
+    loss_type: str = "grpo"
+    scale_rewards: str = "group"
+    use_bias_correction_kl: bool = False
+    # One distribution for sampling and training: temperature only
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    # The KV cache is allocated once; a growing one is copied whole at every code (docs/speed.md)
+    cache_implementation: str = "static"
+    # With vLLM: over 1,000 codes the default's ratio of whole sequences is about 0 (prepare_vllm)
+    vllm_importance_sampling_mode: str = "token_truncate"
+    # Not stated there: 64 rollouts a step, each used once
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 8
+    num_iterations: int = 1
+    epsilon: float = 0.2
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer together, Llasa's context"})
+    max_completion_length: int | None = None  # filled in: MAX_COMPLETION_LENGTH of the task
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    num_train_epochs: float = 1.0
+    mask_truncated_completions: bool = False  # a truncated rollout earns 0, and is learnt from
+    # Bookkeeping
+    bf16: bool = field(default_factory=_on_gpu)
+    use_cpu: bool = field(default_factory=lambda: not _on_gpu())
+    dataloader_pin_memory: bool = field(default_factory=_on_gpu)
+    logging_steps: float = 1
+    save_steps: float = 100
+    report_to: str = "none"
+    seed: int = 0
+
+
+@dataclass
+class SFTRecipe(SFTConfig):
+    """TRL's SFTConfig; the loss is on the answer only: speech codes, or text, and END."""
+
+    output_dir: str = "llasa-sft"
+    # Llasa (arXiv 2502.04128): lr 5e-5, cosine, warm-up 3 %, 2,048 tokens
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    max_length: int = 2048
+    completion_only_loss: bool = True
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.01
+    num_train_epochs: float = 1.0
+    train_sampling_strategy: str = "random"
+    bf16: bool = field(default_factory=_on_gpu)
+    use_cpu: bool = field(default_factory=lambda: not _on_gpu())
+    dataloader_pin_memory: bool = field(default_factory=_on_gpu)
+    logging_steps: float = 10
+    save_steps: float = 500
+    report_to: str = "none"
+    seed: int = 0
+
+
+Arguments = tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig]
+
+# TRL's flags that --help shows beside ours; --help_all has them all
+COMMON_FLAGS = {
+    "model_name_or_path": "the policy to start from: hub id or folder (LoRA too)",
+    "output_dir": "folder of checkpoints, log, samples and the trained model",
+    "resume_from_checkpoint": "true: resume from the last checkpoint of --output_dir; or a checkpoint-N folder",
+    "max_steps": "number of optimizer steps; else --num_train_epochs",
+    "num_train_epochs": "number of passes over the data set",
+    "learning_rate": "learning rate of AdamW",
+    "per_device_train_batch_size": "rollouts (sft: rows) of one forward of the loss",
+    "gradient_accumulation_steps": "forwards per optimizer step",
+    "num_generations": "rollouts per prompt, the group size G",
+    "max_length": "tokens of prompt and answer together",
+    "max_completion_length": "tokens of an answer (default: 1500 for tts, 30 s; 256 for asr)",
+    "temperature": "sampling temperature of the rollouts",
+    "beta": "weight of the KL to the reference policy; 0 drops the reference",
+    "bf16": "bfloat16 autocast (default: true on a GPU)",
+    "dtype": "dtype of the weights, float32 or (with LoRA) bfloat16",
+    "gradient_checkpointing": "recompute activations in the backward pass",
+    "use_peft": "train a LoRA adapter instead of all weights",
+    "lora_r": "rank of the LoRA adapter",
+    "use_vllm": "sample with vLLM (docs/vllm.md)",
+    "save_steps": "steps between checkpoints",
+    "report_to": "none, tensorboard, trackio or wandb: curves and audio samples",
+    "push_to_hub": "upload model, card and samples to the hub (--hub_model_id)",
+    "seed": "random seed",
+    "debug": "show the traceback of an input error",
+}
+
+
+def parse_args(argv: list[str] | None = None, description: str = "") -> Arguments:
+    """The flags of train.py, from the command line and from the YAML file of --config.
+
+    Raises:
+        SystemExit: after --help and --help_all; with code 2 for bad input, after a message of one line.
+    """
+    argv = _split_config(list(sys.argv[1:] if argv is None else argv))
+    argv = _take_debug(argv)
+    with bad_input_exits():
+        config = _read_config(argv)
+        recipe = SFTRecipe if _method(argv, config) == "sft" else GRPORecipe
+        # A lone --help is answered below, with fewer flags than the parser would print.
+        parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=description, usage="train.py [flags]")
+        if {"-h", "--help", "--help_all"} & set(argv):
+            _print_help(parser, everything="--help_all" in argv)
+            sys.exit(0)
+        _check_names(parser, argv, config)
+        with library_errors_are_input("train.py", ValueError):
+            script_args, training_args, model_args = parser.parse_args_and_config(argv)
+        if script_args.method != "sft":
+            _fill_in(script_args)
+            longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
+            training_args.max_completion_length = longest
+    return script_args, training_args, model_args
+
+
+def _split_config(argv: list[str]) -> list[str]:
+    """--config=FILE as two words, which is how TrlParser looks for it."""
+    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+
+
+def _take_debug(argv: list[str]) -> list[str]:
+    """The flags without ours of that name; transformers' --debug has a value."""
+    ours = {i for i, word in enumerate(argv) if word == "--debug" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")}
+    show_tracebacks(bool(ours))
+    return [word for i, word in enumerate(argv) if i not in ours]
+
+
+def _read_config(argv: list[str]) -> dict:
+    """What the file of --config says; {} without one."""
+    if "--config" not in argv:
+        return {}
+    path = "".join(argv[argv.index("--config") + 1 :][:1])
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--config {path}: expected a mapping of settings (got {type(config).__name__})")
+    return config
+
+
+def _method(argv: list[str], config: dict) -> str:
+    """--method, from the flags or the config file: it decides which other flags there are."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--method")
+    flags, _ = peek.parse_known_args(argv)
+    return flags.method or config.get("method") or "grpo"
+
+
+def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
+    """Raises InputError for a flag or a config key that does not exist, naming the nearest that does."""
+    known = {name.lstrip("-").replace("-", "_") for action in parser._actions for name in action.option_strings}
+    flags = [word.split("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        name = flag.lstrip("-").replace("-", "_")
+        if name not in known | {"config"}:
+            raise InputError(f"unknown flag {flag}{did_you_mean(name, known) or '.'} See python train.py --help")
+    for key in config.keys() - known - {"env"}:
+        path = argv[argv.index("--config") + 1]
+        raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, known) or '.'} See python train.py --help")
+
+
+def _print_help(parser: TrlParser, everything: bool) -> None:
+    """Our flags and COMMON_FLAGS, a line each; with `everything` TRL's and transformers' too."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these flags; the command line wins")
+    parser.add_argument("--help_all", action="store_true", help="show the flags of TRL and transformers too")
+    ours = {one.name for one in fields(ScriptArguments)} | {"config", "help", "help_all"}
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]  # --a_b; --a-b is understood too
+        if action.option_strings[0].startswith("--no_"):
+            action.help = argparse.SUPPRESS
+        elif action.dest in COMMON_FLAGS:
+            action.help = COMMON_FLAGS[action.dest]
+        elif action.dest not in ours and not everything:
+            action.help = argparse.SUPPRESS
+        if action.nargs != 0 and not action.choices and action.dest != "config":
+            action.metavar = "" if action.dest == "debug" else "X"
+        if action.dest in {*ours, *COMMON_FLAGS} and action.default not in (None, False, [], argparse.SUPPRESS):
+            action.help += f" (default: {action.default})" if "default:" not in action.help else ""
+    parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
+    parser.print_help()
+
+
+def _fill_in(script_args: ScriptArguments) -> None:
+    """The defaults that --task and --method decide, and the combinations that they rule out."""
+    method, task = script_args.method, script_args.task
+    if task == "both":
+        raise InputError("--task both: for --method sft only, RL trains one task at a time. Use --task tts or asr")
+    if "diffro" in method and task == "asr":
+        raise InputError(f"--method {method}: for --task tts only, text is no speech that token2text could read")
+    if "diffro" in method and not script_args.token2text:
+        raise InputError(
+            f"--method {method} needs --token2text, a folder from train_token2text.py such as tiny/token2text"
+        )
+    default = "reward_models/token2text.json" if method == "diffro" else DEFAULT_CONFIG[task]
+    script_args.reward_config = script_args.reward_config or default
+    script_args.diffro_filter = script_args.diffro_filter or ("none" if method == "diffro" else "clean")

@@ -215,10 +215,10 @@ def test_a_template_that_renders_something_else_is_refused(added):
 
 def test_ids_and_codes():
     tokens = SpeechTokens(start_id=4, end_id=5, first_code_id=8, num_codes=10, num_text_ids=3, text_end_id=3)
-    assert tokens.codes(tokens.ids([3, 9])) == ([3, 9], False)
-    assert tokens.codes([8, 17, 5]) == ([0, 9], True)
-    assert tokens.codes([5]) == ([], True)
-    assert tokens.codes([8, 5, 9]) == ([0], True)  # what follows END is not speech
+    assert tokens.codes(tokens.ids([3, 9])) == ([3, 9], True)
+    assert tokens.codes([8, 17, 5]) == ([0, 9], False)
+    assert tokens.codes([5]) == ([], False)
+    assert tokens.codes([8, 5, 9]) == ([0], False)  # what follows END is not speech
     with pytest.raises(ValueError, match="code 10 is not in"):
         tokens.ids([10])
     with pytest.raises(ValueError, match="outside the speech codes"):
@@ -306,9 +306,9 @@ def test_text_is_read_up_to_its_end():
     tokenizer = small_tokenizer()
     tokens = prepare_tokenizer(tokenizer, "asr")
     written = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    assert written_text(tokenizer, [*written, tokens.text_end_id, *written], tokens.text_end_id) == (TEXT, True)
-    assert written_text(tokenizer, written, tokens.text_end_id) == (TEXT, False)
-    assert written_text(tokenizer, [tokens.text_end_id], tokens.text_end_id) == ("", True)
+    assert written_text(tokenizer, [*written, tokens.text_end_id, *written], tokens.text_end_id) == (TEXT, False)
+    assert written_text(tokenizer, written, tokens.text_end_id) == (TEXT, True)
+    assert written_text(tokenizer, [tokens.text_end_id], tokens.text_end_id) == ("", False)
     with pytest.raises(ValueError, match="no speech to read"):
         asr_prompt([])
 

@@ -90,7 +90,7 @@ def test_the_recipe_fits_its_card(real_sizes):
         device=torch.device("cuda"),
     )
     shapes = memory.shapes_of(policy, args, 100 + recipe["max_completion_length"])
-    listening = memory.listening_bytes(scorer)
+    listening = memory.scoring_bytes(scorer)
     assert sum(p.numel() for p in policy.parameters()) == pytest.approx(1.37e9, rel=0.01)
     parts = memory.estimate(policy, reference, [codec, scorer.model], listening, shapes, recipe["offload_rewards"])
     assert parts["peak"] < 39.4 * memory.GIB

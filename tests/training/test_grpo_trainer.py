@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from fake_llasa import TEXT, batch
 from trl import GRPOConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from speech.confined_head import FORBIDDEN_LOGIT, ConfinedHead, confine_head
-from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids, tts_prompt
+from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids
 from tiny.llasa import new_model, new_tokenizer
 from training import grpo_trainer
 from training.grpo_trainer import prepare_vllm, score_confined
-
-TEXT = "Anna found two boxes."
 
 
 @pytest.fixture(scope="module")
@@ -29,40 +27,6 @@ def model(tokenizer):
 @pytest.fixture
 def tokens(tokenizer):
     return prepare_tokenizer(tokenizer)
-
-
-def batch(tokenizer, tokens):
-    """Two rollouts after one prompt, the second shorter: ids, attention mask, labels."""
-    prompt = prompt_ids(tokenizer, tts_prompt(TEXT))
-    rows = [prompt + tokens.ids([5, 63, 0, 7]) + [tokens.end_id], prompt + tokens.ids([9]) + [tokens.end_id]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, : len(prompt)] = -100
-    return ids, mask, labels
-
-
-def test_logits_are_the_full_heads_where_allowed(model, tokenizer, tokens):
-    ids, mask, _ = batch(tokenizer, tokens)
-    full = model(ids, attention_mask=mask).logits
-    prepare_model(model, tokenizer, tokens)
-    confined = model(ids, attention_mask=mask).logits
-    assert confined.shape == full.shape
-    torch.testing.assert_close(confined[..., tokens.speech_ids], full[..., tokens.speech_ids])
-    others = sorted(set(range(full.shape[-1])) - set(tokens.speech_ids))
-    assert (confined[..., others] < FORBIDDEN_LOGIT / 2).all()
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def test_only_the_allowed_rows_are_multiplied(model, tokenizer, tokens, monkeypatch):
-    prepare_model(model, tokenizer, tokens)
-    sizes = []
-    linear = torch.nn.functional.linear
-    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: sizes.append(len(w)) or linear(x, w, b))
-    ConfinedHead.forward(model.lm_head, torch.zeros(1, 48))
-    # END, the two markers after it, and the 64 codes
-    assert sizes == [67]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -139,23 +103,6 @@ def test_short_prompts_are_not_packed(model, tokenizer, tokens):
     ids, mask, labels = batch(tokenizer, tokens)
     length = int((labels != -100).any(dim=0).int().argmax())
     assert grpo_trainer.shared_prompts(model, {"input_ids": ids, "attention_mask": mask}, length) is None
-
-
-def test_kept_rows_give_the_same_logits_and_go(model, tokenizer, tokens):
-    prepare_model(model, tokenizer, tokens)
-    head, hidden = model.lm_head, torch.randn(3, 48)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_each_time = head(hidden)
-        with head.kept_rows(torch.bfloat16):
-            assert head._kept[0].dtype == torch.bfloat16
-            assert torch.equal(head(hidden), cast_each_time)
-    assert head._kept is None
-
-
-def test_confine_refuses_a_trained_bias(model):
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    with pytest.raises(ValueError, match="bias of its own"):
-        confine_head(model, [1, 2])
 
 
 def vllm_config(tmp_path, **settings) -> GRPOConfig:

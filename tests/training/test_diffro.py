@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from fake_token2text import small
 from peft import LoraConfig
-from test_token2text import small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 

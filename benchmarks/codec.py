@@ -1,11 +1,18 @@
-"""How fast rollouts become sound: one at a time, as is obvious, against exact padded batches and what `decode` chooses.
+"""Speed of codec decoding: speech codes to waveforms, one rollout at a time and in batches.
 
-    python benchmarks/codec.py --size tiny  # tiny/codec: 64 rollouts of 50 to 96 codes, as tiny/llasa speaks
-    python benchmarks/codec.py --size real  # published sizes, random weights: 64 of 200 to 1,500 (a CPU: see --help)
+    python benchmarks/codec.py --size tiny  # tiny/codec: 64 rollouts of 50 to 96 codes, as tiny/llasa generates them
+    python benchmarks/codec.py --size real  # published sizes, random weights: 64 rollouts of 200 to 1,500 codes
 
-"batched, padded" puts as many rollouts into a forward pass as a GPU's memory is meant for, whatever the padding;
-"chosen" is `SpeechCodec.decode` as it is. Both must be within 1e-4 of one at a time before anything is timed; in half
-precision, which rounds coarser than that, the differences are printed instead.
+The variants:
+
+    baseline: one at a time  `Xcodec2Model.decode` on each rollout alone
+    batched, padded          as many rollouts in a forward pass as a GPU has memory for, whatever the padding costs
+    ours                     `SpeechCodec.decode`, which weighs batch size against padding
+
+Before anything is timed, the batched variants must be within 1e-4 of the baseline (waveforms in [-1, 1], float32). In
+half precision, which rounds more coarsely than that, the differences are printed and not checked.
+
+The real size takes seconds a rollout on a CPU: there it decodes 4 rollouts of 100 to 300 codes, twice.
 """
 
 import argparse
@@ -16,8 +23,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from harness import (
-    REFERENCE,
-    TIMING_HEADER,
+    BASELINE,
+    NOT_COMPARABLE,
     Timing,
     benchmark_parser,
     growth_slope,
@@ -26,17 +33,18 @@ from harness import (
     matmul_rate,
     plot_growth,
     ratios,
-    table,
-    timing_rows,
+    set_up,
+    timing_table,
     write_results,
 )
 from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
 
-from common.cli import pick_device
+from common.cli import InputError, bad_input_exits, parse_strictly
 from speech.codec import BATCH_CODES, SpeechCodec
 
-Side = Callable[[list[list[int]]], list[np.ndarray]]
+Decode = Callable[[list[list[int]]], list[np.ndarray]]
 
+SLOW_REPEATS = 2  # of the real size on a CPU
 TOLERANCE = 1e-4  # of samples nominally in [-1, 1], in float32
 GROWTH_ROLLOUTS = [8, 16, 32, 64, 128, 256]
 GROWTH_CODES = [50, 100, 200, 400, 800, 1_500]  # of the longest of 4 rollouts; 1 to 30 s
@@ -44,7 +52,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(size: str, device: torch.device, dtype: torch.dtype, seed: int) -> Xcodec2Model:
-    """tiny/codec, or a decoder of the published sizes that makes sound; its encoders, not needed, are small."""
+    """tiny/codec, or a decoder of the published sizes with an audible output; its encoders, not needed, are small."""
     if size == "tiny":
         return SpeechCodec.from_pretrained("tiny/codec", device, dtype).model
     torch.manual_seed(seed)
@@ -52,7 +60,7 @@ def load_model(size: str, device: torch.device, dtype: torch.dtype, seed: int) -
     model = Xcodec2Model(Xcodec2Config(encoder_hidden_size=2, semantic_model_config=semantic))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.LayerNorm):
-            module.reset_parameters()  # transformers' own is too small: the output would be exactly 0
+            module.reset_parameters()  # transformers' own init is too small: the output would be exactly 0
     return model.to(device, dtype)
 
 
@@ -60,38 +68,38 @@ def random_codes(lengths: np.ndarray, codebook_size: int, rng: np.random.Generat
     return [rng.integers(codebook_size, size=length).tolist() for length in lengths]
 
 
-# --- The sides ---
+# --- The variants -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def one_at_a_time(model: Xcodec2Model, codes: list[list[int]]) -> list[np.ndarray]:
-    """The obvious way."""
+    """The baseline."""
     inputs = (torch.tensor([[ids]], device=model.device) for ids in codes)
     return [model.decode(audio_codes=ids).audio_values[0, 0].float().cpu().numpy() for ids in inputs]
 
 
-def build_sides(model: Xcodec2Model) -> dict[str, Side]:
-    chosen, padded = SpeechCodec(model), SpeechCodec(model)
+def build_variants(model: Xcodec2Model) -> dict[str, Decode]:
+    ours, padded = SpeechCodec(model), SpeechCodec(model)
     padded.batch_codes, padded.padding_codes = BATCH_CODES["gpu"], math.inf
     return {
-        REFERENCE: lambda codes: one_at_a_time(model, codes),
+        BASELINE: lambda codes: one_at_a_time(model, codes),
         "batched, padded": padded.decode,
-        "chosen": chosen.decode,
+        "ours": ours.decode,
     }
 
 
-def max_differences(sides: dict[str, Side], codes: list[list[int]]) -> dict[str, float]:
-    """The largest difference of any sample from one at a time, by side."""
-    reference = sides[REFERENCE](codes)
+def max_differences(variants: dict[str, Decode], codes: list[list[int]]) -> dict[str, float]:
+    """The largest difference of any sample from the baseline's, by variant."""
+    reference = variants[BASELINE](codes)
     return {
-        name: max(float(np.abs(a - b).max()) for a, b in zip(reference, side(codes), strict=True))
-        for name, side in sides.items()
-        if name != REFERENCE
+        name: max(float(np.abs(a - b).max()) for a, b in zip(reference, decode(codes), strict=True))
+        for name, decode in variants.items()
+        if name != BASELINE
     }
 
 
 def decoder_flops(model: Xcodec2Model, lengths: list[int]) -> float:
-    """Floating-point operations: every weight once a code, attention's two products; without the inverse FFT."""
+    """Floating-point operations: every weight once per code, attention's two products; without the inverse FFT."""
     config = model.config
     weights = sum(weight.numel() for weight in model.acoustic_decoder.parameters())
     width = config.num_attention_heads * config.head_dim
@@ -99,15 +107,18 @@ def decoder_flops(model: Xcodec2Model, lengths: list[int]) -> float:
     return float(sum(2 * weights * n + attention * n**2 for n in lengths))
 
 
-# --- The script ---
+# --- The script -------------------------------------------------------------------------------------------
 
 
-def time_sides(sides: dict[str, Side], codes: list[list[int]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    return interleave({name: lambda side=side: side(codes) for name, side in sides.items()}, repeats, device)
+def time_variants(
+    variants: dict[str, Decode], codes: list[list[int]], repeats: int, device: torch.device
+) -> dict[str, Timing]:
+    calls = {name: lambda decode=decode: decode(codes) for name, decode in variants.items()}
+    return interleave(calls, repeats, device)
 
 
-def growth(sides: dict[str, Side], inputs: dict[str, dict[int, list]], limit_s: Callable, device: torch.device) -> dict:
-    """Seconds of each side, and those that arithmetic takes, over each x-axis.
+def growth(variants: dict[str, Decode], inputs: dict[str, dict[int, list]], limit_s: Callable, device) -> dict:
+    """Seconds of each variant, and the limit of arithmetic, over each x-axis.
 
     Args:
         inputs: {x-axis label: {size: codes}}.
@@ -116,8 +127,8 @@ def growth(sides: dict[str, Side], inputs: dict[str, dict[int, list]], limit_s: 
     curves = {}
     for label, points in inputs.items():
         sizes = list(points)
-        timings = [time_sides(sides, codes, 1, device) for codes in points.values()]
-        lines = {name: (sizes, [timing[name].median for timing in timings]) for name in sides}
+        timings = [time_variants(variants, codes, 1, device) for codes in points.values()]
+        lines = {name: (sizes, [timing[name].median for timing in timings]) for name in variants}
         lines["limit of arithmetic"] = (sizes, [limit_s(codes) for codes in points.values()])
         curves[label] = lines
         for name, (_, seconds) in lines.items():
@@ -126,45 +137,59 @@ def growth(sides: dict[str, Side], inputs: dict[str, dict[int, list]], limit_s: 
     return curves
 
 
-def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions would be no float32
-    device, dtype = torch.device(pick_device(args.device)), DTYPES[args.dtype]
-    if device.type == "cpu" and dtype != torch.float32:
-        sys.exit(f"error: --dtype {args.dtype} needs a GPU; many CPUs emulate it, hundreds of times slower")
-    slow = args.size == "real" and device.type == "cpu"  # 0.4 GFLOP a code: enough to compare, no more
-    if slow and args.growth:
-        sys.exit("error: --growth at the real size needs a GPU; on a CPU use --size tiny")
-    shortest, longest = (50, 96) if args.size == "tiny" else (100, 300) if slow else (200, 1_500)
-    shortest, longest = args.min_codes or shortest, args.max_codes or longest
-    count, repeats = args.rollouts or (4 if slow else 64), args.repeats or (2 if slow else 5)
+def fill_in(args: argparse.Namespace, device: torch.device) -> None:
+    """The defaults that depend on --size and the device. In place.
 
+    Raises:
+        InputError: what only a GPU can do.
+    """
+    on_cpu = device.type == "cpu"
+    slow = args.size == "real" and on_cpu  # 0.4 GFLOP per code: few rollouts are enough for a ratio
+    if on_cpu and args.dtype != "float32":
+        raise InputError(f"--dtype {args.dtype}: needs a GPU, many CPUs emulate it, hundreds of times slower")
+    if slow and args.growth:
+        raise InputError("--growth: needs a GPU with --size real. On a CPU use --size tiny")
+    shortest, longest = (50, 96) if args.size == "tiny" else (100, 300) if slow else (200, 1_500)
+    args.min_codes = args.min_codes or shortest
+    args.max_codes = args.max_codes or longest
+    args.rollouts = args.rollouts or (4 if slow else 64)
+    args.repeats = args.repeats or (SLOW_REPEATS if slow else 5)
+    if args.growth is None:
+        args.growth = not slow
+
+
+def main(args: argparse.Namespace) -> None:
+    with bad_input_exits():
+        device = set_up(args)
+        fill_in(args, device)
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions, and no float32
+    dtype = DTYPES[args.dtype]
     model = load_model(args.size, device, dtype, args.seed)
-    sides = build_sides(model)
+    variants, codebook_size = build_variants(model), SpeechCodec(model).codebook_size
     rng = np.random.default_rng(args.seed)
 
     def rollouts(n: int, low: int, high: int) -> list[list[int]]:
-        return random_codes(rng.integers(low, high + 1, size=n), SpeechCodec(model).codebook_size, rng)
+        return random_codes(rng.integers(low, high + 1, size=n), codebook_size, rng)
 
-    codes = rollouts(count, shortest, longest)
+    codes = rollouts(args.rollouts, args.min_codes, args.max_codes)
     lengths = [len(ids) for ids in codes]
-    differences = max_differences(sides, codes)
-    print(f"largest difference of a sample from {REFERENCE}: {differences}")
+    differences = max_differences(variants, codes)
+    for name, difference in differences.items():
+        print(f"{name}: largest difference of a sample from the baseline {difference:.1e}")
     if dtype == torch.float32 and not max(differences.values()) <= TOLERANCE:  # NaN fails too
-        sys.exit("error: the sides do not give the same results; their times would not be comparable")
+        sys.exit(NOT_COMPARABLE)
 
-    timings = time_sides(sides, codes, repeats, device)
-    print(f"\n{count} rollouts of {min(lengths)} to {max(lengths)} codes")
+    timings = time_variants(variants, codes, args.repeats, device)
+    print(f"\n{args.rollouts} rollouts of {min(lengths)} to {max(lengths)} codes")
     print(f"{device}, {args.dtype}, {args.threads} threads\n")
-    print(table(TIMING_HEADER, timing_rows(timings, count)))
+    print(timing_table(timings, args.rollouts, "rollouts"))
     rate = matmul_rate(device, dtype)
     limit = decoder_flops(model, lengths) / rate
-    reached = limit / timings["chosen"].median
-    print(f"\n{rate / 1e9:.0f} GFLOP/s of a large product allow {limit:.3f} s: {reached:.0%} of it reached as chosen")
+    reached = limit / timings["ours"].median
+    print(f"\nlimit of arithmetic at {rate / 1e9:.0f} GFLOP/s: {limit:.3f} s, of which ours reaches {reached:.0%}")
     print(f"peak memory of the process: {host_peak_bytes() / 2**30:.2f} GiB")
     results = {
-        "rollouts": count,
+        "rollouts": args.rollouts,
         "codes": lengths,
         "device": str(device),
         "dtype": args.dtype,
@@ -172,37 +197,38 @@ def main(args: argparse.Namespace) -> None:
         "max_difference": differences,
         "equal": max(differences.values()) <= TOLERANCE,
         "seconds": {name: timing.seconds for name, timing in timings.items()},
-        "ratio": {name: ratios(timings[REFERENCE], timings[name]) for name in differences},
+        "ratio": {name: ratios(timings[BASELINE], timings[name]) for name in differences},
         "matmul_rate": rate,
         "limit_s": limit,
         "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
         "host_peak_bytes": host_peak_bytes(),
     }
-    if args.growth or (args.growth is None and not slow):
+    if args.growth:
         inputs = {
-            "rollouts": {n: rollouts(n, shortest, longest) for n in GROWTH_ROLLOUTS},
+            "rollouts": {n: rollouts(n, args.min_codes, args.max_codes) for n in GROWTH_ROLLOUTS},
             "codes of the longest of 4": {n: rollouts(4, n * 9 // 10, n) for n in GROWTH_CODES},
         }
         print()
         results["growth"] = growth(
-            sides, inputs, lambda codes: decoder_flops(model, [len(ids) for ids in codes]) / rate, device
+            variants, inputs, lambda codes: decoder_flops(model, [len(ids) for ids in codes]) / rate, device
         )
     write_results(args.output_dir, f"codec_{args.size}", results)
-    if "growth" in results:
+    if args.growth:
         plot_growth(args.output_dir / f"codec_{args.size}.png", results["growth"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = benchmark_parser(__doc__)
-    parser.set_defaults(repeats=None)  # 5, or 2 for the real size on a CPU
+    parser = benchmark_parser(__doc__, slow_repeats=SLOW_REPEATS)
     add = parser.add_argument
-    add("--rollouts", type=int, help="default 64, or 4 for the real size on a CPU")
-    add("--min_codes", type=int, help="of the shortest rollout; default 50 for tiny, 200 for real (100 on a CPU)")
-    add("--max_codes", type=int, help="of the longest; default 96 for tiny, 1,500 for real (300 on a CPU)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the codec's weights")
-    growth_help = "plot how the cost grows with rollouts and with codes; default: except for the real size on a CPU"
+    add("--rollouts", type=int, help="number of rollouts decoded at once (default: 64; 4 for the real size on a CPU)")
+    min_help = "codes of the shortest rollout (default: 50; for the real size 200, on a CPU 100)"
+    add("--min_codes", type=int, help=min_help)
+    max_help = "codes of the longest rollout (default: 96; for the real size 1,500, on a CPU 300)"
+    add("--max_codes", type=int, help=max_help)
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of the codec's weights")
+    growth_help = "plot seconds over rollouts and over codes (default: yes, except for the real size on a CPU)"
     add("--growth", action=argparse.BooleanOptionalAction, help=growth_help)
-    return parser.parse_args(argv)
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the benchmarks share: two sides timed in turn in one run, a table, a JSON file, a plot of how cost grows.
+"""What the benchmarks share: variants timed in turn in one run, a table, a JSON file, a plot of cost over size.
 
-A benchmark builds its inputs, checks that both sides give equal results, and only then times them.
+A benchmark builds its inputs, checks that every variant gives the baseline's results, and only then times them.
 """
 
 import argparse
@@ -15,17 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/codec.py` finds the project's files
 
+from common.cli import HelpFormatter, check_at_least, check_writable, pick_device, set_up_logging  # noqa: E402
 from common.run_record import provenance  # noqa: E402
+from common.tables import markdown_table  # noqa: E402
 
-REFERENCE = "one at a time"  # the obvious way: what every other side is a ratio to
+BASELINE = "baseline: one at a time"  # every other variant's ratio is to this one's seconds
+NOT_COMPARABLE = "error: the variants do not give the same results; their times would not be comparable"
 
 
 @dataclass
 class Timing:
-    """Seconds of each repeat of one side, and the most memory it took on a GPU (bytes; None on a CPU)."""
+    """Seconds of each repeat of one variant, and its peak memory on a GPU (bytes; None on a CPU)."""
 
     seconds: list[float]
     peak_bytes: int | None = None
@@ -36,18 +40,24 @@ class Timing:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU: without it the clock measures how fast work is queued."""
+    """Wait for the GPU: without it the clock measures how fast kernels are launched."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def interleave(sides: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
-    """Time the sides in turn, A B A B …, so that a machine that slows down slows both. One untimed call each first."""
-    timings = {name: Timing([]) for name in sides}
-    for call in sides.values():
+def silence(trainer: Trainer) -> None:
+    """Remove the trainer's own console output, a dict and a bar, from between the benchmark's lines."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def interleave(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Timing]:
+    """Time the variants in turn, A B A B …: a machine that slows down slows all. One untimed warm-up call each."""
+    timings = {name: Timing([]) for name in variants}
+    for call in variants.values():
         call()
     for _ in range(repeats):
-        for name, call in sides.items():
+        for name, call in variants.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             synchronize(device)
@@ -61,50 +71,45 @@ def interleave(sides: dict[str, Callable[[], object]], repeats: int, device: tor
     return timings
 
 
-def ratios(reference: Timing, side: Timing) -> tuple[float, float, float]:
-    """How many times faster `side` is: median, lowest and highest over the pairs that ran one after the other."""
-    pairs = [a / b for a, b in zip(reference.seconds, side.seconds, strict=True)]
+def ratios(baseline: Timing, variant: Timing) -> tuple[float, float, float]:
+    """Speed-up of `variant`: median, lowest and highest over the pairs that ran one after the other."""
+    pairs = [a / b for a, b in zip(baseline.seconds, variant.seconds, strict=True)]
     return float(np.median(pairs)), min(pairs), max(pairs)
 
 
 def host_peak_bytes() -> int:
-    """The most memory this process has held so far, in bytes; it never goes down."""
+    """Peak memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product here and now: the limit of what computes."""
+    """FLOP/s of a large matrix product, measured on this device: the limit of what is bound by arithmetic."""
     n = 8_192 if device.type == "cuda" else 2_048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(interleave({"product": lambda: a @ b}, 5, device)["product"].seconds)
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that can be read here and now (a sum over 1 GiB, 4 GiB on a GPU): the limit of what only reads."""
+    """Bytes read per second (a sum over 1 GiB, 4 GiB on a GPU), measured: the limit of what is bound by memory."""
     values = torch.ones((1 << 30) if device.type == "cuda" else (1 << 28), device=device)
     return values.nbytes / min(interleave({"sum": values.sum}, 5, device)["sum"].seconds)
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def timing_table(timings: dict[str, Timing], items: int, unit: str) -> str:
+    """In Markdown, a row for each variant; the first is the baseline.
 
-
-def timing_rows(timings: dict[str, Timing], items: int) -> list[list]:
-    """Rows of side, seconds, items a second, ratio (lowest to highest), GPU memory; the first side is the reference."""
-    reference = next(iter(timings.values()))
+    Args:
+        items: how many items of `unit` ("rollouts") one call processes.
+    """
+    baseline = next(iter(timings.values()))
     rows = []
     for name, timing in timings.items():
-        ratio, low, high = ratios(reference, timing)
+        ratio, low, high = ratios(baseline, timing)
         memory = "–" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**30:.2f} GiB"
         rate = items / timing.median
         rows.append([name, f"{timing.median:.3f}", f"{rate:.3g}", f"{ratio:.2f}× ({low:.2f}–{high:.2f})", memory])
-    return rows
-
-
-TIMING_HEADER = ["side", "seconds", "items / s", "ratio", "GPU memory"]
+    return markdown_table(["variant", "seconds", f"{unit} / s", "speed-up", "GPU memory"], rows)
 
 
 def growth_slope(sizes: list[float], seconds: list[float]) -> float:
@@ -138,20 +143,43 @@ def plot_growth(path: Path, curves: dict[str, dict[str, tuple[list[float], list[
 
 
 def write_results(output_dir: Path, name: str, results: dict) -> None:
-    """`<name>.json`: the results, and what they were made with."""
+    """Write `<name>.json`: the results and their provenance (command, commit, versions, hardware)."""
     output_dir.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"benchmark": name, **results, "provenance": provenance()}, indent=2)
     (output_dir / f"{name}.json").write_text(text + "\n")
 
 
-def benchmark_parser(doc: str) -> argparse.ArgumentParser:
-    """The flags every benchmark has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def benchmark_parser(doc: str, slow_repeats: int | None = None) -> argparse.ArgumentParser:
+    """The flags that the benchmarks share.
+
+    Args:
+        slow_repeats: --repeats for the real size on a CPU, if not 5; the flag's default is None then.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--size", choices=("tiny", "real"), default="tiny", help="tiny/'s models, or random weights at the real sizes")
-    add("--device", default="auto", help="auto is a GPU where there is one")
-    add("--repeats", type=int, default=5, help="how often each side is timed")
-    add("--threads", type=int, default=2, help="CPU threads of PyTorch")
-    add("--seed", type=int, default=0, help="of the inputs and the random weights")
-    add("--output_dir", type=Path, default=Path("benchmarks/results"), help="where the JSON and the plots go")
+    size_help = "tiny: the models of tiny/; real: the published sizes with random weights"
+    add("--size", choices=("tiny", "real"), default="tiny", help=size_help)
+    add("--device", default="auto", help="device of the models: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    slow = "" if slow_repeats is None else f" (default: 5; {slow_repeats} for the real size on a CPU)"
+    add("--repeats", type=int, default=None if slow else 5, help=f"number of times each variant is timed{slow}")
+    add("--threads", type=int, default=2, help="number of CPU threads of PyTorch")
+    add("--seed", type=int, default=0, help="random seed of the inputs and the random weights")
+    output_help = "folder of the results: a JSON file and, with --growth, a plot"
+    add("--output_dir", type=Path, default=Path("benchmarks/results"), help=output_help)
     return parser
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Apply the flags that the benchmarks share; returns the device.
+
+    Raises:
+        InputError: a number below 1, a device that is not there, a folder that cannot be written.
+    """
+    set_up_logging("benchmarks")
+    counts = ("repeats", "threads", "rollouts", "steps", "codes", "min_codes", "max_codes")
+    given = [name for name in counts if getattr(args, name, None) is not None]
+    check_at_least(args, **dict.fromkeys(given, 1))
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    check_writable(args.output_dir)
+    return torch.device(pick_device(args.device))

@@ -1,17 +1,21 @@
-"""How fast rollouts are rewarded, from codes to R: one at a time, as is obvious, against the project's batches.
+"""Speed of the reward: speech codes to R, one rollout at a time and in batches.
 
     python benchmarks/reward.py --size tiny           # 64 rollouts sampled from tiny/llasa
     python benchmarks/reward.py --size tiny --growth  # 8 to 256 of them, and a plot
-    python benchmarks/reward.py --size real           # XCodec2 and Whisper large-v3 in shape, random weights
+    python benchmarks/reward.py --size real           # published sizes (XCodec2, Whisper large-v3), random weights
 
-The obvious way takes each rollout alone: decodes its codes, makes its mel spectrogram, transcribes it with
-`whisper.decode`, and makes another pass, encoder included, for the NLL; all in float32. Transcripts must be identical
-and NLLs within 1e-3 before anything is timed; in half precision the differences are printed instead.
+The variants:
 
-Each side is timed 5 times, or once for the real size on a CPU, where that takes minutes.
+    baseline: one at a time  each rollout alone: decode its codes, its mel spectrogram, `whisper.decode` for the
+                             transcript, another pass, encoder included, for the NLL; all in float32
+    ours                     the batches of reward_models/, in float32
+    ours, float16            the same with Whisper in float16; on a GPU only
 
-Random weights are the worst case for the project's side: they neither end a transcript nor agree with a text, so
-every transcript is decoded token by token to its bound.
+Before anything is timed, the transcripts of ours must be the baseline's and the NLLs within 1e-3; in half precision
+the differences are printed and not checked.
+
+With random weights a transcript neither ends nor agrees with its text, the worst case for ours: each is decoded token
+by token up to its limit. The real size takes minutes on a CPU: there it scores 2 rollouts of up to 6 s, once.
 """
 
 import argparse
@@ -21,8 +25,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import jiwer
@@ -31,8 +35,8 @@ import torch
 import torch.nn.functional as F
 import whisper
 from harness import (
-    REFERENCE,
-    TIMING_HEADER,
+    BASELINE,
+    NOT_COMPARABLE,
     benchmark_parser,
     growth_slope,
     host_peak_bytes,
@@ -40,23 +44,23 @@ from harness import (
     matmul_rate,
     plot_growth,
     ratios,
+    set_up,
     synchronize,
-    table,
-    timing_rows,
+    timing_table,
     write_results,
 )
 from transformers import Xcodec2Config, Xcodec2Model, set_seed
 from whisper.normalizers import EnglishTextNormalizer
 
 import reward_whisper
-from common.cli import pick_device
-from reward_whisper import harmonic_mean, nll_reward, wer_reward
-from speech import whisper_decoding
+from common.cli import InputError, bad_input_exits, parse_strictly
+from common.tables import markdown_table
+from speech import error_rate, whisper_decoding, whisper_scorer
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, decode_rollouts
 from speech.policy import Policy
 from speech.tokens import CODES_PER_SECOND, tts_prompt
-from speech.whisper_scorer import MAX_NLL, WhisperScorer
+from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
 
 LARGE_V3 = {
     "n_mels": 128,
@@ -72,35 +76,48 @@ LARGE_V3 = {
 }
 GROUP_SIZE = 8  # rollouts of one text, as in GRPO
 GROWTH_SIZES = [8, 16, 32, 64, 128, 256]  # rollouts
+SLOW_REPEATS = 1  # of the real size on a CPU
 STAGES = ("codec", "mel", "encoder", "teacher forcing", "decoding", "text")
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What became of one rollout."""
+class ScoredRollout(NamedTuple):
+    """Whisper's score of a rollout and its reward R."""
 
-    hyp_text: str
-    wer: float
-    nll: float
+    score: Score
     reward: float
 
 
-# --- The two sides ---
+Variant = Callable[[list[list[int]], list[str]], list[ScoredRollout]]  # of codes and texts
 
 
-def one_at_a_time(codec: SpeechCodec, scorer: WhisperScorer, codes: list[list[int]], texts: list[str]) -> list[Heard]:
-    """The obvious way, with the same models: nothing is shared between rollouts, or between transcript and NLL."""
-    return [_hear(codec.model, scorer, ids, text) for ids, text in zip(codes, texts, strict=True)]
+# --- The variants -----------------------------------------------------------------------------------------
+
+
+def one_at_a_time(
+    codec: SpeechCodec, scorer: WhisperScorer, codes: list[list[int]], texts: list[str]
+) -> list[ScoredRollout]:
+    """The baseline, with the same models: nothing is shared between rollouts, or between transcript and NLL."""
+    scores = [_score_alone(codec.model, scorer, ids, text) for ids, text in zip(codes, texts, strict=True)]
+    return [ScoredRollout(score, reward_whisper.reward(score)) for score in scores]
 
 
 @torch.inference_mode()
-def _hear(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str) -> Heard:
+def _score_alone(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str) -> Score:
     wav = np.zeros(0, np.float32)
     if ids:
         audio = codec.decode(audio_codes=torch.tensor([[ids]], device=codec.device)).audio_values
         wav = audio[0, 0].float().cpu().numpy()
-    if audio_failure(wav):
-        return Heard("", 1.0, MAX_NLL, 0.0)
+    failure = audio_failure(wav)
+    hyp_text, nll = ("", MAX_NLL) if failure else _whisper_alone(scorer, wav, text)
+    normalize = EnglishTextNormalizer()
+    words = jiwer.process_words(normalize(text), normalize(hyp_text))
+    edits = words.substitutions + words.deletions + words.insertions
+    ref_length = words.hits + words.substitutions + words.deletions
+    return Score(hyp_text, words.wer, nll, edits, ref_length, failure)
+
+
+def _whisper_alone(scorer: WhisperScorer, wav: np.ndarray, text: str) -> tuple[str, float]:
+    """A waveform's transcript, and the NLL of `text`."""
     model = scorer.model
     padded = whisper.pad_or_trim(wav.clip(-1.0, 1.0), scorer.window)
     mel = whisper.log_mel_spectrogram(padded, model.dims.n_mels, device=scorer.device).to(scorer.dtype)
@@ -112,7 +129,7 @@ def _hear(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str)
     options = whisper.DecodingOptions(
         language="en",
         without_timestamps=True,
-        sample_len=2 * len(text_ids) + 8,  # the bound of `WhisperScorer.score`
+        sample_len=2 * len(text_ids) + 8,  # the limit of `WhisperScorer.score`
         fp16=scorer.dtype == torch.float16,
     )
     hyp_ids = whisper.decode(model, mel, options).tokens
@@ -121,33 +138,29 @@ def _hear(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str)
     prompt = tokenizer.sot_sequence_including_notimestamps
     logits = model(mel[None], torch.tensor([[*prompt, *text_ids]], device=scorer.device))[0, len(prompt) - 1 :]
     targets = torch.tensor([*text_ids, tokenizer.eot], device=scorer.device)
-    nll = min(F.cross_entropy(logits.float(), targets).item(), MAX_NLL)
-
-    normalize = EnglishTextNormalizer()
-    wer = jiwer.wer(normalize(text), normalize(hyp_text))
-    return Heard(hyp_text, wer, nll, harmonic_mean(wer_reward(wer), nll_reward(nll)))
+    return hyp_text, min(F.cross_entropy(logits.float(), targets).item(), MAX_NLL)
 
 
-def in_batches(codec: SpeechCodec, scorer: WhisperScorer, codes: list[list[int]], texts: list[str]) -> list[Heard]:
-    """The project's way, as `reward_models` does it."""
-    reward_whisper.normalize_text.cache_clear()  # the same transcripts come back only in a benchmark
-    wavs = decode_rollouts(codec, codes)
-    scores = scorer.score(wavs, texts)
-    rewards = [0.0 if s.failure else harmonic_mean(wer_reward(s.wer), nll_reward(s.nll)) for s in scores]
-    return [Heard(s.hyp_text, s.wer, s.nll, reward) for s, reward in zip(scores, rewards, strict=True)]
+def in_batches(
+    codec: SpeechCodec, scorer: WhisperScorer, codes: list[list[int]], texts: list[str]
+) -> list[ScoredRollout]:
+    """Ours, as reward_models/whisper.py does it."""
+    error_rate.normalize_text.cache_clear()  # only in a benchmark are the same transcripts scored again
+    scores = scorer.score(decode_rollouts(codec, codes), texts)
+    return [ScoredRollout(score, reward_whisper.reward(score)) for score in scores]
 
 
-def differences(reference: list[Heard], side: list[Heard]) -> dict[str, float]:
+def differences(reference: list[ScoredRollout], rollouts: list[ScoredRollout]) -> dict[str, float]:
     """How many transcripts differ, and by how much the numbers do at most."""
-    pairs = list(zip(reference, side, strict=True))
+    pairs = list(zip(reference, rollouts, strict=True))
     return {
-        "transcripts_differing": sum(a.hyp_text != b.hyp_text for a, b in pairs),
-        "max_nll_difference": max(abs(a.nll - b.nll) for a, b in pairs),
+        "transcripts_differing": sum(a.score.hyp_text != b.score.hyp_text for a, b in pairs),
+        "max_nll_difference": max(abs(a.score.nll - b.score.nll) for a, b in pairs),
         "max_reward_difference": max(abs(a.reward - b.reward) for a, b in pairs),
     }
 
 
-# --- Where the project's time goes ---
+# --- Seconds by stage -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -182,7 +195,7 @@ def _stage_seconds(codec: SpeechCodec, scorer: WhisperScorer, run: Callable[[], 
         for owner, name, stage in (
             (codec, "decode", "codec"),
             (scorer, "score", "score"),
-            (reward_whisper, "log_mel_spectrograms", "mel"),
+            (whisper_scorer, "log_mel_spectrograms", "mel"),
             (scorer.model.encoder, "forward", "encoder"),
             (reader, "read", "read"),
             (reader, "_read_drafts", "teacher forcing"),
@@ -202,11 +215,11 @@ def encoder_flops(dims: whisper.ModelDimensions) -> float:
     return convolutions + dims.n_audio_layer * layer
 
 
-# --- The inputs ---
+# --- The inputs -------------------------------------------------------------------------------------------
 
 
 def sampled_rollouts(count: int, device: torch.device, seed: int) -> tuple[list[list[int]], list[str]]:
-    """Codes of tiny/llasa at temperature 1, ragged and partly bad, and the texts they were to say."""
+    """Codes of tiny/llasa at temperature 1, of many lengths and partly bad, and their reference texts."""
     lines = Path("tiny/texts/heldout.txt").read_text().splitlines()
     texts = [lines[i // GROUP_SIZE % len(lines)] for i in range(count)]
     set_seed(seed)
@@ -224,14 +237,14 @@ def random_rollouts(count: int, num_codes: int, longest: int, seed: int) -> tupl
 
 
 def random_models(device: torch.device, seed: int, whisper_path: Path) -> SpeechCodec:
-    """An XCodec2 of the published sizes that makes sound, and the checkpoint of a Whisper of large-v3's sizes."""
+    """An XCodec2 of the published sizes with an audible output, and a Whisper of large-v3's, saved to a file."""
     torch.manual_seed(seed)
     codec = Xcodec2Model(Xcodec2Config())
     for module in codec.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.LayerNorm):
-            module.reset_parameters()  # transformers' own is too small: the output would be exactly 0
+            module.reset_parameters()  # transformers' own init is too small: the output would be exactly 0
     head = codec.acoustic_decoder.head
-    head.linear.bias.data[: head.n_fft // 2 + 1] = -3  # log magnitudes: sound, and not too loud
+    head.linear.bias.data[: head.n_fft // 2 + 1] = -3  # log magnitudes: audible, and not too loud
     model = whisper.model.Whisper(whisper.ModelDimensions(**LARGE_V3))
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
     torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)  # an NLL of 12, below MAX_NLL
@@ -240,8 +253,8 @@ def random_models(device: torch.device, seed: int, whisper_path: Path) -> Speech
 
 
 def load_models(size: str, device: torch.device, seed: int, half: bool) -> tuple[SpeechCodec, dict[str, WhisperScorer]]:
-    """The codec, and the project's sides by name: each precision's Whisper, float32 first."""
-    precisions = {"this project": torch.float32} | ({"this project, float16": torch.float16} if half else {})
+    """The codec, and Whisper for each variant of ours by name, float32 first."""
+    precisions = {"ours": torch.float32} | ({"ours, float16": torch.float16} if half else {})
     with tempfile.TemporaryDirectory() as folder:
         if size == "tiny":
             codec, path = SpeechCodec.from_pretrained("tiny/codec", device), Path("tiny/whisper.pt")
@@ -251,17 +264,19 @@ def load_models(size: str, device: torch.device, seed: int, half: bool) -> tuple
         return codec, {name: WhisperScorer(path, device, dtype) for name, dtype in precisions.items()}
 
 
-# --- The script ---
+# --- The script -------------------------------------------------------------------------------------------
 
 
-def growth(sides: dict[str, Callable], codes: list, texts: list[str], device: torch.device, limit_s: float) -> dict:
-    """Seconds over the number of rollouts; one at a time only to 64, being linear."""
+def growth(
+    variants: dict[str, Variant], codes: list, texts: list[str], device: torch.device, limit_s: float
+) -> dict[str, dict]:
+    """Seconds over the number of rollouts; the baseline, which is linear, only up to 64."""
     curves = {}
-    for name, side in sides.items():
-        sizes = [n for n in GROWTH_SIZES if n <= 64 or name != REFERENCE]
+    for name, variant in variants.items():
+        sizes = [n for n in GROWTH_SIZES if n <= 64 or name != BASELINE]
         seconds = []
         for n in sizes:
-            call = {name: lambda side=side, n=n: side(codes[:n], texts[:n])}
+            call = {name: lambda variant=variant, n=n: variant(codes[:n], texts[:n])}
             seconds.append(interleave(call, 1, device)[name].median)
         curves[name] = (sizes, seconds)
         print(f"{name}: seconds grow as rollouts^{growth_slope(sizes, seconds):.2f} from {sizes[0]} to {sizes[-1]}")
@@ -270,62 +285,64 @@ def growth(sides: dict[str, Callable], codes: list, texts: list[str], device: to
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    device = torch.device(pick_device(args.device))
-    on_gpu = device.type == "cuda"
-    small = args.size == "real" and not on_gpu  # large-v3 on a CPU: enough to compare, no more
-    if small and args.growth:
-        sys.exit("error: --growth at the real size needs a GPU; on a CPU use --size tiny")
-    count = args.rollouts or (2 if small else 64)
-    repeats = args.repeats or (1 if small else 5)
+    with bad_input_exits():
+        device = set_up(args)
+        slow = args.size == "real" and device.type == "cpu"  # large-v3: two rollouts are enough for a ratio
+        if slow and args.growth:
+            raise InputError("--growth: needs a GPU with --size real. On a CPU use --size tiny")
+    count = args.rollouts or (2 if slow else 64)
+    repeats = args.repeats or (SLOW_REPEATS if slow else 5)
 
-    codec, scorers = load_models(args.size, device, args.seed, half=on_gpu)
+    codec, scorers = load_models(args.size, device, args.seed, half=device.type == "cuda")
     needed = max(count, GROWTH_SIZES[-1]) if args.growth else count
     if args.size == "tiny":
         all_codes, all_texts = sampled_rollouts(needed, device, args.seed)
     else:
-        # 30 s, Whisper's window; on a CPU 6 s, because of all the steps of decoding to a bound
-        all_codes, all_texts = random_rollouts(needed, codec.codebook_size, 300 if small else 1_500, args.seed)
+        # 30 s, Whisper's window; on a CPU 6 s, because every transcript is decoded up to its limit
+        all_codes, all_texts = random_rollouts(needed, codec.codebook_size, 300 if slow else 1_500, args.seed)
     codes, texts = all_codes[:count], all_texts[:count]
-    exact = scorers["this project"]
-    sides = {REFERENCE: lambda codes, texts: one_at_a_time(codec, exact, codes, texts)}
+    exact = scorers["ours"]
+    variants: dict[str, Variant] = {BASELINE: lambda codes, texts: one_at_a_time(codec, exact, codes, texts)}
     for name, scorer in scorers.items():
-        sides[name] = lambda codes, texts, scorer=scorer: in_batches(codec, scorer, codes, texts)
+        variants[name] = lambda codes, texts, scorer=scorer: in_batches(codec, scorer, codes, texts)
 
-    reference = sides[REFERENCE](codes, texts)
-    found = {name: differences(reference, sides[name](codes, texts)) for name in scorers}
-    for name, values in found.items():
-        print(f"{name}, against {REFERENCE}: " + ", ".join(f"{key} {value:.2g}" for key, value in values.items()))
-    if found["this project"]["transcripts_differing"] or found["this project"]["max_nll_difference"] > 1e-3:
-        sys.exit("error: the sides do not give the same results; their times would not be comparable")
+    reference = variants[BASELINE](codes, texts)
+    compared = {name: differences(reference, variants[name](codes, texts)) for name in scorers}
+    for name, values in compared.items():
+        print(f"{name}, against the baseline: " + ", ".join(f"{key} {value:.2g}" for key, value in values.items()))
+    if compared["ours"]["transcripts_differing"] or compared["ours"]["max_nll_difference"] > 1e-3:
+        sys.exit(NOT_COMPARABLE)
 
-    timings = interleave({name: lambda side=side: side(codes, texts) for name, side in sides.items()}, repeats, device)
-    stages = {
-        name: stage_seconds(codec, scorer, lambda name=name: sides[name](codes, texts), repeats)
-        for name, scorer in scorers.items()
-    }
+    calls = {name: lambda variant=variant: variant(codes, texts) for name, variant in variants.items()}
+    timings = interleave(calls, repeats, device)
+    stages = {name: stage_seconds(codec, scorer, calls[name], repeats) for name, scorer in scorers.items()}
     lengths = [len(ids) for ids in codes]
     print(f"\n{count} rollouts of {min(lengths)} to {max(lengths)} codes, {device}, {args.threads} threads\n")
-    print(table(TIMING_HEADER, timing_rows(timings, count)))
-    print("\nSeconds of the project's side by stage\n")
-    print(table(["side", *STAGES], [[name, *(f"{s:.3f}" for s in split.values())] for name, split in stages.items()]))
+    print(timing_table(timings, count, "rollouts"))
+    print("\nSeconds by stage\n")
+    by_stage = [[name, *(f"{seconds:.3f}" for seconds in split.values())] for name, split in stages.items()]
+    print(markdown_table(["variant", *STAGES], by_stage))
     rates = {name: matmul_rate(device, scorer.dtype) for name, scorer in scorers.items()}
-    limits = {name: encoder_flops(exact.model.dims) / rate for name, rate in rates.items()}  # seconds a window
+    limits = {name: encoder_flops(exact.model.dims) / rate for name, rate in rates.items()}  # seconds per window
     for name, limit in limits.items():
+        reached = count * limit / stages[name]["encoder"]
         print(
-            f"\n{name}: {rates[name] / 1e9:.0f} GFLOP/s allow an encoder of {count * limit:.3f} s: "
-            f"{count * limit / stages[name]['encoder']:.0%} of it reached"
+            f"\n{name}: limit of arithmetic of the encoder at {rates[name] / 1e9:.0f} GFLOP/s: {count * limit:.3f} s, "
+            f"of which it reaches {reached:.0%}"
         )
     print(f"\npeak memory of the process: {host_peak_bytes() / 2**30:.2f} GiB")
     results = {
         "rollouts": count,
         "codes": lengths,
         "threads": args.threads,
-        "differences": found,
-        "mean": {key: float(np.mean([getattr(item, key) for item in reference])) for key in ("wer", "nll", "reward")},
+        "differences": compared,
+        "mean": {
+            "wer": float(np.mean([rollout.score.wer for rollout in reference])),
+            "nll": float(np.mean([rollout.score.nll for rollout in reference])),
+            "reward": float(np.mean([rollout.reward for rollout in reference])),
+        },
         "seconds": {name: timing.seconds for name, timing in timings.items()},
-        "ratio": {name: ratios(timings[REFERENCE], timings[name]) for name in scorers},
+        "ratio": {name: ratios(timings[BASELINE], timings[name]) for name in scorers},
         "stage_seconds": stages,
         "matmul_rate": rates,
         "encoder_limit_s": {name: count * limit for name, limit in limits.items()},
@@ -333,18 +350,18 @@ def main(args: argparse.Namespace) -> None:
         "host_peak_bytes": host_peak_bytes(),
     }
     if args.growth:
-        results["growth"] = growth(sides, all_codes, all_texts, device, limits[list(limits)[-1]])
+        results["growth"] = growth(variants, all_codes, all_texts, device, limits[list(limits)[-1]])
         plot_growth(args.output_dir / f"reward_{args.size}.png", results["growth"])
     write_results(args.output_dir, f"reward_{args.size}", results)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = benchmark_parser(__doc__)
-    parser.set_defaults(repeats=None)  # 5, or 1 for the real size on a CPU
+    parser = benchmark_parser(__doc__, slow_repeats=SLOW_REPEATS)
     add = parser.add_argument
-    add("--rollouts", type=int, help="rewarded at once; default 64, or 2 for the real size on a CPU")
-    add("--growth", action="store_true", help="plot how the cost grows from 8 to 256 rollouts")
-    return parser.parse_args(argv)
+    add("--rollouts", type=int, help="number of rollouts scored at once (default: 64; 2 for the real size on a CPU)")
+    growth_help = "plot seconds over 8 to 256 rollouts"
+    add("--growth", action=argparse.BooleanOptionalAction, default=False, help=growth_help)
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

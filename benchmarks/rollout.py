@@ -1,11 +1,21 @@
-"""How fast codes are sampled: the obvious way, and what each change to it brings.
+"""Speed of sampling: speech codes of a batch of rollouts, with the baseline and with one change to it after another.
 
-    python benchmarks/rollout.py --size tiny          # 64 rollouts of tiny/llasa
-    python benchmarks/rollout.py --size real          # Llasa-1B's shapes, random weights; on a GPU 64 × 1,000 codes
+    python benchmarks/rollout.py --size tiny  # 64 rollouts of up to 96 codes, tiny/llasa
+    python benchmarks/rollout.py --size real  # Llasa-1B's shapes, random weights: 64 rollouts of 1,000 codes
 
-The obvious way is what TRL does with a policy loaded as it comes: float32 weights (cast to half precision at each
-forward, on a GPU), the whole head with the text tokens forbidden by a bias, a cache that grows by copying. Every side
-must draw the very same codes from the same seed before it is timed; the two marked (other rounding) need not.
+The variants, each with the changes before it:
+
+    baseline: TRL                TRL's sampling of a policy as loaded: float32 weights (on a GPU cast to half precision
+                                 at each forward), the whole head with a bias that forbids text tokens, a growing cache
+    + confined head              only the head's rows of speech codes and END
+    + static cache               keys and values allocated once
+    + weights cast once (ours)   the real size only, whose forwards run in bfloat16; for tiny, + static cache is ours
+    + compiled (other rounding)  on a GPU only; not what train.py does
+
+Before anything is timed, all must draw the baseline's codes from the same seed (in float32; up to 1 % may differ, see
+`check_equal`), except what is marked (other rounding).
+
+The real size on a CPU takes seconds a code: there it samples 4 rollouts of 8 codes.
 """
 
 import argparse
@@ -17,19 +27,19 @@ from pathlib import Path
 
 import torch
 from harness import (
-    TIMING_HEADER,
+    NOT_COMPARABLE,
     Timing,
     benchmark_parser,
     interleave,
     memory_bandwidth,
     plot_growth,
-    table,
-    timing_rows,
+    set_up,
+    timing_table,
     write_results,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.cli import pick_device
+from common.cli import bad_input_exits, parse_strictly
 from speech.confined_head import confine_head
 from speech.policy import Policy
 from speech.tokens import SpeechTokens, tts_prompt
@@ -56,6 +66,9 @@ LLASA_1B_TOKENS = SpeechTokens(
 )
 LLASA_1B_PROMPT = 80  # tokens: Llama's turns and a sentence
 PAD_ID = 128_004
+BASELINE = "baseline: TRL"
+OTHER_ROUNDING = "(other rounding)"
+MAX_FRAC_DIFFERING = 0.01
 
 
 def load_policy(size: str, device: torch.device, seed: int) -> tuple[LlamaForCausalLM, SpeechTokens, list[int], int]:
@@ -72,13 +85,13 @@ def load_policy(size: str, device: torch.device, seed: int) -> tuple[LlamaForCau
 
 
 def forbid_by_bias(model, tokens: SpeechTokens) -> None:
-    """The whole head, and a bias that leaves only speech: what a ConfinedHead gives the same logits as."""
+    """The whole head, with a bias of -inf for all but speech: the logits of a ConfinedHead, for more work."""
     confine_head(model, tokens.speech_ids)
     model.get_output_embeddings().__class__ = torch.nn.Linear
 
 
 class Sampler:
-    """One policy, sampled in several ways.
+    """One policy, sampled by several variants.
 
     Args:
         half: whether forwards run in bfloat16, as training does on a GPU.
@@ -94,13 +107,20 @@ class Sampler:
     def sample(
         self, rollouts: int, codes: int, *, confined: bool, static: bool, one_region: bool, compiled: bool = False
     ) -> torch.Tensor:
-        """Codes of so many rollouts, shape (rollouts, codes or fewer)."""
+        """Token ids of `rollouts` completions of at most `codes`: shape (rollouts, the longest's length).
+
+        Args:
+            confined: whether the head has only the rows of speech; else they are forbidden by a bias.
+            static: whether the cache is static.
+            one_region: whether one autocast region is around all steps, so that weights are cast once.
+            compiled: whether the forward is compiled.
+        """
         model = self.model
         confine = confine_head if confined else lambda m, _: forbid_by_bias(m, self.tokens)
         confine(model, self.tokens.speech_ids)
         forward = type(model).forward.__get__(model)
 
-        def casting(*args, **kwargs):  # as accelerate wraps it: a region of its own for every forward
+        def casting(*args, **kwargs):  # as accelerate wraps it: an autocast region of its own for every forward
             with self.autocast():
                 return forward(*args, **kwargs)
 
@@ -130,7 +150,7 @@ class Sampler:
         return out[:, len(self.prompt) :]
 
     def bytes_a_step(self, rollouts: int, codes: int, confined: bool) -> float:
-        """What must at least be read to draw one code for each rollout: the weights, and half of the full cache."""
+        """Bytes that one step of sampling must at least read: the weights, and half of the full cache."""
         config, size = self.model.config, 2 if self.half else 4
         layers = sum(p.numel() for name, p in self.model.named_parameters() if "embed_tokens" not in name)
         rows = self.tokens.num_codes if confined else config.vocab_size
@@ -138,96 +158,107 @@ class Sampler:
         return size * (layers + rows * config.hidden_size + rollouts * cache * (len(self.prompt) + codes / 2))
 
 
-def sides(sampler: Sampler, rollouts: int, codes: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """The obvious way, then one change after another."""
+def build_variants(sampler: Sampler, rollouts: int, codes: int) -> dict[str, Callable[[], torch.Tensor]]:
+    """The baseline, then one change after another."""
 
-    def side(**how) -> Callable[[], torch.Tensor]:
+    def variant(**how) -> Callable[[], torch.Tensor]:
         return lambda: sampler.sample(rollouts, codes, **how)
 
-    found = {
-        "obvious": side(confined=False, static=False, one_region=False),
-        "+ confined head": side(confined=True, static=False, one_region=False),
-        "+ static cache": side(confined=True, static=True, one_region=False),
+    variants = {
+        BASELINE: variant(confined=False, static=False, one_region=False),
+        "+ confined head": variant(confined=True, static=False, one_region=False),
+        "+ static cache": variant(confined=True, static=True, one_region=False),
     }
     if sampler.half:
-        found["+ weights cast once (ours)"] = side(confined=True, static=True, one_region=True)
+        variants["+ weights cast once (ours)"] = variant(confined=True, static=True, one_region=True)
     if sampler.device.type == "cuda":
-        found["+ compiled (other rounding)"] = side(confined=True, static=True, one_region=True, compiled=True)
-    return found
+        name = f"+ compiled {OTHER_ROUNDING}"
+        variants[name] = variant(confined=True, static=True, one_region=True, compiled=True)
+    return variants
 
 
-def check_equal(found: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
-    """The share of codes that differ from the obvious way's; SystemExit where it should be 0 and is above 1 %.
+def check_equal(variants: dict[str, Callable[[], torch.Tensor]], half: bool) -> dict[str, float]:
+    """The fraction of each variant's codes that differ from the baseline's.
 
-    The head's rows are summed in another order when they are fewer, so a draw at a boundary may fall the other way,
-    and every code after it in that rollout.
+    The head's rows are summed in another order when they are fewer, so a draw at a boundary may differ, and every code
+    after it in that rollout.
+
+    Raises:
+        SystemExit: in float32 more than 1 % differ, in a variant that is not marked OTHER_ROUNDING.
     """
-    reference = next(iter(found.values()))()
+    reference = variants[BASELINE]()
     differing = {}
-    for name, call in found.items():
-        codes = call()
+    for name, sample in variants.items():
+        codes = sample()
         width = min(codes.shape[1], reference.shape[1])
         differing[name] = (codes[:, :width] != reference[:, :width]).float().mean().item()
-        print(f"{name}: {differing[name]:.2%} of the codes differ from the obvious way's")
+        print(f"{name}: {differing[name]:.2%} of the codes differ from the baseline's")
+    if not half and max(frac for name, frac in differing.items() if OTHER_ROUNDING not in name) > MAX_FRAC_DIFFERING:
+        sys.exit(NOT_COMPARABLE)
     return differing
 
 
 def growth(sampler: Sampler, rollouts: list[int], codes: list[int], fixed: tuple[int, int], repeats: int) -> dict:
-    """Seconds over the number of rollouts and over their length, the last side of `sides` that is exact."""
-    how = {"confined": True, "static": True, "one_region": True}
+    """Seconds of ours over the number of rollouts and over their length.
+
+    Args:
+        rollouts, codes: the points of the two x-axes.
+        fixed: (rollouts, codes) of the axis that does not vary.
+    """
+    ours = {"confined": True, "static": True, "one_region": True}
     bandwidth = memory_bandwidth(sampler.device)
 
     def seconds(n: int, length: int) -> float:
-        timing = interleave({"ours": lambda: sampler.sample(n, length, **how)}, repeats, sampler.device)
+        timing = interleave({"ours": lambda: sampler.sample(n, length, **ours)}, repeats, sampler.device)
         return timing["ours"].median
 
     def limit(n: int, length: int) -> float:
         return length * sampler.bytes_a_step(n, length, confined=True) / bandwidth
 
-    at_codes, at_rollouts = fixed[1], fixed[0]
+    fixed_rollouts, fixed_codes = fixed
     return {
-        f"rollouts of up to {at_codes} codes": {
-            "ours": (rollouts, [seconds(n, at_codes) for n in rollouts]),
-            "limit by memory bandwidth": (rollouts, [limit(n, at_codes) for n in rollouts]),
+        f"rollouts of up to {fixed_codes} codes": {
+            "ours": (rollouts, [seconds(n, fixed_codes) for n in rollouts]),
+            "limit of memory bandwidth": (rollouts, [limit(n, fixed_codes) for n in rollouts]),
         },
-        f"codes of {at_rollouts} rollouts": {
-            "ours": (codes, [seconds(at_rollouts, n) for n in codes]),
-            "limit by memory bandwidth": (codes, [limit(at_rollouts, n) for n in codes]),
+        f"codes of {fixed_rollouts} rollouts": {
+            "ours": (codes, [seconds(fixed_rollouts, n) for n in codes]),
+            "limit of memory bandwidth": (codes, [limit(fixed_rollouts, n) for n in codes]),
         },
     }
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    device = torch.device(pick_device(args.device))
+    with bad_input_exits():
+        device = set_up(args)
     on_gpu = device.type == "cuda"
-    small = args.size == "real" and not on_gpu  # a 1.4 B model on a CPU: enough to compare, no more
-    rollouts = args.rollouts or (4 if small else 64)
-    codes = args.codes or (8 if small else 1_000 if args.size == "real" else 96)
+    slow = args.size == "real" and not on_gpu  # 1.4 B parameters: few rollouts are enough for a ratio
+    rollouts = args.rollouts or (4 if slow else 64)
+    codes = args.codes or (8 if slow else 1_000 if args.size == "real" else 96)
     sampler = Sampler(args.size, device, args.seed, half=args.size == "real")
-    found = sides(sampler, rollouts, codes)
-    differing = check_equal(found)
-    if max(share for name, share in differing.items() if "other rounding" not in name) > 0.01 and not sampler.half:
-        sys.exit("error: the sides do not draw the same codes; their times would not be comparable")
+    variants = build_variants(sampler, rollouts, codes)
+    differing = check_equal(variants, sampler.half)
 
-    timings: dict[str, Timing] = interleave(found, args.repeats, device)
+    timings: dict[str, Timing] = interleave(variants, args.repeats, device)
     print(f"\n{rollouts} rollouts of up to {codes} codes, {device}, {'bfloat16' if sampler.half else 'float32'}\n")
-    print(table(TIMING_HEADER, timing_rows(timings, rollouts * codes)))
+    print(timing_table(timings, rollouts * codes, "codes"))
     bandwidth = memory_bandwidth(device)
     limit = codes * sampler.bytes_a_step(rollouts, codes, confined=True) / bandwidth
-    best = min(timing.median for timing in timings.values())
-    print(f"\nmemory bandwidth {bandwidth / 1e9:.0f} GB/s would allow {limit:.2f} s: {limit / best:.0%} of it reached")
+    fastest = min(timing.median for timing in timings.values())
+    print(
+        f"\nlimit of memory bandwidth at {bandwidth / 1e9:.0f} GB/s: {limit:.2f} s, of which the fastest variant "
+        f"reaches {limit / fastest:.0%}"
+    )
     results = {
         "rollouts": rollouts,
         "codes": codes,
         "half": sampler.half,
-        "share_differing": differing,
+        "frac_differing": differing,
         "seconds": {name: timing.seconds for name, timing in timings.items()},
         "peak_bytes": {name: timing.peak_bytes for name, timing in timings.items()},
         "bandwidth_limit_s": limit,
     }
-    if args.growth and not small:
+    if args.growth and not slow:
         lengths = [50, 200, 800, 1_500] if args.size == "real" else [50, 100, 200, 400]
         curves = growth(sampler, [8, 32, 128, 256], lengths, (64 if on_gpu else 16, 100), repeats=1)
         results["growth"] = curves
@@ -238,10 +269,12 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
     add = parser.add_argument
-    add("--rollouts", type=int, help="sampled at once; default 64, or 4 for the real size on a CPU")
-    add("--codes", type=int, help="most codes of each; default 96 (tiny), 1,000 (real), 8 (real, on a CPU)")
-    add("--growth", action=argparse.BooleanOptionalAction, default=True, help="plot how the cost grows")
-    return parser.parse_args(argv)
+    add("--rollouts", type=int, help="number of rollouts sampled at once (default: 64; 4 for the real size on a CPU)")
+    codes_help = "most codes of a rollout (default: 96; for the real size 1,000, on a CPU 8)"
+    add("--codes", type=int, help=codes_help)
+    growth_help = "plot seconds over rollouts and over codes; never for the real size on a CPU"
+    add("--growth", action=argparse.BooleanOptionalAction, default=True, help=growth_help)
+    return parse_strictly(parser, argv)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def set_up_logging(*loggers: str, timestamps: bool = False) -> None:
     )
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO)
+    if not sys.stderr.isatty():  # in a log file the bars of libraries are noise
+        from datasets import disable_progress_bars  # here: --help need not wait for them
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bars()
+        disable_progress_bar()
 
 
 # --- Flags ------------------------------------------------------------------------------------------------

@@ -126,25 +126,26 @@ class SampleSaver(TrainerCallback):
 
 
 def report_audio(callback: TrainerCallback, samples: list[tuple[dict, np.ndarray | None]], step: int) -> None:
-    """Log rollouts as audio where `callback` reports to tensorboard, trackio or wandb; nothing else happens."""
-    wavs = {f"samples/rollout_{record['rollout']}": (record, wav) for record, wav in samples if wav is not None}
-    captions = {name: f"{record['text']} → {record.get('transcript', '')}" for name, (record, _) in wavs.items()}
+    """Log rollouts as audio where `callback` reports to tensorboard, trackio or wandb; any other does nothing."""
+    wavs, captions = {}, {}
+    for record, wav in samples:
+        if wav is not None:
+            name = f"samples/rollout_{record['rollout']}"
+            wavs[name] = wav.clip(-1.0, 1.0)
+            captions[name] = f"{record['text']} → {record.get('transcript', '')}"
     if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-        for name, (_, wav) in wavs.items():
-            sound = torch.from_numpy(wav.clip(-1, 1))[None]
-            callback.tb_writer.add_audio(name, sound, step, sample_rate=SAMPLE_RATE)
+        for name, wav in wavs.items():
+            callback.tb_writer.add_audio(name, torch.from_numpy(wav)[None], step, sample_rate=SAMPLE_RATE)
             callback.tb_writer.add_text(name, captions[name], step)
     elif isinstance(callback, WandbCallback):
         import wandb
 
-        clips = {
-            name: wandb.Audio(wav, sample_rate=SAMPLE_RATE, caption=captions[name]) for name, (_, wav) in wavs.items()
-        }
+        clips = {name: wandb.Audio(wav, sample_rate=SAMPLE_RATE, caption=captions[name]) for name, wav in wavs.items()}
         wandb.log({**clips, "train/global_step": step})
     elif isinstance(callback, TrackioCallback):
         import trackio
 
-        clips = {
-            name: trackio.Audio(wav, sample_rate=SAMPLE_RATE, caption=captions[name]) for name, (_, wav) in wavs.items()
-        }
+        # As integers: trackio would bring a float waveform to full loudness.
+        pcm = {name: (wav * 32767).astype(np.int16) for name, wav in wavs.items()}
+        clips = {name: trackio.Audio(wav, sample_rate=SAMPLE_RATE, caption=captions[name]) for name, wav in pcm.items()}
         trackio.log({**clips, "train/global_step": step})

@@ -136,7 +136,7 @@ def _plain_tts(name: str, max_length: int) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32).eval()
 text = "Anna found two boxes."
 content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{{text}}{TEXT_UNDERSTANDING_END}"
 prompt = [{{"role": "user", "content": content, "opening": "{SPEECH_GENERATION_START}"}}]
@@ -161,7 +161,7 @@ def _plain_asr(name: str, max_length: int) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32).eval()
 codes = [...]  # of the clip, by XCodec2
 speech = "".join(f"<|s_{{code}}|>" for code in codes)
 content = f"Convert the speech to text:{SPEECH_UNDERSTANDING_START}{{speech}}{SPEECH_UNDERSTANDING_END}"

@@ -126,7 +126,7 @@ class GRPORecipe(GRPOConfig):
     dataloader_pin_memory: bool = field(default_factory=_on_gpu)
     logging_steps: float = 1
     save_steps: float = 100
-    report_to: str = "none"
+    report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
 
 
@@ -151,7 +151,7 @@ class SFTRecipe(SFTConfig):
     dataloader_pin_memory: bool = field(default_factory=_on_gpu)
     logging_steps: float = 10
     save_steps: float = 500
-    report_to: str = "none"
+    report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
 
 

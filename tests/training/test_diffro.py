@@ -138,10 +138,10 @@ def test_kl_and_entropy_are_those_of_the_whole_distribution():
 def test_what_each_filter_keeps():
     advantages = [1.0, -1.0, 0.0, 0.5, 0.5, 0.5]
     codes = [[1, 2], [1, 2], [1, 2], [], [7] * 25, [1, 2]]
-    ended = [True, True, True, True, True, False]
-    assert sample_filter("none", advantages, codes, ended) == [True, True, True, False, True, True]
-    assert sample_filter("positive", advantages, codes, ended) == [True, False, False, False, True, True]
-    assert sample_filter("clean", advantages, codes, ended) == [True, False, False, False, False, False]
+    truncated = [False, False, False, False, False, True]
+    assert sample_filter("none", advantages, codes, truncated) == [True, True, True, False, True, True]
+    assert sample_filter("positive", advantages, codes, truncated) == [True, False, False, False, True, True]
+    assert sample_filter("clean", advantages, codes, truncated) == [True, False, False, False, False, False]
 
 
 # --- Training ---------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ TWO_PROCESSES = """
 import faulthandler
 faulthandler.dump_traceback_later(90, exit=True)  # one that waits for the other must not outlive the test
 import json, sys, torch
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/training"]
 import conftest
 from pathlib import Path
 from test_diffro import logged, make, trained

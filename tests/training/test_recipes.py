@@ -1,0 +1,61 @@
+"""train.py's flags: --help, --config, --debug, and what is refused."""
+
+import pytest
+
+import train
+from common.cli import InputError
+from training.recipes import MAX_COMPLETION_LENGTH
+
+
+def shown(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(list(flags))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_fits_on_two_screens_and_names_every_flag_of_ours(capsys):
+    text = shown(capsys, "--help")
+    assert len(text.splitlines()) <= 100
+    assert max(map(len, text.splitlines())) <= 120
+    for flag in ("--dataset", "--method", "--reward_config", "--sample_steps", "--learning_rate", "--beta", "--debug"):
+        assert f"{flag} " in text, flag
+    assert "--adam_beta1" not in text and "--epsilon_high" not in text
+    assert all(len(line.split("  ")[-1]) > 5 for line in text.splitlines() if line.startswith("  --")), "a flag's help"
+
+
+def test_help_all_shows_trls_flags_too(capsys):
+    text = shown(capsys, "--help_all")
+    assert "--adam_beta1" in text and "--epsilon_high" in text and "--dataset " in text
+    assert "--packing" in shown(capsys, "--method", "sft", "--help_all")
+
+
+def test_the_two_ways_to_name_a_config_file():
+    for flags in (["--config", "configs/tiny.yaml"], ["--config=configs/tiny.yaml"]):
+        script_args, training_args, model_args = train.parse_args(flags)
+        assert model_args.model_name_or_path == "tiny/llasa" and training_args.num_generations == 8
+    script_args, training_args, _ = train.parse_args(["--config", "configs/tiny.yaml", "--num_generations", "4"])
+    assert training_args.num_generations == 4  # the command line wins
+
+
+def test_the_length_of_an_answer_is_the_tasks():
+    for task, longest in MAX_COMPLETION_LENGTH.items():
+        assert train.parse_args(["--task", task])[1].max_completion_length == longest
+
+
+def test_debug_shows_the_traceback_of_an_input_error(caplog):
+    with pytest.raises(InputError, match="needs --token2text"):
+        train.parse_args(["--method", "diffro", "--debug"])
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--method", "diffro"])
+    assert stop.value.code == 2 and "needs --token2text" in caplog.text
+
+
+def test_a_broken_config_file_is_named_whatever_else_is_given(tmp_path, caplog):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\n")
+    for flags in (["--config", str(broken)], ["--method", "grpo", "--config", str(broken)]):
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            train.parse_args(flags)
+        assert str(broken) in caplog.text and "cannot be read" in caplog.text

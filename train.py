@@ -18,14 +18,11 @@ for recognition, here 8 unless told.
 
 import logging
 import os
-import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
-# transformers 5.23 and TRL 1.16 warn of each other's names; nothing that a user of train.py could change
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 import torch
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer

@@ -1,4 +1,4 @@
-"""What every script does with its command line: flags, one-line errors for bad input, the device, files written whole."""
+"""What every script does with its command line: flags, one-line errors for bad input, devices, atomic writes."""
 
 import argparse
 import contextlib

@@ -2,10 +2,12 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CUDA_VISIBLE_DEVICES="")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported
 os.chdir(ROOT)  # configs name tiny/ from here
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the project's modules, and what tests share (tests/fake_*.py)
 

@@ -145,8 +145,8 @@ def draw_codes(
 def sample_filter(name: str, advantages: list[float], codes: list[list[int]], truncated: list[bool]) -> list[bool]:
     """Which rollouts DiffRO learns from (arXiv 2509.18569). One without codes is never among them.
 
-    "none": all. "positive": those whose advantage is above 0. "clean": of these, those that were not truncated and do not repeat
-    themselves (`is_repetitive`): the paper's reason for the filter, which a positive advantage does not rule out.
+    "none": all. "positive": those whose advantage is above 0. "clean": of these, those neither truncated nor repetitive
+    (`is_repetitive`): the paper's reason for the filter, which a positive advantage does not rule out.
     """
     kept = []
     for advantage, spoken, cut in zip(advantages, codes, truncated, strict=True):

@@ -119,7 +119,8 @@ def _usage(name: str, task: str, codec_id: str, max_length: int) -> str:
         ""
         if task == "asr"
         else (
-            "\nXCodec2 decodes the codes to a waveform of 16 kHz (`codec` is an `Xcodec2Model` of transformers, such as "
+            "\nXCodec2 decodes the codes to a waveform of 16 kHz (`codec` is an `Xcodec2Model` of transformers, "
+            "such as "
             "`HKUSTAudio/xcodec2-hf`):\n\n```python\n"
             "wav = codec.decode(audio_codes=torch.tensor(codes)[None, None]).audio_values[0, 0]\n```"
         )
@@ -176,4 +177,5 @@ output = model.generate(
     eos_token_id=end,
     prefix_allowed_tokens_fn=lambda batch, ids: answer_ids,
 )
-text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist()).removesuffix("{TEXT_GENERATION_END}").strip()'''
+text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :].tolist())
+text = text.removesuffix("{TEXT_GENERATION_END}").strip()'''

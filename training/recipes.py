@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -192,6 +193,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
     Raises:
         SystemExit: after --help and --help_all; with code 2 for bad input, after a message of one line.
     """
+    # transformers 5.23 warns of names that TRL 1.16 uses; nothing that a user of train.py could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     argv = _split_config(list(sys.argv[1:] if argv is None else argv))
     argv = _take_debug(argv)
     with bad_input_exits():

@@ -55,8 +55,8 @@ def test_the_code_of_an_adapters_card_too(tmp_path):
     folder = trained(tmp_path, "configs/tiny.yaml", "--use_peft", "--lora_r", "4", "--learning_rate", "1e-2")
     scope = {}
     exec(code_of((folder / "README.md").read_text(encoding="utf-8")), scope)
-    set_seed(0)
     policy = Policy.from_pretrained(str(folder))
+    set_seed(0)
     [sample] = policy.sample([tts_prompt("Anna found two boxes.")], temperature=0.8, max_length=512)
     assert scope["codes"] == sample.codes
 

@@ -13,9 +13,9 @@ as here (with a sum exp(-NLL / 3) is about 0 for any sentence). The authors' rew
 import argparse
 import math
 
-from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, pick_device
+from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, pick_device, set_up_logging
 from speech.audio import load_audio
-from speech.error_rate import CER_LANGUAGES, error_rate, language_code
+from speech.error_rate import CER_LANGUAGES, check_reference_text, language_code
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import Score, WhisperScorer
 
@@ -29,8 +29,8 @@ def wer_reward(wer: float, alpha_wer: float = ALPHA_WER) -> float:
 
     One word wrong in ten: 1 - tanh(3 * 0.1) = 1 - 0.2913 = 0.7087.
     """
-    if not (0 <= wer < math.inf and 0 < alpha_wer < math.inf):
-        raise InputError(f"wer must be finite and >= 0, alpha_wer finite and > 0, got {wer} and {alpha_wer}")
+    _check_measured("wer", wer)
+    check_parameters(alpha_wer=alpha_wer)
     return 1.0 - math.tanh(alpha_wer * wer)
 
 
@@ -39,8 +39,8 @@ def nll_reward(nll: float, alpha_nll: float = ALPHA_NLL) -> float:
 
     NLL 0.6: exp(-0.6 / 3) = exp(-0.2) = 0.8187.
     """
-    if not (0 <= nll < math.inf and 0 < alpha_nll < math.inf):
-        raise InputError(f"nll must be finite and >= 0, alpha_nll finite and > 0, got {nll} and {alpha_nll}")
+    _check_measured("nll", nll)
+    check_parameters(alpha_nll=alpha_nll)
     return math.exp(-nll / alpha_nll)
 
 
@@ -50,10 +50,9 @@ def harmonic_mean(r_wer: float, r_nll: float, lambda_wer: float = LAMBDA_WER, la
     R_wer 0.5, R_nll 0.8: 1 / (0.6 / 0.5 + 0.4 / 0.8) = 1 / 1.7 = 0.5882. Either of them 0: 0, the limit.
     A weight of 0 leaves its term out, so (1, 0) and (0, 1) are the paper's single-reward ablations.
     """
-    if not (0 <= lambda_wer < math.inf and 0 <= lambda_nll < math.inf and lambda_wer + lambda_nll > 0):
-        raise InputError(f"weights must be finite, >= 0 and not both 0, got {lambda_wer} and {lambda_nll}")
-    if not (0 <= r_wer < math.inf and 0 <= r_nll < math.inf):
-        raise InputError(f"rewards must be finite and >= 0, got {r_wer} and {r_nll}")
+    _check_measured("r_wer", r_wer)
+    _check_measured("r_nll", r_nll)
+    check_parameters(lambda_wer=lambda_wer, lambda_nll=lambda_nll)
     terms = [(weight, r) for weight, r in ((lambda_wer, r_wer), (lambda_nll, r_nll)) if weight > 0]
     if any(r == 0 for _, r in terms):
         return 0.0
@@ -71,11 +70,34 @@ def reward(
     """The reward R of one clip, in [0, 1].
 
     Args:
-        score: Whisper's; a clip that is empty, silent or not finite has a `failure` and earns 0.
-        truncated: the rollout was cut off before END; it earns 0 too.
+        score: from `WhisperScorer.score`; a clip that is empty, silent or not finite has a `failure` and earns 0.
+        truncated: whether the rollout was cut off before END; it earns 0 too.
     """
-    combined = harmonic_mean(wer_reward(score.wer, alpha_wer), nll_reward(score.nll, alpha_nll), lambda_wer, lambda_nll)
-    return 0.0 if truncated or score.failure else combined
+    if truncated or score.failure:
+        return 0.0
+    return harmonic_mean(wer_reward(score.wer, alpha_wer), nll_reward(score.nll, alpha_nll), lambda_wer, lambda_nll)
+
+
+def check_parameters(
+    alpha_wer: float = ALPHA_WER,
+    alpha_nll: float = ALPHA_NLL,
+    lambda_wer: float = LAMBDA_WER,
+    lambda_nll: float = LAMBDA_NLL,
+) -> None:
+    """Raises InputError for a parameter of the reward that is out of range."""
+    for name, alpha in (("alpha_wer", alpha_wer), ("alpha_nll", alpha_nll)):
+        if not 0 < alpha < math.inf:
+            raise InputError(f"{name}: must be finite and > 0 (got {alpha})")
+    for name, weight in (("lambda_wer", lambda_wer), ("lambda_nll", lambda_nll)):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"{name}: must be finite and >= 0 (got {weight})")
+    if lambda_wer + lambda_nll == 0:
+        raise InputError(f"lambda_wer, lambda_nll: must not both be 0 (got {lambda_wer} and {lambda_nll})")
+
+
+def _check_measured(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: must be finite and >= 0 (got {value})")
 
 
 # --- The script -------------------------------------------------------------------------------------------
@@ -86,9 +108,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--audio", required=True, help="the clip: WAV, FLAC, OGG or MP3, any sampling rate, any number of channels")
     add("--text", required=True, help="the reference text of the clip")
-    add("--language", default="en", help="language of the text, Whisper's code or name")
-    add("--whisper", default="large-v3", help="name of an openai-whisper model, or path of its .pt file")
-    add("--device", default="auto", help="device of Whisper: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add("--language", default="en", help="language of the text, as Whisper's code or name")
+    add("--whisper", default="large-v3", help="name of an openai-whisper model, or path of a .pt file")
+    add("--device", default="auto", help="where Whisper runs: auto (a GPU where there is one), cpu, cuda or cuda:1")
     add("--alpha_wer", type=float, default=ALPHA_WER, help="steepness of R_wer = 1 - tanh(alpha_wer * WER)")
     add("--alpha_nll", type=float, default=ALPHA_NLL, help="scale of R_nll = exp(-NLL / alpha_nll), in nats")
     add("--lambda_wer", type=float, default=LAMBDA_WER, help="weight of R_wer in the harmonic mean")
@@ -98,14 +120,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     parameters = {name: getattr(args, name) for name in ("alpha_wer", "alpha_nll", "lambda_wer", "lambda_nll")}
+    set_up_logging()
     with bad_input_exits():
-        reward(Score("", 0.0, 0.0, 0, 1), **parameters)  # bad parameters and texts show before the model is loaded
+        check_parameters(**parameters)
+        check_reference_text(args.text, args.language)
         wav = load_audio(args.audio)
-        error_rate(args.text, "", args.language)
         scorer = WhisperScorer(args.whisper, pick_device(args.device))
         [score] = scorer.score([wav], [args.text], args.language)
     unit = "CER" if language_code(args.language) in CER_LANGUAGES else "WER"
-    failure = f" ({score.failure}: not shown to Whisper)" if score.failure else ""
+    failure = f" ({score.failure}: not transcribed, R is 0)" if score.failure else ""
     print(f"audio      {len(wav) / SAMPLE_RATE:.2f} s{failure}")
     print(f"transcript {score.hyp_text}")
     print(f"{unit}        {score.wer:.4f} ({score.edits} edits / {score.ref_length})")

@@ -18,7 +18,7 @@ from reward_models.prosody import DurationReward, LogF0SpreadReward
 from reward_models.token2text import Token2TextReward
 from reward_models.whisper import WhisperReward
 
-REWARDS = {  # by task, then by name: what scores speech cannot score text
+REWARDS = {  # by task, then by name: a reward of speech cannot score text
     "tts": {
         "whisper": WhisperReward,
         "token2text": Token2TextReward,
@@ -41,7 +41,7 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
     Returns:
         {reward: {"weight": …, parameter: …}}, weights filled in with 1.
     Raises:
-        InputError: no such file, not JSON, an unknown reward or parameter, a value that is no number or out of range.
+        InputError: no such file, not JSON, an unknown reward or parameter, a value out of range.
     """
     path, rewards = Path(path), REWARDS[task]
     if not path.is_file():
@@ -50,13 +50,15 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+        raise InputError(
+            f"{path}: not JSON: {error}. Use an object with at least one of {', '.join(rewards)}"
+        ) from None
     if not isinstance(config, dict) or not config:
-        raise InputError(f"{path}: expected an object with at least one of {', '.join(rewards)}")
+        raise InputError(f"{path}: expected an object with at least one of {', '.join(rewards)} (got {config!r})")
     for name, parameters in config.items():
-        others = [other for other in REWARDS if name in REWARDS[other] and other != task]
-        if others:
-            raise InputError(f"{path}: {name} is a reward of --task {others[0]}, this is --task {task}")
+        for other_task in REWARDS:
+            if other_task != task and name in REWARDS[other_task]:
+                raise InputError(f"{path}: {name} is a reward of --task {other_task}, this is --task {task}")
         if name not in rewards:
             raise InputError(f"{path}: {unknown_key(name, rewards)}")
         _check_parameters(f"{path}: {name}", parameters, rewards[name])
@@ -64,18 +66,23 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
 
 
 def _check_parameters(where: str, parameters: dict, reward: type) -> None:
+    """Raises InputError for a parameter that the reward does not have, or whose value it does not accept."""
     known = ["weight", *list(inspect.signature(reward).parameters)[1:]]
     if not isinstance(parameters, dict):
-        raise InputError(f"{where} must be an object with {', '.join(known)}; got {parameters!r}")
+        raise InputError(f"{where}: expected an object with {', '.join(known)} (got {parameters!r})")
     for key, value in parameters.items():
         if key not in known:
             raise InputError(f"{where}: {unknown_key(key, known)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{where}: {key} must be a finite number, got {value!r}")
+            raise InputError(f"{where}: {key}: must be a finite number (got {value!r})")
     try:
-        reward(None, **{key: value for key, value in parameters.items() if key != "weight"})
+        reward(None, **_without_weight(parameters))  # a reward checks its parameters before it has anything to score
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
+
+
+def _without_weight(parameters: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in parameters.items() if key != "weight"}
 
 
 def models_needed(config: RewardConfig, task: str) -> set[str]:
@@ -88,11 +95,10 @@ def build_rewards(config: RewardConfig, rollout_scorer, task: str = "tts") -> tu
 
     Args:
         config: from `load_config`.
-        rollout_scorer: what all of them share: a `rollouts.SpeechRolloutScorer`, for "asr" a
+        rollout_scorer: shared by all of them: a `rollouts.SpeechRolloutScorer`, or for "asr" a
             `transcripts.TranscriptScorer`.
     """
     rewards = []
     for name, parameters in config.items():
-        parameters = {key: value for key, value in parameters.items() if key != "weight"}
-        rewards.append(REWARDS[task][name](rollout_scorer, **parameters))
+        rewards.append(REWARDS[task][name](rollout_scorer, **_without_weight(parameters)))
     return rewards, [parameters["weight"] for parameters in config.values()]

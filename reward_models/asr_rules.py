@@ -1,9 +1,9 @@
 """Rule-based rewards for speech recognition (arXiv 2509.18569, R1 to R3) as formulas and as TRL calls them.
 
 The paper names what R2 must catch ("repeated, inexistent or translated" text, which sets the whole reward to −1)
-but gives no rule and no threshold. The length bounds are NIM4-ASR's (arXiv 2604.18105); the other rules are ours
-and lean one way: a misrecognition called a hallucination teaches the wrong thing, while a hallucination that is
-missed mostly has few words right, and an R1 near 0.
+but gives neither rules nor thresholds. The length bounds are NIM4-ASR's (arXiv 2604.18105); the other rules are ours.
+They err on the side of None: a misrecognition that is called a hallucination teaches the wrong thing, whereas a
+hallucination that is missed mostly has few correct words, and an R1 near 0.
 """
 
 import math
@@ -15,28 +15,30 @@ from itertools import groupby
 
 from common.cli import InputError
 from speech.error_rate import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
+from speech.measures import longest_periodic_stretch
 
 RULES = ("truncated", "non_speech", "empty", "script", "repetition", "length", "no_overlap")
 
-# Where words are not written apart: most Chinese words have one or two characters. (Thai and Korean have more,
-# so the same slack is fewer of their words.)
+# In scripts without spaces between words: most Chinese words have one or two characters. (Thai and Korean words have
+# more, so the same slack is fewer of their words.)
 CHARACTERS_PER_WORD = 2
 CHARACTER_SCRIPTS = {"CJK", "HIRAGANA", "KATAKANA", "JAPANESE", "HANGUL", "THAI", "LAO", "MYANMAR", "KHMER"}
-ORDINARY_EDITS = 3  # words: a transcript no further from its reference is a misrecognition
+ORDINARY_EDITS = 3  # words: a transcript with no more edits is a misrecognition
 
-# NIM4-ASR: more than twice or less than half as long. Here twice is too long already: what says everything twice is
-# a loop that FEWEST_REPEATS lets pass. Both only where more than ORDINARY_EDITS words are too many or missing.
+# NIM4-ASR: more than twice or less than half as long. Here exactly twice is too long already: a transcript that has
+# everything twice is a loop that FEWEST_REPEATS lets pass. Both only where more than ORDINARY_EDITS words are too many
+# or missing.
 MAX_LENGTH_RATIO, MIN_LENGTH_RATIO = 2.0, 0.5
-# NIM4-ASR's metric speaks of "negligible lexical overlap" and gives no number.
-NEGLIGIBLE_OVERLAP = 0.1  # of the reference's words: at 90 % WER and more nothing was recognised
-OVERLAP_MIN_WORDS = 2 * ORDINARY_EDITS  # four or five short words can all be misheard
-MAX_FOREIGN_SHARE = 0.5  # of the words: a foreign name among one's own stays below
+# NIM4-ASR's metric has "negligible lexical overlap" without a number.
+NEGLIGIBLE_OVERLAP = 0.1  # fraction of the reference's words: at 90 % WER and more nothing was recognised
+OVERLAP_MIN_WORDS = 2 * ORDINARY_EDITS  # all of four or five short words can be misrecognised
+MAX_FRAC_FOREIGN = 0.5  # fraction of the words: a foreign name among words of the language stays below it
 
 LONGEST_LOOP = 16  # words, or characters: a sentence of ordinary length
-# How often an n-gram must stand back to back. One word: five times, as in the text filter of SebastianBodza's
-# Llasa GRPO; speakers do say "no, no, no", and "I think I think I think" before they go on.
-FEWEST_REPEATS = {1: 5, 2: 4}  # of longer ones:
-FEWEST_REPEATS_LONG = 3
+# How often an n-gram must occur back to back, by its number of words. One word: five times, as in the text filter of
+# SebastianBodza's Llasa GRPO; people do say "no, no, no", and "I think I think I think" before they continue.
+FEWEST_REPEATS = {1: 5, 2: 4}
+FEWEST_REPEATS_LONG = 3  # of three words and more
 # Inside a word, as in "hahahahahaha": the same author's reward calls six equal characters in a row a hang-up.
 LONGEST_LOOP_IN_WORD, FEWEST_REPEATS_IN_WORD = 4, 6
 
@@ -45,20 +47,20 @@ LONGEST_LOOP_IN_WORD, FEWEST_REPEATS_IN_WORD = 4, 6
 
 
 def transcript_errors(ref: str, hyp: str, language: str) -> ErrorRate:
-    """`error_rate`, also of a clip in which nothing is said (ref ""): each word is an insertion, the rate 0 or 1."""
+    """`error_rate`, also for clips without speech (ref ""): each word is an insertion there, and the rate is 0 or 1."""
     if ref.strip():
         return error_rate(ref, hyp, language)
-    invented = len(_units(hyp, language))
-    return ErrorRate(float(invented > 0), 0, 0, invented, 0)
+    insertions = len(_units(hyp, language))
+    return ErrorRate(float(insertions > 0), 0, 0, insertions, 0)
 
 
 def accuracy_reward(ref: str, hyp: str, language: str) -> float:
     """R1 = max(0, 1 − WER), in [0, 1]; CER for CER_LANGUAGES (arXiv 2509.18569).
 
-    'the boat was gone' heard as 'the boat is gone' is 1 − 1/4 = 0.75. The paper does not say whether WER may pass
-    1. It is cut there, because nothing else bounds it: one runaway of WER 40 would set its group's mean and
-    deviation alone and make the others look alike. And so R2's −1 stays below everything. Where nothing is said
-    (ref ""), an empty transcript is 1 and any other 0.
+    'the boat was gone' transcribed as 'the boat is gone' is 1 − 1/4 = 0.75. The paper does not say whether WER may
+    exceed 1. Here it is clipped, because nothing else bounds it: a single transcript of WER 40 would dominate the mean
+    and deviation of its group and make the others look alike. It also keeps R2's −1 below everything. For clips without
+    speech (ref ""), an empty transcript is 1 and any other 0.
     """
     return max(0.0, 1.0 - transcript_errors(ref, hyp, language).rate)
 
@@ -74,50 +76,53 @@ def exact_match(ref: str, hyp: str, language: str) -> float:
 def hallucination(ref: str, hyp: str, language: str) -> str | None:
     """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
 
-    "non_speech": words where nothing is said (ref ""). "empty": nothing was heard where there is text. "script": most
-    of it is in a script that the reference does not have, as after a translation. Then, only for a transcript more
-    than ORDINARY_EDITS words from its reference: "repetition", "length" and "no_overlap"; see the functions so called.
+    "non_speech": words in a clip without speech (ref ""). "empty": no words where the reference has some. "script":
+    most of it is in a script that the reference does not have, as after a translation. Then, only for a transcript
+    with more than ORDINARY_EDITS edits: "repetition", "length" and "no_overlap"; see `repetition`, `wrong_length` and
+    `no_overlap`.
 
     'the boat was gone' with 'the boat the boat the boat the boat': 6 edits and 'the boat' 4 times, "repetition";
     with 'a goat is gone': 3 edits, None.
 
     Raises:
-        ValueError: nothing is left of a `ref` that is not empty after normalisation, or an unknown language.
+        InputError: `ref` is not empty but nothing is left of it after normalisation, or an unknown language.
     """
-    heard = normalize_text(hyp, language)
+    has_words = bool(normalize_text(hyp, language))
     if not ref.strip():
-        return "non_speech" if heard else None
+        return "non_speech" if has_words else None
     errors = error_rate(ref, hyp, language)
-    if not heard:
+    if not has_words:
         return "empty"
     if other_script(ref, hyp, language):
         return "script"
     if errors.edits <= _in_units(ORDINARY_EDITS, language):
         return None
-    rules = (("repetition", repetition), ("length", wrong_length), ("no_overlap", no_overlap))
-    return next((name for name, breaks in rules if breaks(ref, hyp, language)), None)
+    for name, breaks_rule in (("repetition", repetition), ("length", wrong_length), ("no_overlap", no_overlap)):
+        if breaks_rule(ref, hyp, language):
+            return name
+    return None
 
 
 def other_script(ref: str, hyp: str, language: str) -> bool:
     """True if more than half of the transcript is in scripts of which the reference has no letter.
 
-    'thank you' heard as 'спасибо': 1 word of 1. '我买了一部手机' as '我买了一部 iPhone': 1 word beside 5 / 2, not so.
-    Words count, not letters, or six Latin letters would outweigh five Chinese characters. Japanese mixes its
-    three scripts freely, so they are one there; a language with two alphabets (Serbian) is held to its reference's.
+    'thank you' transcribed as 'спасибо': 1 word of 1. '我买了一部手机' as '我买了一部 iPhone': 1 word beside 5 / 2, so
+    False. Words are counted, not letters, or six Latin letters would outweigh five Chinese characters. Japanese mixes
+    its three scripts freely, so they count as one; of a language with two alphabets (Serbian) the reference's counts.
     """
     known = set(_words_by_script(ref, language))
     written = _words_by_script(hyp, language)
     foreign = sum(words for script, words in written.items() if script not in known)
-    return bool(known) and foreign > MAX_FOREIGN_SHARE * sum(written.values())
+    return bool(known) and foreign > MAX_FRAC_FOREIGN * sum(written.values())
 
 
 def repetition(ref: str, hyp: str, language: str) -> bool:
-    """True if an n-gram of up to LONGEST_LOOP words stands back to back so often that the transcript is a loop.
+    """True if an n-gram of up to LONGEST_LOOP words occurs back to back so often that the transcript is a loop.
 
     One word 5 times, two words 4 times, more words 3 times (FEWEST_REPEATS; two characters count as a word for
-    CER_LANGUAGES), and as many times more than any n-gram of that length does in the reference: where someone says
+    CER_LANGUAGES), and as many times more than any n-gram of that length does in the reference: where that has
     'no no no', it takes 'no' 5 − 1 + 3 = 7 times. Or a word that is a loop in itself ('hahahahahaha').
-    Words as they are written: Whisper's normaliser would join 'twenty twenty twenty' to one number.
+    Words are taken as written: Whisper's normaliser would join 'twenty twenty twenty' to one number.
     """
     ref_units, hyp_units = _written_units(ref, language), _written_units(hyp, language)
     for period in range(1, min(LONGEST_LOOP, len(hyp_units) // FEWEST_REPEATS_LONG) + 1):
@@ -125,32 +130,33 @@ def repetition(ref: str, hyp: str, language: str) -> bool:
         fewest = FEWEST_REPEATS.get(num_words, FEWEST_REPEATS_LONG)
         if back_to_back(hyp_units, period) - back_to_back(ref_units, period) >= fewest - 1:
             return True
-    written = "".join(ref_units)
-    return any(
-        # Checked in this order because most words have no run at all. The zeros of a number are no loop.
-        (repeats := back_to_back(word, period)) >= FEWEST_REPEATS_IN_WORD
-        and word.isalpha()
-        and repeats - back_to_back(written, period) >= FEWEST_REPEATS_IN_WORD - 1
-        for word in hyp_units
-        for period in range(1, LONGEST_LOOP_IN_WORD + 1)
-    )
+    return any(_is_loop(word, "".join(ref_units)) for word in hyp_units)
+
+
+def _is_loop(word: str, ref_letters: str) -> bool:
+    """True for a word such as 'hahahahahaha', unless the reference has such a run too. A number's zeros are no loop."""
+    if not word.isalpha():
+        return False
+    for period in range(1, LONGEST_LOOP_IN_WORD + 1):
+        repeats = back_to_back(word, period)
+        if repeats < FEWEST_REPEATS_IN_WORD:
+            continue
+        if repeats - back_to_back(ref_letters, period) >= FEWEST_REPEATS_IN_WORD - 1:
+            return True
+    return False
 
 
 def back_to_back(units: list[str] | str, period: int) -> int:
     """How often, at most, the same `period` units follow each other: 'a b a b a c' has 2 for period 2, 1 for 1."""
-    longest = run = 0
-    for earlier, later in zip(units, units[period:], strict=False):
-        run = run + 1 if earlier == later else 0
-        longest = max(longest, run)
-    return (longest + period) // period
+    return (longest_periodic_stretch(units, period) + period) // period
 
 
 def wrong_length(ref: str, hyp: str, language: str) -> bool:
     """True if the transcript is twice as long as the reference or less than half, by more than three words.
 
     NIM4-ASR's bounds (arXiv 2604.18105) with slack for short texts: after 'yes', up to four words are allowed.
-    The ratio is one of characters: a normaliser that makes one word of 'five five one two', and three of
-    'five five won two', must not decide.
+    The ratio is one of characters, so that it does not depend on a normaliser that makes one word of
+    'five five one two' and three of 'five five won two'.
     """
     ref_units, hyp_units = _units(ref, language), _units(hyp, language)
     if abs(len(hyp_units) - len(ref_units)) <= _in_units(ORDINARY_EDITS, language):
@@ -164,7 +170,7 @@ def wrong_length(ref: str, hyp: str, language: str) -> bool:
 def no_overlap(ref: str, hyp: str, language: str) -> bool:
     """True if of six or more reference words (twelve characters) at most one in ten is in the transcript at all.
 
-    A translation into the same script, where only a name survives; the text of another film.
+    Catches a translation into the same script, where only a name survives, and the subtitles of another film.
     'Der Zug nach Hamburg fährt heute von Gleis sieben ab' as 'the train to Hamburg leaves from platform seven
     today': 1 of 10. Of six to nine words none may be there.
     """
@@ -175,24 +181,25 @@ def no_overlap(ref: str, hyp: str, language: str) -> bool:
 
 
 def _in_units(words: int, language: str) -> int:
-    """A number of words in what the language's error rate counts: words, or characters."""
+    """A number of words in the units of the language's error rate: words, or characters."""
     return words * CHARACTERS_PER_WORD if language_code(language) in CER_LANGUAGES else words
 
 
 def _units(text: str, language: str) -> list[str]:
-    """What the error rate counts: normalised words, or characters for CER_LANGUAGES."""
+    """The units of the error rate: normalised words, or characters for CER_LANGUAGES."""
     words = normalize_text(text, language).split()
     return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
 
 
 def _written_units(text: str, language: str) -> list[str]:
-    """Words as they are written, without case and punctuation, or the characters of these."""
-    words = [word for raw in text.casefold().split() if (word := re.sub(r"\W", "", raw))]
+    """Words as written, without case and punctuation, or their characters for CER_LANGUAGES."""
+    words = [re.sub(r"\W", "", word) for word in text.casefold().split()]
+    words = [word for word in words if word]
     return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
 
 
 def _words_by_script(text: str, language: str) -> dict[str, float]:
-    """How many words are in each script: unbroken letters of one, or so many characters of a script without spaces."""
+    """How many words are in each script: runs of its letters, or CHARACTERS_PER_WORD characters without spaces."""
     words = Counter()
     for raw in unicodedata.normalize("NFKC", text).split():
         for script, letters in groupby(_script(letter, language) for letter in raw if letter.isalpha()):
@@ -215,13 +222,13 @@ def _script(letter: str, language: str) -> str:
 def keyword_reward(ref: str, hyp: str, keywords: list[str], language: str) -> float:
     """R3 = (recall + precision) / 2 over the occurrences of keywords, in [0, 1] (arXiv 2509.18569).
 
-    Keywords Zagreb, Split; 'from Zagreb to Split' heard as 'Zagreb Zagreb to spit': 1 hit (an occurrence counts as
-    often as both texts have it); recall 1 / 2, precision 1 / 2, R3 0.5.
-    No hit is 0: a keyword invented where there is none costs as much as one missed. Neither text with a keyword is
-    1, nothing missed and nothing invented (the paper leaves 0 / 0 open).
+    Keywords Zagreb, Split; 'from Zagreb to Split' transcribed as 'Zagreb Zagreb to spit': 1 hit (an occurrence counts
+    as often as both texts have it); recall 1 / 2, precision 1 / 2, R3 0.5.
+    No hit is 0: a keyword hallucinated where there is none costs as much as one missed. Where neither text has a
+    keyword R3 is 1 (the paper leaves 0 / 0 open).
 
     Args:
-        keywords: one or several words each, compared as normalised; what normalises to nothing is passed over.
+        keywords: one or several words each, compared as normalised; those that normalise to nothing are ignored.
     """
     index = keyword_index(keywords, language)
     in_ref, in_hyp = find_keywords(ref, index, language), find_keywords(hyp, index, language)
@@ -243,14 +250,15 @@ def keyword_index(keywords: list[str], language: str) -> dict[tuple[str, ...], s
 
 
 def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -> Counter[str]:
-    """How often each keyword of a `keyword_index` stands in the text, as whole words (or characters)."""
+    """How often each keyword of a `keyword_index` occurs in the text, as whole words (or characters)."""
     units = _units(text, language)
-    found = Counter()
+    occurrences = Counter()
     for length in {len(words) for words in index}:
         for start in range(len(units) - length + 1):
-            if (words := tuple(units[start : start + length])) in index:
-                found[index[words]] += 1
-    return found
+            words = tuple(units[start : start + length])
+            if words in index:
+                occurrences[index[words]] += 1
+    return occurrences
 
 
 # --- As TRL calls it --------------------------------------------------------------------------------------
@@ -259,18 +267,18 @@ def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -
 class AsrRulesReward:
     """R1, R2, R3 and exact match: the weighted mean of the terms, or the override for a hallucination.
 
-    Paper: R1 alone is (1, 0, 0, 0), R1 and R2 (1, 1, 0, 0), all three (1, 1, 1, 0); it does not state how R1 and
-    R3 are weighted. The override holds within this reward: one listed beside it in a config would be added to it.
-    A rollout that was truncated is treated as a hallucination ("truncated"); without R2 it earns R1 for what it wrote.
+    In the paper R1 alone is (1, 0, 0, 0), R1 and R2 (1, 1, 0, 0), all three (1, 1, 1, 0); it does not state how R1 and
+    R3 are weighted. The override holds within this reward: another reward in the same config is added to it.
+    A truncated rollout is treated as a hallucination ("truncated"); without R2 it earns R1 of its transcript so far.
 
     Args:
         rollout_scorer: a `TranscriptScorer`.
-        weight_accuracy, weight_exact: of R1 and of the exact match.
-        weight_hallucination: a hallucination earns −weight_hallucination, whatever else it has; 0 leaves R2 out.
-        weight_keywords: of R3, in rows with keywords. Rows without any go without the term, which would be 1 for
-            their whole group.
+        weight_accuracy, weight_exact: weights of R1 and of the exact match.
+        weight_hallucination: a hallucination earns −weight_hallucination, whatever its other terms; 0 leaves R2 out.
+        weight_keywords: weight of R3, in rows with keywords. Rows without keywords do without the term, which would be
+            1 for their whole group.
     Raises:
-        ValueError: a weight below 0 or not finite, or no term for rows without keywords.
+        InputError: a weight below 0 or not finite, or no term for rows without keywords.
     """
 
     __name__ = "asr_rules"
@@ -284,17 +292,21 @@ class AsrRulesReward:
         weight_keywords: float = 1.0,
         weight_exact: float = 0.0,
     ):
-        weights = {"accuracy": weight_accuracy, "hallucination": weight_hallucination}
-        weights |= {"keywords": weight_keywords, "exact": weight_exact}
-        for name, weight in weights.items():
+        self.rollout_scorer = rollout_scorer
+        self.weights = {
+            "accuracy": weight_accuracy,
+            "hallucination": weight_hallucination,
+            "keywords": weight_keywords,
+            "exact": weight_exact,
+        }
+        for name, weight in self.weights.items():
             if not 0 <= weight < math.inf:
-                raise InputError(f"weight_{name} must be finite and >= 0, got {weight}")
+                raise InputError(f"weight_{name}: must be finite and >= 0 (got {weight})")
         if weight_accuracy + weight_exact == 0:
             raise InputError(
-                "weight_accuracy and weight_exact are both 0: texts without keywords would have no reward; "
-                "give one of them a weight"
+                "weight_accuracy, weight_exact: both 0, so texts without keywords would have no reward. "
+                "Set one of them above 0"
             )
-        self.rollout_scorer, self.weights = rollout_scorer, weights
 
     def __call__(self, completion_ids, text, language=None, keywords=None, log_metric=None, **_) -> list[float]:
         """The rewards, in [−weight_hallucination, 1].
@@ -308,7 +320,7 @@ class AsrRulesReward:
         items = zip(text, transcripts.hyp_texts, languages, keyword_lists, strict=True)
         terms = [self._terms(*item) for item in items]
         r_keywords = [row["keywords"] for row in terms if "keywords" in row]
-        if r_keywords and log_metric:
+        if r_keywords and log_metric is not None:
             log_metric("r_keywords", sum(r_keywords) / len(r_keywords))
         override = self.weights["hallucination"]
         return [
@@ -332,6 +344,6 @@ class AsrRulesReward:
 
 
 def _checked_keywords(keywords: list[str] | None) -> list[str]:
-    if isinstance(keywords, str):  # would be read as a list of letters
-        raise InputError(f"column 'keywords': expected a list of words per row, got {keywords!r}")
+    if isinstance(keywords, str):  # iterating it would yield letters
+        raise InputError(f"column 'keywords': expected a list of words per row (got {keywords!r})")
     return keywords or []

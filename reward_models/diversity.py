@@ -13,9 +13,11 @@ def group_distances(group: list[list[int]]) -> list[float]:
     0 and 1, 1/3 · 2/3 = 0.2222. A sequence without codes has no |o_i| to divide by: 0.
     """
     distances = np.zeros((len(group), len(group)))
-    for i, one in enumerate(group):
+    for i, codes in enumerate(group):
         for j in range(i):
-            distances[i, j] = distances[j, i] = Levenshtein.distance(one, group[j])
+            distance = Levenshtein.distance(codes, group[j])
+            distances[i, j] = distance
+            distances[j, i] = distance
     lengths = np.asarray([len(codes) for codes in group])
     return (distances.mean(axis=1) / np.maximum(lengths, 1) * (lengths > 0)).tolist()
 
@@ -23,12 +25,14 @@ def group_distances(group: list[list[int]]) -> list[float]:
 class DiversityReward:
     """R3_i = min((1/G) Σ_j dist(o_i, o_j) / |o_i|, 1) + min(std of ln F0, ceiling); 0 where the rollout failed.
 
-    As the paper writes it the distance is bounded by nothing: of 50 codes among rollouts of 100 it is above 0.88, and
-    of 10 above 7.9, so a short rollout would pay. Hence the 1, which rollouts of equal length never pass.
+    In the paper nothing bounds the distance: a rollout of 50 codes among rollouts of 100 has more than 0.88, and one
+    of 10 codes more than 7.9, so a short rollout would pay. Hence the 1, which rollouts of equal length never exceed.
 
     Args:
-        rollout_scorer: with a codec, for the F0; see reward_models/rollouts.py.
-        ceiling: of the second term; see `prosody.LogF0SpreadReward`.
+        rollout_scorer: a `SpeechRolloutScorer` with a codec, which the F0 needs.
+        ceiling: upper bound of the second term; see `prosody.LogF0SpreadReward`.
+    Raises:
+        InputError: a ceiling that is not above 0.
     """
 
     __name__ = "diversity"

@@ -1,7 +1,7 @@
-"""Rewards that keep prosody alive beside an intelligibility reward (arXiv 2509.18569, R2 and R3).
+"""Rewards that keep the prosody natural beside an intelligibility reward (arXiv 2509.18569, R2 and R3).
 
-A policy rewarded for intelligibility alone learns to speak slowly and flatly (arXiv 2509.18531 saw pitch collapse
-with the WER + NLL reward on this very model).
+A policy rewarded for intelligibility alone learns to speak slowly and flatly (arXiv 2509.18531 reports a collapse of
+pitch with the WER + NLL reward on this very model).
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 from common.cli import InputError
 
-LOG_F0_STD_CEILING = 0.3  # natural-log units; read speech lies at 0.15 to 0.3
+LOG_F0_STD_CEILING = 0.3  # natural-log units; read speech has 0.15 to 0.3
 
 
 def duration_reward(lengths: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def duration_reward(lengths: np.ndarray) -> np.ndarray:
     Args:
         lengths: codes per rollout, shape (prompts, group_size).
     Returns:
-        the same shape.
+        The rewards, of the same shape.
     """
     median = np.median(lengths, axis=1, keepdims=True)
     return np.where(median > 0, -np.abs(lengths - median) / np.maximum(median, 1), -1.0)
@@ -36,12 +36,16 @@ def log_f0_rewards(rollouts, ceiling: float) -> list[float]:
 
 
 def check_ceiling(ceiling: float) -> None:
-    if ceiling <= 0:
-        raise InputError(f"ceiling must be above 0, got {ceiling}")
+    if not 0 < ceiling < math.inf:
+        raise InputError(f"ceiling: must be finite and > 0 (got {ceiling})")
 
 
 class DurationReward:
-    """`duration_reward` of the number of codes: keeps the policy from slowing down or rushing."""
+    """`duration_reward` of the number of codes: keeps the policy from slowing down or rushing.
+
+    Args:
+        rollout_scorer: a `SpeechRolloutScorer`; no model of it is used.
+    """
 
     __name__ = "duration"
     needs = ()
@@ -59,7 +63,10 @@ class LogF0SpreadReward:
     """Spread of ln F0, the second term of R3; see `log_f0_rewards`.
 
     Args:
-        ceiling: natural-log units; beyond it the spread is octave errors and voice breaks, which must earn nothing.
+        rollout_scorer: a `SpeechRolloutScorer` with a codec.
+        ceiling: in natural-log units; spread beyond it comes from octave errors and voice breaks, and earns nothing.
+    Raises:
+        InputError: a ceiling that is not above 0.
     """
 
     __name__ = "log_f0_spread"

@@ -18,22 +18,25 @@ from speech.whisper_scorer import Score, WhisperScorer
 
 
 class Rollouts:
-    """A batch of completions, as codes, as sound, and as Whisper hears them.
+    """A batch of completions as codes, as audio, and as Whisper's transcripts.
 
     Args:
-        completion_ids: sampled token ids, END included where it came, no padding.
+        models: whose codec, Whisper and token-to-text model score the batch.
+        completion_ids: sampled token ids, including END if it was sampled, without padding.
         texts: the reference text of each.
         languages: Whisper's language code of each text.
-        group_size: rollouts of one prompt; they stand next to each other.
-    Attributes (each a list in the batch's order, computed when first read):
+        group_size: number of rollouts of one prompt; they are next to each other.
+    Attributes (each a list in the batch's order, computed when first used):
         codes: ids in the codebook.
         truncated: whether the rollout was cut off before END.
-        wavs: float32 mono at 16 kHz; shape (0,) where there are no codes.
-        scores: `whisper_scorer.Score`.
+        wavs: float32 mono at 16 kHz, shape (n_samples,); (0,) where there are no codes.
+        scores: a `whisper_scorer.Score` each.
         text_log_probs: mean log P per text token by the token-to-text model.
         failures: None, or why a rollout earns the lowest reward: "empty", "silent", "non_finite" (the last
             two only where there is a codec), "truncated".
-        log_f0_stds: natural-log units; NaN without voiced frames.
+        log_f0_stds: in natural-log units; NaN without voiced frames.
+    Raises:
+        ValueError: the rollouts cannot be divided into groups, a group has several texts, or an id is no code.
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class Rollouts:
         for first in range(0, len(texts), group_size):
             if len(set(texts[first : first + group_size])) != 1:
                 raise ValueError(f"rollouts {first} to {first + group_size - 1} are not of one prompt")
-        self.models, self.texts, self.languages, self.group_size = models, texts, languages, group_size
+        self.models = models
+        self.texts = texts
+        self.languages = languages
+        self.group_size = group_size
         parsed = [models.tokens.codes(ids) for ids in completion_ids]
         self.codes = [codes for codes, _ in parsed]
         self.truncated = [truncated for _, truncated in parsed]
@@ -84,7 +90,7 @@ class Rollouts:
         return self._log_f0_cache[i]
 
     def grouped(self, values: list[float]) -> np.ndarray:
-        """(prompts, group_size)"""
+        """One value per rollout as an array of shape (prompts, group_size)."""
         return np.asarray(values, dtype=np.float64).reshape(-1, self.group_size)
 
     def metrics(self) -> dict[str, float]:
@@ -97,7 +103,7 @@ class Rollouts:
             "frac_repetitive": float(np.mean([is_repetitive(codes) for codes in self.codes])),
         }
         if models.codec is not None:
-            # Praat takes as long for a clip as the codec: one rollout of each prompt shows a collapse as well.
+            # Praat takes as long per clip as the codec: one rollout of each prompt shows a collapse of F0 as well.
             f0 = np.asarray([self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)])
             metrics |= {
                 "log_f0_std": float(np.nanmean(f0)) if np.isfinite(f0).any() else float("nan"),
@@ -117,13 +123,17 @@ class Rollouts:
 class SpeechRolloutScorer:
     """Codec, Whisper and token-to-text model, and the batch of rollouts that was scored last.
 
-    TRL calls every reward function of a batch with the same list of completions: the first call makes the
-    `Rollouts` (and logs their metrics), the others find it here.
+    TRL calls every reward function of a batch with the same list of completions: the first call computes the
+    `Rollouts` (and logs their metrics), the others reuse them.
 
     Args:
+        tokens: the policy's speech tokens.
         codec, whisper, token2text: None where no reward needs it; Whisper needs the codec.
-        offload: keep codec and Whisper on the CPU, and on their device only while they score; each way copies all
+        group_size: number of rollouts of one prompt.
+        offload: keep codec and Whisper on the CPU, and on their device only while they score; each move copies all
             their weights.
+    Raises:
+        InputError: the codec's or the token-to-text model's codebook is not the policy's.
     """
 
     def __init__(
@@ -136,25 +146,30 @@ class SpeechRolloutScorer:
         token2text: Token2Text | None = None,
     ):
         if codec is None and whisper is not None:
-            raise ValueError("Whisper scores what the codec decodes: it needs a codec")
+            raise ValueError("whisper: it scores decoded audio and needs a codec (got None). Pass a codec as well")
         if codec is not None:
             check_codebook(codec, tokens)
         if token2text is not None:
             token2text.check_codebook(tokens.num_codes)
-        self.tokens, self.codec, self.whisper, self.token2text = tokens, codec, whisper, token2text
+        self.tokens = tokens
+        self.codec = codec
+        self.whisper = whisper
+        self.token2text = token2text
         self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
-        self.device, self.offload = codec.device if codec else torch.device("cpu"), offload
+        self.device = codec.device if codec else torch.device("cpu")
+        self.offload = offload
         if offload:
             self._move(torch.device("cpu"))
 
     def _move(self, device: torch.device) -> None:
-        for part in filter(None, (self.codec, self.whisper)):
-            part.model.to(device)
-            part.device = device
+        for scorer in (self.codec, self.whisper):
+            if scorer is not None:
+                scorer.model.to(device)
+                scorer.device = device
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # a freed block may be too small or too split for what the policy asks for
+            torch.cuda.empty_cache()  # freed blocks may be too small or too fragmented for the policy's allocations
 
     def score(
         self, completion_ids: list[list[int]], text: list[str], language: list[str] | None = None, log_metric=None
@@ -162,10 +177,10 @@ class SpeechRolloutScorer:
         """The scored batch.
 
         Args:
-            completion_ids: sampled token ids, END included where it came, no padding.
+            completion_ids: sampled token ids, including END if it was sampled, without padding.
             text: the reference texts.
-            language: Whisper's code of each; English if None.
-            log_metric: called once a batch with each metric's name and value; None: nothing is logged.
+            language: Whisper's code of each; None is English.
+            log_metric: called once per batch with each metric's name and value; None logs nothing.
         """
         if completion_ids is not self._completion_ids:
             languages = language or ["en"] * len(text)
@@ -183,8 +198,11 @@ class SpeechRolloutScorer:
 
     def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:
         """The first rollouts of the batch scored last: a record of each, and its waveform if it has one."""
-        rollouts, samples = self.rollouts, []
-        for i in range(min(count, len(rollouts.codes)) if rollouts else 0):
+        rollouts = self.rollouts
+        if rollouts is None:
+            return []
+        samples = []
+        for i in range(min(count, len(rollouts.codes))):
             record = {"rollout": i, "text": rollouts.texts[i], "failure": rollouts.failures[i]}
             if self.whisper is not None:
                 score = rollouts.scores[i]

@@ -13,11 +13,11 @@ class Transcripts:
     """A batch of completions as text, each list in the batch's order.
 
     Attributes:
-        ref_texts: the references.
-        hyp_texts: what the policy wrote before END.
+        ref_texts: the reference texts.
+        hyp_texts: the policy's transcripts, without END and what follows it.
         truncated: whether the transcript was cut off before END.
-        errors: against the references.
-        rules: the violated one of RULES ("truncated" goes first), or None.
+        errors: edits against the reference texts.
+        rules: the violated one of RULES (truncation is checked first), or None.
     """
 
     ref_texts: list[str]
@@ -33,11 +33,13 @@ class Transcripts:
         (NaN for a batch without speech); the fractions are of rollouts.
         """
         total = sum_errors(self.errors)
-        kinds = {"substitutions": total.substitutions, "deletions": total.deletions, "insertions": total.insertions}
+        ref_length = total.ref_length or math.nan
         num_rollouts = len(self.rules)
         return {
             "wer": total.rate,
-            **{kind: edits / total.ref_length if total.ref_length else math.nan for kind, edits in kinds.items()},
+            "substitutions": total.substitutions / ref_length,
+            "deletions": total.deletions / ref_length,
+            "insertions": total.insertions / ref_length,
             "frac_exact": sum(errors.edits == 0 for errors in self.errors) / num_rollouts,
             "frac_hallucination": 1 - self.rules.count(None) / num_rollouts,
             **{f"frac_{rule}": self.rules.count(rule) / num_rollouts for rule in RULES},
@@ -47,8 +49,8 @@ class Transcripts:
 class TranscriptScorer:
     """A tokenizer, and the batch of transcripts that was scored last.
 
-    TRL calls every reward function of a batch with the same list of completions: the first call makes the
-    `Transcripts` (and logs their metrics), the others find them here.
+    TRL calls every reward function of a batch with the same list of completions: the first call computes the
+    `Transcripts` (and logs their metrics), the others reuse them.
 
     Args:
         tokenizer: the policy's.
@@ -74,21 +76,27 @@ class TranscriptScorer:
 
     def _transcripts(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
         decoded = [written_text(self.tokenizer, ids, self.end_id) for ids in completion_ids]
-        hyps, truncated = [text for text, _ in decoded], [cut for _, cut in decoded]
-        items = list(zip(texts, hyps, languages, strict=True))
-        rules = ["truncated" if cut else hallucination(*item) for item, cut in zip(items, truncated, strict=True)]
-        return Transcripts(texts, hyps, truncated, [transcript_errors(*item) for item in items], rules)
+        hyps = [hyp for hyp, _ in decoded]
+        truncated = [cut for _, cut in decoded]
+        errors, rules = [], []
+        for ref, hyp, cut, language in zip(texts, hyps, truncated, languages, strict=True):
+            errors.append(transcript_errors(ref, hyp, language))
+            rules.append("truncated" if cut else hallucination(ref, hyp, language))
+        return Transcripts(texts, hyps, truncated, errors, rules)
 
     def last_samples(self, count: int) -> list[tuple[dict, None]]:
         """The first transcripts of the batch scored last: a record of each, and no waveform."""
-        last, samples = self.transcripts, []
-        for i in range(min(count, len(last.hyp_texts)) if last else 0):
+        transcripts = self.transcripts
+        if transcripts is None:
+            return []
+        samples = []
+        for i in range(min(count, len(transcripts.hyp_texts))):
             record = {
                 "rollout": i,
-                "text": last.ref_texts[i],
-                "transcript": last.hyp_texts[i],
-                "wer": last.errors[i].rate,
-                "failure": last.rules[i],
+                "text": transcripts.ref_texts[i],
+                "transcript": transcripts.hyp_texts[i],
+                "wer": transcripts.errors[i].rate,
+                "failure": transcripts.rules[i],
             }
             samples.append((record, None))
         return samples

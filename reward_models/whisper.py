@@ -7,7 +7,7 @@ from reward_whisper import (
     ALPHA_WER,
     LAMBDA_NLL,
     LAMBDA_WER,
-    harmonic_mean,
+    check_parameters,
     nll_reward,
     reward,
     wer_reward,
@@ -17,11 +17,13 @@ from reward_whisper import (
 class WhisperReward:
     """R of `reward_whisper.reward`, in [0, 1].
 
-    A rollout that failed earns 0, the lowest: truncated, without codes, silent, or with NaN in it.
+    A failed rollout earns 0, the lowest: truncated, without codes, silent, or with NaN in its audio.
 
     Args:
-        rollout_scorer: with a codec and Whisper; see reward_models/rollouts.py.
-        alpha_wer, alpha_nll, lambda_wer, lambda_nll: see the formulas.
+        rollout_scorer: a `SpeechRolloutScorer` with a codec and Whisper.
+        alpha_wer, alpha_nll, lambda_wer, lambda_nll: see the formulas in reward_whisper.py.
+    Raises:
+        InputError: a parameter out of range.
     """
 
     __name__ = "whisper"
@@ -35,8 +37,6 @@ class WhisperReward:
         lambda_wer: float = LAMBDA_WER,
         lambda_nll: float = LAMBDA_NLL,
     ):
-        # Bad parameters show now, not after the first batch was sampled.
-        harmonic_mean(wer_reward(0.5, alpha_wer), nll_reward(0.5, alpha_nll), lambda_wer, lambda_nll)
         self.rollout_scorer = rollout_scorer
         self.parameters = {
             "alpha_wer": alpha_wer,
@@ -44,6 +44,7 @@ class WhisperReward:
             "lambda_wer": lambda_wer,
             "lambda_nll": lambda_nll,
         }
+        check_parameters(**self.parameters)
 
     def __call__(self, completion_ids, text, language=None, log_metric=None, **_) -> list[float]:
         rollouts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
@@ -68,8 +69,11 @@ def best_of_n(scorer, samples, wavs, texts: list[str], languages: list[str], n: 
 
     Args:
         scorer: a `WhisperScorer`.
-        samples: `policy.Sample`s, n for each text; wavs, texts, languages: one for each of them.
-        parameters: of `reward_whisper.reward`.
+        samples: `policy.Sample`s, n of each text, one after the other.
+        wavs, texts, languages: one per sample.
+        parameters: those of `reward_whisper.reward`.
+    Returns:
+        One index per n samples.
     """
     scores = scorer.score(wavs, texts, languages)
     rewards = [reward(score, sample.truncated, **parameters) for score, sample in zip(scores, samples, strict=True)]

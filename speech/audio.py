@@ -13,7 +13,7 @@ from speech.tokens import SAMPLE_RATE
 
 SILENCE_DBFS = -60.0  # RMS about the mean; speech lies near -25, 16-bit rounding noise near -101
 FRAME = SAMPLE_RATE // 50  # 20 ms: the step at which a pause is sought
-PAUSE_FRAMES = 5  # 100 ms: the closure of a stop consonant is shorter
+PAUSE_FRAMES = 5  # 100 ms: longer than the closure of a stop consonant
 
 
 def load_audio(path_or_bytes: str | os.PathLike | bytes) -> np.ndarray:
@@ -24,27 +24,27 @@ def load_audio(path_or_bytes: str | os.PathLike | bytes) -> np.ndarray:
     Returns:
         float32 mono at 16 kHz, shape (n_samples,), nominally in [-1, 1].
     Raises:
-        ValueError: no such file, not audio, no samples, or NaN/inf samples.
+        InputError: no such file, not audio, no samples, or NaN/inf samples.
     """
     if isinstance(path_or_bytes, (bytes, bytearray)):
         source, name = io.BytesIO(path_or_bytes), f"{len(path_or_bytes)} bytes of audio"
     else:
         source = name = os.fspath(path_or_bytes)
         if not Path(source).is_file():
-            raise InputError(f"{name}: no such audio file")
+            raise InputError(f"{name}: no such audio file. Use the path of a WAV, FLAC, OGG or MP3 file")
     try:
         channels, sample_rate = soundfile.read(source, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise InputError(f"{name}: cannot read as audio (WAV, FLAC, OGG, MP3): {error}") from error
+        raise InputError(f"{name}: cannot read as audio: {error}. Use a WAV, FLAC, OGG or MP3 file") from error
     if len(channels) == 0:
-        raise InputError(f"{name}: holds no samples")
+        raise InputError(f"{name}: no samples in the file. Use a longer recording")
     if not np.isfinite(channels).all():
-        raise InputError(f"{name}: holds NaN or infinite samples")
+        raise InputError(f"{name}: NaN or infinite samples. Export the recording again")
     wav = channels.mean(axis=1)
     if sample_rate != SAMPLE_RATE:
         wav = soxr.resample(wav, sample_rate, SAMPLE_RATE)
-        if len(wav) == 0:  # a few samples of a high rate
-            raise InputError(f"{name}: too short: no sample is left at {SAMPLE_RATE} Hz")
+        if len(wav) == 0:  # a few samples at a high rate
+            raise InputError(f"{name}: too short, no samples are left at {SAMPLE_RATE} Hz. Use a longer recording")
     return wav.astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def save_audio(path: str | os.PathLike, wav: np.ndarray) -> None:
     """Write a mono waveform as 16-bit PCM WAV at 16 kHz, creating parent folders.
 
     Args:
-        path: the file to write; its folder is made.
+        path: the file to write.
         wav: float, shape (n_samples,), clipped to [-1, 1].
     Raises:
         ValueError: not one-dimensional, or NaN/inf samples.
@@ -63,17 +63,17 @@ def save_audio(path: str | os.PathLike, wav: np.ndarray) -> None:
     if not np.isfinite(wav).all():
         raise ValueError(f"{path}: the waveform holds NaN or infinite samples")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # Given the format, a path without .wav works too.
+    # The format is explicit so that a path without .wav works too.
     soundfile.write(path, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
 
 
 def audio_failure(wav: np.ndarray) -> str | None:
-    """Why no recogniser should be asked about a waveform: 'empty', 'non_finite', 'silent', or None."""
+    """Why a waveform is not worth transcribing: 'empty', 'non_finite', 'silent', or None if it is."""
     if len(wav) == 0:
         return "empty"
     if not np.isfinite(wav).all():
         return "non_finite"
-    # About the mean: a constant offset cannot be heard.
+    # About the mean: a constant offset is inaudible.
     return "silent" if wav.std(dtype=np.float64) < 10 ** (SILENCE_DBFS / 20) else None
 
 
@@ -90,8 +90,10 @@ def split_at_pauses(wav: np.ndarray, window: int) -> list[np.ndarray]:
     """
     pieces = []
     while len(wav) > window:
-        reach = (0.8 * window, window) if len(wav) > 1.6 * window else (0.4 * len(wav), 0.6 * len(wav))
-        low, high = map(int, reach)
+        if len(wav) > 1.6 * window:
+            low, high = int(0.8 * window), window
+        else:
+            low, high = int(0.4 * len(wav)), int(0.6 * len(wav))
         frames = wav[low : high - (high - low) % FRAME].reshape(-1, FRAME)
         width = min(PAUSE_FRAMES, len(frames))
         energy = np.convolve(np.square(frames, dtype=np.float64).sum(axis=1), np.ones(width), mode="valid")

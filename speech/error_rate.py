@@ -20,7 +20,7 @@ CER_LANGUAGES = SPACELESS_LANGUAGES | {"ko"}
 
 
 def language_code(language: str) -> str:
-    """Whisper's code of a language: 'en', 'EN' and 'English' are 'en'. ValueError if it knows none."""
+    """Whisper's code of a language: 'en', 'EN' and 'English' are 'en'; InputError for one Whisper does not know."""
     name = language.lower()
     if name in LANGUAGES:
         return name
@@ -35,7 +35,7 @@ def _normalizer(english: bool) -> BasicTextNormalizer | EnglishTextNormalizer:
     return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
-@lru_cache(maxsize=1024)  # a text is compared with all of its group's rollouts
+@lru_cache(maxsize=1024)  # a reference text is compared with all rollouts of its group
 def normalize_text(text: str, language: str) -> str:
     """The text as it is compared: Whisper's own English normaliser for English, its basic one otherwise.
 
@@ -45,6 +45,15 @@ def normalize_text(text: str, language: str) -> str:
     """
     words = _normalizer(language_code(language) == "en")(text).split()
     return " ".join(word for word in words if re.search(r"\w", word))
+
+
+def check_reference_text(text: str, language: str) -> None:
+    """Raises InputError where nothing is left of a text after normalisation, or Whisper does not know the language."""
+    if not normalize_text(text, language):
+        raise InputError(
+            f"reference text {text!r} is empty after Whisper's normalisation ({language_code(language)}). Use a text "
+            "with at least one word, or drop it from the dataset"
+        )
 
 
 class ErrorRate(NamedTuple):
@@ -62,20 +71,16 @@ class ErrorRate(NamedTuple):
 
 
 def error_rate(ref: str, hyp: str, language: str) -> ErrorRate:
-    """Edits between the normalised texts over the reference's length: 'a b c' heard as 'a x' is 2 / 3.
+    """Edits between the normalised texts over the reference's length: 'a b c' transcribed as 'a x' is 2 / 3.
 
     Characters in place of words, and all spaces ignored, for CER_LANGUAGES. An empty `hyp` is 1.
 
     Raises:
-        ValueError: nothing is left of `ref` after normalisation; such a text cannot be scored.
+        InputError: nothing is left of `ref` after normalisation, so its error rate is undefined; an unknown language.
     """
-    language = language_code(language)
+    check_reference_text(ref, language)
     ref_text, hyp_text = normalize_text(ref, language), normalize_text(hyp, language)
-    if not ref_text:
-        raise InputError(
-            f"reference text {ref!r} is empty after Whisper's normalisation ({language}): drop it from the data set"
-        )
-    if language in CER_LANGUAGES:
+    if language_code(language) in CER_LANGUAGES:
         output = jiwer.process_characters("".join(ref_text.split()), "".join(hyp_text.split()))
     else:
         output = jiwer.process_words(ref_text, hyp_text)
@@ -84,20 +89,21 @@ def error_rate(ref: str, hyp: str, language: str) -> ErrorRate:
     return ErrorRate(sum(counts) / ref_length, *counts, ref_length)
 
 
-def sum_errors(errors: list[ErrorRate]) -> ErrorRate:
+def sum_errors(error_rates: list[ErrorRate]) -> ErrorRate:
     """The error rate of a corpus: all edits over all reference words (or characters), so that long texts weigh more.
 
-    NaN where the references have no words at all: clips without speech.
+    1 of 1 and 1 of 9 words wrong is 2 / 10. NaN where no reference has a word: clips without speech.
     """
-    substitutions, deletions, insertions, ref_length = (
-        sum(getattr(one, field) for one in errors) for field in ErrorRate._fields[1:]
-    )
-    edits = substitutions + deletions + insertions
-    return ErrorRate(edits / ref_length if ref_length else math.nan, substitutions, deletions, insertions, ref_length)
+    substitutions = sum(errors.substitutions for errors in error_rates)
+    deletions = sum(errors.deletions for errors in error_rates)
+    insertions = sum(errors.insertions for errors in error_rates)
+    ref_length = sum(errors.ref_length for errors in error_rates)
+    rate = (substitutions + deletions + insertions) / ref_length if ref_length else math.nan
+    return ErrorRate(rate, substitutions, deletions, insertions, ref_length)
 
 
 def split_reference(text: str, hyps: list[str], language: str) -> list[str]:
-    """Divide a text over the consecutive transcripts of a clip: each gets the stretch that aligns with it.
+    """Divide a reference text over the consecutive transcripts of a clip: each gets the stretch that aligns with it.
 
     'one two three four' over ['one too', 'four'] is ['one two three', 'four'].
     """
@@ -112,7 +118,7 @@ def split_reference(text: str, hyps: list[str], language: str) -> list[str]:
         return " ".join(re.sub(r"\W", "", unit).casefold() or "·" for unit in units)
 
     [alignment] = jiwer.process_words(keys(ref_units), keys(list(chain(*hyp_units)))).alignments
-    ref_after = [0]  # ref_after[n]: the reference units used up by the first n units heard
+    ref_after = [0]  # ref_after[n]: how many reference units are aligned with the first n units of the transcripts
     for op in alignment:
         if op.type == "delete":
             ref_after[-1] = op.ref_end_idx

@@ -1,4 +1,6 @@
-"""Numbers of a clip that need no model: the spread of F0, repetition."""
+"""Measures of a clip that need no model: the spread of F0, repetition."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import parselmouth
@@ -19,7 +21,7 @@ def log_f0_std(wav: np.ndarray) -> float:
     Natural-log units: 0.12 is two semitones (12 · 0.12 / ln 2 = 2.08).
 
     Args:
-        wav: float32 mono at 16 kHz, finite.
+        wav: float32 mono at 16 kHz, shape (n_samples,), finite.
     """
     if len(wav) <= MIN_SECONDS * SAMPLE_RATE:
         return float("nan")
@@ -30,19 +32,28 @@ def log_f0_std(wav: np.ndarray) -> float:
     return float(np.log(voiced).std()) if len(voiced) >= MIN_VOICED_FRAMES else float("nan")
 
 
-def is_repetitive(codes: list[int]) -> bool:
-    """True if half a second or more is one pattern of at most 0.16 s, over and over.
+def longest_periodic_stretch(units: Sequence, period: int) -> int:
+    """Length of the longest stretch in which every unit equals the one `period` places before it.
 
-    The usual way a speech policy fails: it holds one code, or loops over a few.
+    'a b a b a c' has 3 for period 2, its third to its fifth unit, and 0 for period 1.
+    """
+    longest = 0
+    stretch = 0
+    for earlier, later in zip(units, units[period:], strict=False):
+        stretch = stretch + 1 if earlier == later else 0
+        longest = max(longest, stretch)
+    return longest
+
+
+def is_repetitive(codes: list[int]) -> bool:
+    """True if half a second or more of the codes is one pattern of at most 0.16 s, over and over.
+
+    The usual failure of a speech policy: it holds one code, or loops over a few.
     Example: 25 equal codes in a row are 0.5 s and repetitive; 24 are not.
     """
-    ids = np.asarray(codes)
     span = int(REPEATED_SPAN_S * CODES_PER_SECOND)
     for period in range(1, LONGEST_PERIOD + 1):
-        longest = run = 0
-        for same in ids[period:] == ids[:-period]:
-            run = run + 1 if same else 0
-            longest = max(longest, run)
+        longest = longest_periodic_stretch(codes, period)
         if longest + period >= span and longest >= 2 * period:
             return True
     return False

@@ -1,9 +1,12 @@
-"""Whisper's decoder on a batch of windows: greedy transcripts, and the NLL of texts the windows may hold.
+"""Whisper's decoder on a batch of windows: greedy transcripts, and the NLL of reference texts.
 
-The transcripts are those of `whisper.decode` at temperature 0 without timestamps, token for token, for less work:
-the sound's keys and values are made once; logits only where a token is chosen; a window that is done leaves the
-batch; and a text that is given (a draft) is read in one pass, which says how far the greedy transcript agrees with
-it, so that decoding starts where the two part. A clip that says its text well needs no step at all.
+The transcripts are those of `whisper.decode` at temperature 0 without timestamps, token for token, at less cost:
+
+- the keys and values of the audio are computed once;
+- logits are computed only where a token is chosen;
+- a window whose transcript is complete leaves the batch;
+- a reference text (the draft) is teacher-forced in one pass, which shows how far the greedy transcript agrees with it;
+  decoding starts where the two part, as in speculative decoding. An intelligible clip needs no decoding step at all.
 """
 
 from dataclasses import dataclass
@@ -14,20 +17,20 @@ import torch.nn.functional as F
 import whisper
 from whisper.decoding import DecodingTask
 
-# Positions whose logits exist at a time, 13 MB of float32. From 32 on, a CPU no longer waits for the token embedding
-# (20 MB in tiny/, 265 MB in large-v3) to be read; from 160 on, 32 MiB, glibc maps fresh pages at every allocation.
+# Positions whose logits exist at a time: 13 MB of float32. Below 32, a CPU waits for the token embedding (20 MB in
+# tiny/, 265 MB in large-v3) to be read; from 160 on, 32 MiB, glibc maps fresh pages at every allocation.
 LOGIT_ROWS = 64
-# Vocabulary of one matrix product on a CPU: all 51,866 at once, times a few positions, run a third slower there.
+# Rows of the vocabulary per matrix product on a CPU: all 51,866 at once, times a few positions, are a third slower.
 VOCABULARY_PIECE = 8_192
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one window holds: its greedy transcript, and the NLL of its draft."""
+    """The greedy transcript of one window, and the NLL of its draft."""
 
     tokens: list[int]  # without the end-of-text
-    nll: float  # nats, summed over `nll_tokens`
-    nll_tokens: int  # the draft's and its end-of-text, or as many of them as the decoder's context can predict
+    nll: float  # nats, summed over `nll_tokens` tokens
+    nll_tokens: int  # length of the draft and its end-of-text, or as many as the decoder's context can predict
 
 
 class WindowReader:
@@ -38,7 +41,7 @@ class WindowReader:
         self.model = model
         self.prompt, self.end = list(task.initial_tokens), task.tokenizer.eot
         self.room = model.dims.n_text_ctx - len(self.prompt) + 1  # the last is predicted from a full context
-        # What the library's own rules forbid at the first position, and at all others
+        # The tokens that the library's own rules forbid at the first position, and at all others
         forbidden = torch.zeros(2, model.dims.n_vocab, device=model.device)
         for row, num_tokens in zip(forbidden, (task.sample_begin, task.sample_begin + 1), strict=True):
             for rule in task.logit_filters:
@@ -52,7 +55,7 @@ class WindowReader:
         Args:
             features: the encoder's, shape (windows, n_audio_ctx, n_state).
             drafts: text tokens without the end-of-text, one list a window.
-            max_tokens: the most a window's transcript may have; 0 where only the NLL is asked for.
+            max_tokens: length of a window's transcript at most; 0 where only the NLL is needed.
         """
         limits = [min(limit, self.room) for limit in max_tokens]
         targets = [[*draft, self.end][: self.room] for draft in drafts]
@@ -69,10 +72,13 @@ class WindowReader:
             return tokens[row][-1] != self.end and len(tokens[row]) < limits[row]
 
         active = list(range(len(tokens)))
-        while going_on := [n for n, row in enumerate(active) if unfinished(row)]:
-            if len(going_on) < len(active):
-                decoder.keep(going_on)
-                active = [active[n] for n in going_on]
+        while True:
+            remaining = [n for n, row in enumerate(active) if unfinished(row)]
+            if not remaining:
+                break
+            if len(remaining) < len(active):
+                decoder.keep(remaining)
+                active = [active[n] for n in remaining]
             last = [tokens[row][-1:] for row in active]
             hidden = decoder.forward(last, [before + len(tokens[row]) for row in active])[:, 0]
             for row, token in zip(active, self._choose(self._logits(hidden)).tolist(), strict=True):
@@ -83,9 +89,10 @@ class WindowReader:
         ]
 
     def _read_drafts(self, decoder: "_Decoder", targets: list[list[int]]) -> tuple[list[float], list[list[int]]]:
-        """For each target its summed NLL, and what would be chosen in the place of each of its tokens."""
-        before, longest = len(self.prompt) - 1, max(map(len, targets))
-        # Behind a target's end is padding, and no position looks ahead.
+        """For each target its summed NLL, and the greedy choice in the place of each of its tokens."""
+        before = len(self.prompt) - 1  # positions before the one that predicts the first token
+        longest = max(map(len, targets))
+        # After a target's end is padding, and no position looks ahead.
         inputs = [[*self.prompt, *target[:-1], *[self.end] * (longest - len(target))] for target in targets]
         hidden = decoder.forward(inputs, [0] * len(targets))
         places = torch.tensor(
@@ -96,7 +103,7 @@ class WindowReader:
         for row, n, token in (part.T for part in places.split(LOGIT_ROWS)):
             logits = self._logits(hidden[row, before + n])
             # Not cross_entropy: on a CPU its running float32 sum drops tokens below 1e-7 of the likeliest, of which
-            # there are 50,000: up to 3e-4 nats a token in tiny/, 2e-3 where the vocabulary is not the last axis.
+            # there are 50,000: up to 3e-4 nats per token in tiny/, 2e-3 where the vocabulary is not the last axis.
             losses.append(logits.logsumexp(dim=1) - logits.gather(1, token[:, None])[:, 0])
             choices.append(self._choose(logits, first=n == 0))
         nlls = hidden.new_zeros(len(targets), dtype=torch.float32).index_add_(0, places[:, 0], torch.cat(losses))
@@ -121,40 +128,42 @@ class _Decoder:
     """`model.decoder` with keys and values kept; unlike the library's, its rows may be at different positions.
 
     Args:
-        features: the sound of each row, shape (rows, n_audio_ctx, n_state).
-        num_positions: the most a row will have.
+        features: the encoder's output of each row, shape (rows, n_audio_ctx, n_state).
+        num_positions: tokens of a row at most.
     """
 
     def __init__(self, model: whisper.Whisper, features: torch.Tensor, num_positions: int):
         self.decoder = model.decoder
         self.dtype = features.dtype
-        self.sound, self.text = [], []  # keys and values of each layer, shape (rows, positions, n_state)
+        # Keys and values of each layer, shape (rows, positions, n_state)
+        self.audio_cache = []
+        self.text_cache = []
         for block in self.decoder.blocks:
-            self.sound.append((block.cross_attn.key(features), block.cross_attn.value(features)))
+            self.audio_cache.append((block.cross_attn.key(features), block.cross_attn.value(features)))
             shape = (len(features), num_positions, model.dims.n_text_state)
-            self.text.append((features.new_zeros(shape), features.new_zeros(shape)))
+            self.text_cache.append((features.new_zeros(shape), features.new_zeros(shape)))
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        index = torch.tensor(rows, device=self.text[0][0].device)
-        for layers in (self.sound, self.text):
-            for layer, (keys, values) in enumerate(layers):  # one by one: old and new need not exist together
+        index = torch.tensor(rows, device=self.text_cache[0][0].device)
+        for layers in (self.audio_cache, self.text_cache):
+            for layer, (keys, values) in enumerate(layers):  # layer by layer: old and new caches never exist together
                 layers[layer] = keys[index], values[index]
 
     def forward(self, tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
         """Hidden states, shape (rows, n, n_state), of each row's next n tokens, which follow `starts` positions."""
-        device = self.text[0][0].device
+        device = self.text_cache[0][0].device
         rows = torch.arange(len(tokens), device=device)[:, None]
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(len(tokens[0]), device=device)
         used = max(starts) + len(tokens[0])
-        visible = (torch.arange(used, device=device) <= positions[..., None])[:, None]  # what came before, and itself
+        visible = (torch.arange(used, device=device) <= positions[..., None])[:, None]  # earlier positions, and itself
         x = self.decoder.token_embedding(torch.tensor(tokens, device=device))
         x = (x + self.decoder.positional_embedding[positions]).to(self.dtype)
-        for block, (keys, values), sound in zip(self.decoder.blocks, self.text, self.sound, strict=True):
+        for block, (keys, values), audio in zip(self.decoder.blocks, self.text_cache, self.audio_cache, strict=True):
             normed = block.attn_ln(x)
             keys[rows, positions], values[rows, positions] = block.attn.key(normed), block.attn.value(normed)
             x = x + _attend(block.attn, normed, keys[:, :used], values[:, :used], visible)
-            x = x + _attend(block.cross_attn, block.cross_attn_ln(x), *sound)
+            x = x + _attend(block.cross_attn, block.cross_attn_ln(x), *audio)
             x = x + block.mlp(block.mlp_ln(x))
         return self.decoder.ln(x)
 
@@ -166,6 +175,6 @@ def _attend(
     values: torch.Tensor,
     visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a `whisper.model.MultiHeadAttention` returns for x, shape (rows, n, n_state), given keys and values."""
+    """Output of a `whisper.model.MultiHeadAttention` for x, shape (rows, n, n_state), with cached keys and values."""
     heads = [part.unflatten(2, (attention.n_head, -1)).transpose(1, 2) for part in (attention.query(x), keys, values)]
     return attention.out(F.scaled_dot_product_attention(*heads, attn_mask=visible).transpose(1, 2).flatten(2))

@@ -23,15 +23,19 @@ from speech.whisper_decoding import Reading, WindowReader
 MAX_NLL = 20.0  # nats per token, the worst score: a uniform guess over Whisper's vocabulary is ln 51,866 = 10.9
 SAMPLES_PER_FEATURE = 2 * MEL_HOP_LENGTH  # 20 ms: two mel frames of 10 ms make one encoder position
 
-# Keys and values of the sound outweigh all else in a batch: 17 windows of large-v3 in float16 (246 MB each) fit, and
-# 8 in float32. Small models: 64 clips on tiny/ take 0.56 s in batches of 16, 0.50 of 32, 0.49 of 64 (one CPU thread).
+# The decoder's keys and values of the audio outweigh all else in a batch: 17 windows of large-v3 in float16 (246 MB
+# each) fit, and 8 in float32. Small models: 64 clips with tiny/whisper.pt take 0.56 s in batches of 16, 0.50 s of 32,
+# 0.49 s of 64 (one CPU thread).
 BATCH_BYTES = 4 << 30
 MAX_BATCH_SIZE = 32  # windows
 
 
 @dataclass(frozen=True)
 class Score:
-    """What Whisper says of one clip. `wer` is the CER for CER_LANGUAGES; `nll` in nats per token, <= MAX_NLL."""
+    """Whisper's transcript of one clip, and how well it fits the reference text.
+
+    `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL.
+    """
 
     hyp_text: str
     wer: float
@@ -45,19 +49,21 @@ def load_whisper(model_id_or_path: str | os.PathLike, device: torch.device, dtyp
     """An openai-whisper model by name ('large-v3', also 'openai/whisper-large-v3') or from a .pt file.
 
     Raises:
-        ValueError: no such name or file, not an openai-whisper checkpoint, or the download failed.
+        InputError: no such name or file, not an openai-whisper checkpoint, or the download failed.
     """
     name = os.fspath(model_id_or_path).removeprefix("openai/whisper-")
     if name not in whisper.available_models() and not os.path.isfile(name):
         raise InputError(
-            f"{name}: no such Whisper. Give the path of an openai-whisper .pt file, or one of: "
+            f"{name}: no such Whisper model. Use the path of an openai-whisper .pt file, or one of: "
             + ", ".join(whisper.available_models())
         )
     try:
         model = whisper.load_model(name, device="cpu")
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{name}: cannot be loaded as an openai-whisper model ({why})") from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{name}: cannot be loaded as an openai-whisper model ({reason}). Use a .pt file in OpenAI's format"
+        ) from error
     for module in model.modules():
         # Whisper casts weights on the fly but computes its LayerNorms in float32: model.half() would break those.
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Embedding)):
@@ -68,8 +74,8 @@ def load_whisper(model_id_or_path: str | os.PathLike, device: torch.device, dtyp
 def log_mel_spectrograms(wavs: torch.Tensor, n_mels: int) -> torch.Tensor:
     """Whisper's log-mel spectrogram of each waveform, shape (rows, n_mels, n_samples // 160), on its device.
 
-    `whisper.log_mel_spectrogram` takes its floor from the loudest value of all it is given, so it cannot be given
-    a batch: a quiet clip would lose what lies far below its neighbours.
+    `whisper.log_mel_spectrogram` takes its floor from the loudest value of its whole input, so it cannot take a batch:
+    a quiet clip would lose what lies far below its neighbours.
 
     Args:
         wavs: float32 at 16 kHz, shape (rows, n_samples).
@@ -87,9 +93,12 @@ class WhisperScorer:
 
     Args:
         model_id_or_path: see `load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
-        device: CUDA if there is one; 'cuda' is the process's current device.
-        dtype: float16 or float32; float16 on a GPU and float32 elsewhere if not given.
-        batch_size: windows a forward pass; as many as BATCH_BYTES and MAX_BATCH_SIZE allow if not given.
+        device: None is CUDA if there is one; 'cuda' is the process's current device.
+        dtype: float16 or float32; None is float16 on a GPU and float32 elsewhere.
+        batch_size: windows per forward pass; None is as many as BATCH_BYTES and MAX_BATCH_SIZE allow.
+    Raises:
+        InputError: see `load_whisper`; or no CUDA here.
+        ValueError: another dtype, or a batch_size below 1.
     """
 
     def __init__(
@@ -101,12 +110,12 @@ class WhisperScorer:
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device {device}: this machine or this PyTorch has no CUDA; use 'cpu'")
+            raise InputError(f"device {device}: this machine or this PyTorch has no CUDA. Use 'cpu'")
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         if self.dtype not in (torch.float16, torch.float32):
-            raise ValueError(f"openai-whisper decodes in float16 or float32, not {self.dtype}")
+            raise ValueError(f"dtype: openai-whisper decodes in float16 or float32 (got {self.dtype})")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: must be >= 1 (got {batch_size})")
         self.model = load_whisper(model_id_or_path, self.device, self.dtype)
         dims = self.model.dims
         window_bytes = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * self.dtype.itemsize
@@ -114,38 +123,40 @@ class WhisperScorer:
         self.window = dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
 
     def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str] | str = "en") -> list[Score]:
-        """Score each waveform against the text it should carry.
+        """Score each waveform against its reference text.
 
-        A transcript is cut at 2 * (tokens of the text) + 8 tokens a window, so that a loop cannot hold up the run.
-        The NLL is that of the text as it is written, with case and punctuation: what Whisper was trained to
-        write. A clip longer than the window is cut at pauses, and each piece is given the stretch of the text
-        that aligns with its transcript, and an end of its own.
+        A transcript is truncated at 2 * (tokens of the text) + 8 tokens per window, so that a loop cannot hold up the
+        run. The NLL is that of the text as written, with case and punctuation: the kind of text that Whisper was
+        trained on. A clip longer than the window is cut at pauses; each piece is scored against the stretch of the
+        text that aligns with its transcript, followed by an end-of-text of its own.
 
         Args:
             wavs: float mono at 16 kHz, shape (n_samples,) each. Empty, silent and non-finite ones are the
                 policy's failures: they get the stated score, not an exception.
-            texts: the references, one for each.
-            languages: a Whisper code or name, one for all or one for each.
+            texts: the reference texts, one per waveform.
+            languages: Whisper's code or name of the language; one for all, or one per waveform.
+        Returns:
+            One `Score` per waveform, in the same order.
         Raises:
-            ValueError, TypeError: lengths differ, a text is empty once normalised, an unknown language, or a
-                waveform is not a one-dimensional float array.
+            InputError: a text is empty once normalised, or a language is unknown to Whisper or to this model.
+            ValueError, TypeError: lengths differ, or a waveform is not a one-dimensional float array.
         """
         wavs, languages = self._check(wavs, languages)
         if isinstance(texts, str) or len(texts) != len(wavs):
-            raise ValueError(f"expected one text for each of the {len(wavs)} waveforms, got {texts!r:.80}")
-        nothing_heard = [error_rate(text, "", language) for text, language in zip(texts, languages, strict=True)]
+            raise ValueError(f"texts: expected one text for each of the {len(wavs)} waveforms (got {texts!r:.80})")
+        all_deleted = [error_rate(text, "", language) for text, language in zip(texts, languages, strict=True)]
         failures = [audio_failure(wav) for wav in wavs]
         scores = [
             Score("", errors.rate, MAX_NLL, errors.edits, errors.ref_length, failure)
-            for failure, errors in zip(failures, nothing_heard, strict=True)
+            for failure, errors in zip(failures, all_deleted, strict=True)
         ]
         text_ids = [self._text_ids(*item) for item in zip(texts, languages, strict=True)]
         max_tokens = [2 * len(ids) + 8 for ids in text_ids]
-        for i, features, readings in self._listen(wavs, failures, languages, text_ids, max_tokens):
+        for i, features, readings in self._readings(wavs, failures, languages, text_ids, max_tokens):
             language, drafts = languages[i], [text_ids[i]]
-            hyps = self._write(readings, language)
-            if len(hyps) > 1:  # only now can be said which stretch of the text is in which window
-                drafts = [self._text_ids(share, language) for share in split_reference(texts[i], hyps, language)]
+            hyps = self._transcripts(readings, language)
+            if len(hyps) > 1:  # only the transcripts tell which stretch of the text is in which window
+                drafts = [self._text_ids(stretch, language) for stretch in split_reference(texts[i], hyps, language)]
                 readings = self._read(features, language, drafts, [0] * len(drafts))
             hyp_text = _join(hyps, language)
             errors = error_rate(texts[i], hyp_text, language)
@@ -159,25 +170,25 @@ class WhisperScorer:
         """Greedy transcripts, '' for empty, silent and non-finite waveforms; arguments as for `score`.
 
         Args:
-            max_tokens: a window's most, half the decoder's context (224 for OpenAI's) if not given.
+            max_tokens: tokens per window at most; None is half the decoder's context (224 for OpenAI's models).
         """
         wavs, languages = self._check(wavs, languages)
         limit = self.model.dims.n_text_ctx // 2 if max_tokens is None else max_tokens
         if limit < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+            raise ValueError(f"max_tokens: must be >= 1 (got {max_tokens})")
         texts, failures = [""] * len(wavs), [audio_failure(wav) for wav in wavs]
-        for i, _, readings in self._listen(wavs, failures, languages, [[]] * len(wavs), [limit] * len(wavs)):
-            texts[i] = _join(self._write(readings, languages[i]), languages[i])
+        for i, _, readings in self._readings(wavs, failures, languages, [[]] * len(wavs), [limit] * len(wavs)):
+            texts[i] = _join(self._transcripts(readings, languages[i]), languages[i])
         return texts
 
     def _check(self, wavs: list[np.ndarray], languages: list[str] | str) -> tuple[list[np.ndarray], list[str]]:
         languages = [languages] * len(wavs) if isinstance(languages, str) else languages
         if len(languages) != len(wavs):
-            raise ValueError(f"expected one language for each of the {len(wavs)} waveforms, got {len(languages)}")
+            raise ValueError(f"languages: expected one for each of the {len(wavs)} waveforms (got {len(languages)})")
         for i, wav in enumerate(wavs):
             if not (isinstance(wav, np.ndarray) and wav.ndim == 1 and np.issubdtype(wav.dtype, np.floating)):
-                came = f"{wav.dtype} array of shape {wav.shape}" if isinstance(wav, np.ndarray) else type(wav).__name__
-                raise TypeError(f"waveform {i}: expected a float numpy array of shape (n_samples,), got {came}")
+                kind = f"{wav.dtype} array of shape {wav.shape}" if isinstance(wav, np.ndarray) else type(wav).__name__
+                raise TypeError(f"waveform {i}: expected a float numpy array of shape (n_samples,) (got {kind})")
         codes = [language_code(language) for language in languages]
         for code in set(codes):
             self._tokenizer(code)  # raises before any work
@@ -187,18 +198,19 @@ class WhisperScorer:
         model = self.model
         known = list(LANGUAGES)[: model.num_languages] if model.is_multilingual else ["en"]
         if language not in known:
-            raise InputError(f"this Whisper does not know the language {language!r}. It knows: {', '.join(known)}")
+            raise InputError(f"this Whisper does not know the language {language!r}. Known: {', '.join(known)}")
         return get_tokenizer(
             model.is_multilingual, num_languages=model.num_languages, language=language, task="transcribe"
         )
 
     def _text_ids(self, text: str, language: str) -> list[int]:
         text = text.strip()
-        # A text that spells a special token is text.
-        written = text if language in SPACELESS_LANGUAGES or not text else " " + text
-        return self._tokenizer(language).encode(written, disallowed_special=())
+        if text and language not in SPACELESS_LANGUAGES:
+            text = " " + text
+        # No special is disallowed: a text that spells a special token is encoded as plain text.
+        return self._tokenizer(language).encode(text, disallowed_special=())
 
-    def _listen(
+    def _readings(
         self,
         wavs: list[np.ndarray],
         failures: list[str | None],
@@ -206,19 +218,18 @@ class WhisperScorer:
         drafts: list[list[int]],
         max_tokens: list[int],
     ) -> Iterator[tuple[int, torch.Tensor, list[Reading]]]:
-        """Of each waveform without a failure: its index, and the features and readings of its windows.
+        """For each waveform without a failure: its index, and the features and readings of its windows.
 
-        Those of a waveform of several windows are read without a draft.
+        A waveform of several windows is read without a draft.
         """
-        pieces = {
-            # Clipped as in a file or a loudspeaker: what is finite but huge would overflow in the mel.
-            i: split_at_pauses(wav.clip(-1.0, 1.0), self.window) if len(wav) > self.window else [wav.clip(-1.0, 1.0)]
-            for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True))
-            if failure is None
-        }
+        pieces: dict[int, list[np.ndarray]] = {}
+        for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True)):
+            if failure is None:
+                clipped = wav.clip(-1.0, 1.0)  # as a WAV file is; finite but huge samples would overflow in the mel
+                pieces[i] = split_at_pauses(clipped, self.window) if len(clipped) > self.window else [clipped]
         batches: list[list[int]] = []
         room = 0
-        # One language a batch, for one prompt; like lengths together, as they end together.
+        # One language per batch, as it has one prompt; similar lengths together, as they finish together.
         for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], len(drafts[i]), len(wavs[i]))):
             if not batches or len(pieces[i]) > room or languages[batches[-1][0]] != languages[i]:
                 batches.append([])
@@ -242,7 +253,7 @@ class WhisperScorer:
         for first in range(0, len(wavs), self.batch_size):
             batch = [torch.from_numpy(wav) for wav in wavs[first : first + self.batch_size]]
             padded = pad_sequence(batch, batch_first=True).to(self.device)
-            # The *waveform* is padded, as in Whisper's training; a mel padded with zeros is not silence.
+            # The *waveform* is padded, as in Whisper's training: zeros in a mel are not silence.
             padded = F.pad(padded, (0, self.window - padded.shape[1]))
             mels = log_mel_spectrograms(padded, self.model.dims.n_mels)
             features.append(self.model.encoder(mels.to(self.dtype)))
@@ -256,17 +267,17 @@ class WhisperScorer:
         batches = [slice(first, first + self.batch_size) for first in range(0, len(drafts), self.batch_size)]
         return list(chain(*(reader.read(features[part], drafts[part], max_tokens[part]) for part in batches)))
 
-    def _write(self, readings: list[Reading], language: str) -> list[str]:
-        """The transcripts, as text."""
+    def _transcripts(self, readings: list[Reading], language: str) -> list[str]:
+        """The readings' tokens as text."""
         tokenizer = self._tokenizer(language)
-        # Specials have the ids from `eot` on; the library forbids only some of them and would spell them out.
+        # Special tokens have the ids from `eot` on; the library forbids only some of them and would spell out the rest.
         return [tokenizer.decode([t for t in reading.tokens if t < tokenizer.eot]).strip() for reading in readings]
 
 
 def _mean_nll(readings: list[Reading], texts: list[list[int]]) -> float:
-    """Nats per token over all windows of a clip, an end-of-text each included; at most MAX_NLL.
+    """Nats per token over all windows of a clip, the end-of-text of each included; at most MAX_NLL.
 
-    Tokens beyond the decoder's context cannot be in this much sound: they count MAX_NLL each.
+    Tokens beyond the decoder's context cannot be in this much audio: they count MAX_NLL each.
     """
     num_tokens = sum(len(ids) + 1 for ids in texts)
     unread = num_tokens - sum(reading.nll_tokens for reading in readings)

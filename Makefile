@@ -1,4 +1,4 @@
-# make demo: install, GRPO on the small world, evaluation before and after, a page to listen to.
+# make demo: install, GRPO on the toy setup, evaluation before and after, a page to listen to.
 # make test: install, and run the tests. Both work on a fresh machine with Python 3.11 and nothing else.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -7,23 +7,26 @@ DEMO := demo
 .PHONY: demo test
 
 demo: $(VENV)/installed
-	$(PYTHON) train.py --config configs/tiny.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
-	$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt --max_length 160 \
-	  --temperature 1.0 --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
-	@echo "Listen and compare: $(abspath $(DEMO)/evaluation/report.html)"
+	@echo "Training tiny/llasa with GRPO, then evaluating it on 100 held-out texts: some 12 minutes on two cores"
+	@$(PYTHON) train.py --config configs/tiny.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	@$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt \
+	  --max_length 160 --temperature 1.0 --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
 
+# Two processes of one thread each: the models are too small for two threads to help one process.
 test: $(VENV)/tested
-	$(PYTHON) -m pytest -q
-	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/test_speech_codec.py
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/speech/test_codec_checkpoint.py
 
 $(VENV)/installed: requirements.txt
-	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install -q -r requirements.txt
-	touch $@
+	@echo "Installing into $(VENV): some minutes, once"
+	@python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install -qq -r requirements.txt
+	@touch $@
 
 # The xcodec2 package is the oracle of a test. What it needs cannot live beside this project's packages (its torchao
 # stops PEFT), so it has a folder of its own and a run of its own.
 $(VENV)/tested: $(VENV)/installed tests/requirements-test.txt tests/requirements-parity.txt
-	$(PYTHON) -m pip install -q -r tests/requirements-test.txt
-	$(PYTHON) -m pip install -q --no-deps --upgrade --target $(VENV)/oracle -r tests/requirements-parity.txt
-	touch $@
+	@echo "Installing what the tests need"
+	@$(PYTHON) -m pip install -qq -r tests/requirements-test.txt
+	@$(PYTHON) -m pip install -qq --no-deps --upgrade --target $(VENV)/oracle -r tests/requirements-parity.txt
+	@touch $@

@@ -13,7 +13,7 @@ Differs from textbook GRPO: 1. the policy is confined to speech codes and END, i
 rollout serves one update, so PPO's clip does nothing. 3. The prompts of a run are one long shuffled epoch, so that it
 resumes exactly. Differs from the papers: 4. the NLL is a mean per token, as in every public code. 5. arXiv 2509.18798
 states no steps, batch size or sampling settings: ours are in training/recipes.py. 6. arXiv 2509.18569 has groups of 12
-for recognition, here 8 unless told.
+for recognition, here 8 by default.
 """
 
 import logging

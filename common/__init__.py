@@ -1,1 +1,1 @@
-"""What every script shares: flags, data sets, run.json."""
+"""What the scripts share: flags and errors, data sets, run.json, tables."""

@@ -1,1 +1,1 @@
-"""The policy, the codec and the recogniser."""
+"""The policy, the codec, Whisper, and measures of speech."""

@@ -51,7 +51,7 @@ class SpeechCodec:
         self.batch_codes, self.padding_codes = BATCH_CODES[kind], PADDING_CODES[kind]
         self.codebook_size = int(np.prod(config.quantization_levels))
         self.feature_extractor = SeamlessM4TFeatureExtractor()
-        # A window rounded to half precision would be heard; the head works in float32 anyway.
+        # A window rounded to half precision would be audible; the head works in float32 anyway.
         head = model.acoustic_decoder.head
         head.window = torch.hann_window(head.n_fft, device=self.device)
 
@@ -148,7 +148,7 @@ class SpeechCodec:
             if low < 0 or high >= self.codebook_size:
                 raise ValueError(
                     f"codes[{index}] holds {low if low < 0 else high}; accepted: 0 to "
-                    f"{self.codebook_size - 1}. speech_tokens.py turns token ids into codes"
+                    f"{self.codebook_size - 1}. speech/tokens.py turns token ids into codes"
                 )
         wavs = [None] * len(codes)
         for batch in _batches([len(ids) for ids in codes], self.batch_codes, self.padding_codes):
@@ -159,17 +159,19 @@ class SpeechCodec:
 
 
 def decode_rollouts(codec: SpeechCodec, codes: list[list[int]]) -> list[np.ndarray]:
-    """As `SpeechCodec.decode`, for a policy that may have said nothing: without codes no samples, shape (0,)."""
-    spoken = [ids for ids in codes if ids]
-    wavs = iter(codec.decode(spoken) if spoken else [])
-    return [next(wavs) if ids else np.zeros(0, np.float32) for ids in codes]
+    """As `SpeechCodec.decode`, for rollouts that may have no codes: these give no samples, shape (0,)."""
+    with_codes = [i for i, ids in enumerate(codes) if ids]
+    wavs = [np.zeros(0, np.float32)] * len(codes)
+    for i, wav in zip(with_codes, codec.decode([codes[i] for i in with_codes]), strict=True):
+        wavs[i] = wav
+    return wavs
 
 
 def check_codebook(codec: SpeechCodec, tokens: SpeechTokens) -> None:
     if codec.codebook_size != tokens.num_codes:
         raise InputError(
-            f"the codec has {codec.codebook_size} codes and the policy speaks {tokens.num_codes}: "
-            "they do not belong together; give the policy's codec with --codec_id"
+            f"the codec has {codec.codebook_size} codes and the policy has {tokens.num_codes}. "
+            "Use the policy's own codec (--codec_id)"
         )
 
 

@@ -1,4 +1,4 @@
-"""A Llasa checkpoint that answers: codes for text, or text for codes. What every script loads and samples with."""
+"""A Llasa checkpoint and how it is sampled: speech codes for a text, or a text for speech codes."""
 
 import json
 import re
@@ -31,7 +31,7 @@ MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech
 
 @dataclass
 class Sample:
-    """A spoken rollout: its speech codes, and whether the context ran out before END."""
+    """A TTS rollout: its speech codes, and whether the context ran out before END."""
 
     codes: list[int]
     truncated: bool
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass
 class Transcript:
-    """A written rollout: its text, and whether the limit came before END."""
+    """An ASR rollout: its text, and whether the limit came before END."""
 
     text: str
     truncated: bool
@@ -71,7 +71,7 @@ class Policy:
         tokenizer, tokens = load_tokenizer(id_or_path, task)  # before the weights: a wrong model is known at once
         try:
             model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
-        except OSError as error:  # what transformers raises for files that are not there
+        except (OSError, ValueError) as error:  # what transformers raises for missing and for other files
             raise InputError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
         # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
         model.generation_config = GenerationConfig()
@@ -111,14 +111,14 @@ class Policy:
         )
 
     def sample(self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options) -> list[Sample]:
-        """One spoken rollout per prompt of `tts_prompt`; arguments and errors as for `answer`."""
+        """One TTS rollout per prompt of `tts_prompt`; arguments and errors as for `answer`."""
         assert self.task == "tts", "call turn_to('tts') first"
         return [Sample(*self.tokens.codes(ids)) for ids in self.answer(prompts, temperature=temperature, **options)]
 
     def transcribe(
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
     ) -> list[Transcript]:
-        """One written rollout per prompt of `asr_prompt`; arguments and errors as for `answer`."""
+        """One ASR rollout per prompt of `asr_prompt`; arguments and errors as for `answer`."""
         assert self.task == "asr", "call turn_to('asr') first"
         answers = self.answer(prompts, temperature=temperature, **options)
         return [Transcript(*written_text(self.tokenizer, ids, self.tokens.text_end_id)) for ids in answers]
@@ -153,7 +153,7 @@ class Policy:
         answers = [None] * len(ids)
         # Neighbours in length end at about the same step, so little is spent on padding.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in trange(0, len(ids), batch_size, desc=progress, disable=progress is None):
+        for start in trange(0, len(ids), batch_size, desc=progress, disable=None if progress else True):
             batch = by_length[start : start + batch_size]
             completions = self._generate([ids[i] for i in batch], [limits[i] for i in batch], temperature, top_p)
             for i, completion in zip(batch, completions, strict=True):
@@ -174,7 +174,7 @@ class Policy:
         output = self.model.generate(
             input_ids=input_ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
-            # The shortest prompt may speak for the longest; the others are cut below, so that what a text
+            # The shortest prompt may have the longest answer; the others are cut below, so that what a text
             # may take does not depend on its neighbours.
             max_new_tokens=max(room),
             eos_token_id=self.tokens.answer_end_id(self.task),
@@ -183,10 +183,8 @@ class Policy:
         )
         completions = output[:, input_ids.shape[1] :].tolist()
         end_id = self.tokens.answer_end_id(self.task)
-        return [
-            cut[: cut.index(end_id) + 1] if end_id in (cut := completion[:most]) else cut
-            for most, completion in zip(room, completions, strict=True)
-        ]
+        answers = [completion[:most] for most, completion in zip(room, completions, strict=True)]
+        return [answer[: answer.index(end_id) + 1] if end_id in answer else answer for answer in answers]
 
 
 def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTokens]:
@@ -194,7 +192,7 @@ def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTo
     check_model_exists(id_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(id_or_path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
     return tokenizer, prepare_tokenizer(tokenizer, task)
 

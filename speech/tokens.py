@@ -76,21 +76,21 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
             "a voice prompt needs both its transcript (ref_text) and its codes (ref_codes); "
             f"got ref_text={ref_text!r} and {'no' if ref_codes is None else len(ref_codes)} codes"
         )
-    spoken = text.strip() if ref_text is None else f"{ref_text.strip()} {text.strip()}"
+    transcript = text.strip() if ref_text is None else f"{ref_text.strip()} {text.strip()}"
     for name, value in (("text", text), ("ref_text", ref_text)):
         if value is None:
             continue
         if not value.strip():
-            raise InputError(f"{name} is empty ({value!r}); give at least one word to say")
+            raise InputError(f"{name} is empty ({value!r}). Use a text with at least one word")
         if re.search(r"<\|[^|]*\|>", value):
-            raise InputError(f"{name} holds a control token: {value!r}; give plain text without <|…|>")
-    content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{spoken}{TEXT_UNDERSTANDING_END}"
+            raise InputError(f"{name} holds a control token: {value!r}. Use plain text without <|…|>")
+    content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{transcript}{TEXT_UNDERSTANDING_END}"
     opening = SPEECH_GENERATION_START + "".join(map(code_token, ref_codes or []))
     return [{"role": "user", "content": content, "opening": opening}]
 
 
 def asr_prompt(codes: list[int]) -> list[dict[str, str]]:
-    """The conversation that asks for what is said in `codes`, as text; one user message, as from `tts_prompt`.
+    """The conversation that asks for the transcript of `codes`; one user message, as from `tts_prompt`.
 
     Raises:
         ValueError: no codes.
@@ -159,12 +159,12 @@ class SpeechTokens:
 
     @property
     def speech_ids(self) -> list[int]:
-        """All that a speaking policy may sample: END and the codes."""
+        """All that a TTS policy may sample: END and the codes."""
         return [self.end_id, *range(self.first_code_id, self.first_code_id + self.num_codes)]
 
     @property
     def text_ids(self) -> list[int]:
-        """All that a recognising policy may sample: text and TEXT_GENERATION_END."""
+        """All that an ASR policy may sample: text and TEXT_GENERATION_END."""
         return [*range(self.num_text_ids), self.text_end_id]
 
     def answer_ids(self, task: str) -> list[int]:
@@ -196,8 +196,8 @@ class SpeechTokens:
                 (`prepare_model`), so this is never the policy's doing.
         """
         ended = self.end_id in completion_ids
-        spoken = completion_ids[: completion_ids.index(self.end_id)] if ended else completion_ids
-        codes = [token_id - self.first_code_id for token_id in spoken]
+        before_end = completion_ids[: completion_ids.index(self.end_id)] if ended else completion_ids
+        codes = [token_id - self.first_code_id for token_id in before_end]
         if any(not 0 <= code < self.num_codes for code in codes):
             raise ValueError(
                 f"the completion holds ids outside the speech codes [{self.first_code_id}, "
@@ -235,9 +235,9 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
 
 
 def _check_rendering(tokenizer) -> None:
-    """ValueError where the chat template opens the answer itself as well, or changes what the user's turn says.
+    """InputError where the chat template opens the answer itself as well, or changes the user's turn.
 
-    Nothing else would show: the policy says something to any prompt, only less well.
+    Nothing else would show: the policy answers any prompt, only less well.
     """
     prompt = tts_prompt("a")
     rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -245,8 +245,8 @@ def _check_rendering(tokenizer) -> None:
     if not rendered.endswith(opening) or rendered.count(opening) != 1 or rendered.count(content) != 1:
         raise InputError(
             f"the chat template of {tokenizer.name_or_path!r} renders a prompt as {rendered!r}; it should hold "
-            f"{content!r} once, and {opening!r} once, at its end. The template was changed by another tool or version: "
-            "give the checkpoint the chat_template.jinja of the model it was trained from"
+            f"{content!r} once, and {opening!r} once, at its end. The template was changed by another tool or version. "
+            "Use the chat_template.jinja of the model it was trained from"
         )
 
 
@@ -268,7 +268,7 @@ def written_text(tokenizer, completion_ids: list[int], end_id: int) -> tuple[str
 
 
 def prepare_model(model, tokenizer, tokens: SpeechTokens, task: str = "tts") -> None:
-    """Confine the model to what a task's answers are made of, and write END and padding into its configs."""
+    """Confine the model to the tokens of a task's answers, and write END and padding into its configs."""
     confine_head(model, tokens.answer_ids(task))
     model.config.eos_token_id = model.generation_config.eos_token_id = tokens.answer_end_id(task)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""train.py on the small world: it learns, it resumes exactly, and bad input is refused before anything long."""
+"""train.py on the toy setup: it learns, it resumes exactly, and bad input is refused before anything long."""
 
 import json
 import os

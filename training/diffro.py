@@ -1,4 +1,4 @@
-"""DiffRO: the reward as a differentiable function of what the policy says, alone or beside GRPO.
+"""DiffRO: the reward as a differentiable function of the policy's output, alone or beside GRPO.
 
 Each rollout o_1 … o_T is given to the policy once more. At every step it draws a code õ_t from P(· | o_<t) by
 Gumbel-softmax, and a token-to-text model (reward_models/token2text.py) reads these: R = mean log P(text | õ_1 … õ_T).
@@ -12,10 +12,10 @@ Stated by the papers: the hard forward (2509.18569), the context o_<t (arXiv 250
 distribution at each step (same place), the filter "advantage > 0". Not stated, and chosen here: R is a mean over the
 text's tokens and the KL one over the rollout's; noise is added to the logits that sampling divides by its temperature;
 temperature 1 of the Gumbel-softmax (arXiv 2606.28249 takes 2 → 1 → 0.8); λ = 1; a rollout that the filter drops counts
-0 in a mean over all. R may be the mean over several draws of each rollout: on the small world the noise of a single one
-is most of the gradient (RESULTS.md), and more of them cost passes of the small token-to-text model, none of the policy.
-Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R says of an end reaches the policy
-by GRPO alone.
+0 in a mean over all. R may be the mean over several draws of each rollout: on the toy setup the noise of a single one
+is most of the gradient (docs/experiments/gradient_noise.md), and further draws cost passes of the small token-to-text
+model, none of the policy. Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R rewards
+about an end reaches the policy by GRPO alone.
 """
 
 import math
@@ -121,7 +121,7 @@ def _in_full(logits: torch.Tensor) -> torch.Tensor:
 def draw_codes(
     hidden: torch.Tensor, reference_hidden: torch.Tensor | None, weight: torch.Tensor, *settings
 ) -> tuple[torch.Tensor, ...]:
-    """`draw_chunk` of any number of positions; if they are more than a chunk, the logits of each are made twice.
+    """`draw_chunk` of any number of positions; if they are more than a chunk, the logits of each are computed twice.
 
     Args:
         hidden: (positions, hidden size), at least one.
@@ -149,9 +149,13 @@ def sample_filter(name: str, advantages: list[float], codes: list[list[int]], tr
     (`is_repetitive`): the paper's reason for the filter, which a positive advantage does not rule out.
     """
     kept = []
-    for advantage, spoken, cut in zip(advantages, codes, truncated, strict=True):
-        good = bool(spoken) and (name == "none" or advantage > 0)
-        kept.append(good and (name != "clean" or (not cut and not is_repetitive(spoken))))
+    for advantage, item, cut_off in zip(advantages, codes, truncated, strict=True):
+        keep = len(item) > 0
+        if name in ("positive", "clean"):
+            keep = keep and advantage > 0
+        if name == "clean":
+            keep = keep and not cut_off and not is_repetitive(item)
+        kept.append(keep)
     return kept
 
 
@@ -241,8 +245,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
         if not self.diffro_weight:
             return output
         masks = output["completion_mask"].bool()
-        said = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
-        codes, truncated = zip(*map(self.tokens.codes, said), strict=True)
+        completions = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
+        codes, truncated = zip(*map(self.tokens.codes, completions), strict=True)
         kept = sample_filter(self.filter, output["advantages"].tolist(), codes, truncated)
         output["diffro_kept"] = torch.tensor(kept, device=masks.device)
         output["diffro_text"] = [row["text"] for row in inputs]
@@ -260,16 +264,16 @@ class DiffROTrainer(SpeechGRPOTrainer):
             return self._diffro_loss(model, inputs)
         rows = inputs["diffro_kept"].nonzero()[:, 0]
         draw = self._draw(self._positions(inputs, rows))
-        made = []
+        drawn = []
 
         def shared_pass(**kwargs):
             from_head = (lambda hidden, *head: draw(hidden[rows], *head)) if len(rows) else None
             output = model(**kwargs, from_head=from_head)
-            made.append(output.made)
+            drawn.append(output.from_head)
             return output
 
         loss = super()._compute_loss(shared_pass, inputs)
-        rewards = self._rewards(made.pop()[0], inputs, rows) if len(rows) else loss.new_zeros(0)
+        rewards = self._rewards(drawn.pop()[0], inputs, rows) if len(rows) else loss.new_zeros(0)
         self._log_diffro(inputs, diffro_reward=rewards)
         return loss - self.diffro_weight * self._mean_over_batch(rewards, inputs)
 
@@ -287,7 +291,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         }
         with self.accelerator.autocast():
             reference = self._reference(batch, positions) if self.diffro_beta else (None, None)
-            drawn, kls, entropies = model(**batch, from_head=self._draw(positions, *reference, measured=True)).made
+            drawn, kls, entropies = model(**batch, from_head=self._draw(positions, *reference, measured=True)).from_head
         if nothing_kept:
             losses = (drawn.sum() + kls.sum())[None] * 0
             rewards = kls = entropies = drawn.new_zeros(0)
@@ -326,7 +330,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
             return hidden[:, -positions.shape[1] :][positions], weight
 
         if self.ref_model is not None:
-            return self.ref_model(**batch, from_head=states).made
+            return self.ref_model(**batch, from_head=states).from_head
         # With PEFT the reference is the policy without its adapter, or with the adapter as it was.
         policy = self.accelerator.unwrap_model(self.model)
         adapter = "ref" if "ref" in policy.peft_config else None
@@ -334,7 +338,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             use_adapter(policy, adapter_name=adapter),
         ):
-            return self.model(**batch, from_head=states).made
+            return self.model(**batch, from_head=states).from_head
 
     def _rewards(self, drawn: torch.Tensor, inputs: dict, rows: torch.Tensor) -> torch.Tensor:
         """R of each of `rows`, the mean over draws of: mean log P per text token, and log P of its labels.

@@ -80,9 +80,9 @@ def causal_lm(model):
 
 @dataclass
 class ScoredOutput(FusedCausalLMOutput):
-    """`made`: what `from_head` made of the hidden states."""
+    """`from_head`: what the argument of that name computed from the hidden states."""
 
-    made: Any = None
+    from_head: Any = None
 
 
 @contextlib.contextmanager
@@ -98,7 +98,7 @@ def score_confined(model, temperature: float) -> None:
 
     `model(..., labels=, fused_lm_head=True)` is how it asks for log-probs and entropies; its own answer takes every
     row of the head and, on a CPU, every position of the prompt. Call it after the trainer is built.
-    With `from_head=` the model's answer has `made` = from_head(hidden, weight, bias), of the same pass: hidden
+    With `from_head=` the output has `from_head` = from_head(hidden, weight, bias), of the same pass: hidden
     (batch, time − 1, width), which predicts the tokens from the second on, and the head's `whole_rows`.
 
     Args:
@@ -108,54 +108,77 @@ def score_confined(model, temperature: float) -> None:
     forward = model.forward
 
     @functools.wraps(forward)
-    def scored(*args, labels=None, fused_lm_head=False, from_head=None, **kwargs):
+    def forward_or_score(*args, labels=None, fused_lm_head=False, from_head=None, **kwargs):
         if not fused_lm_head and from_head is None:
             return forward(*args, **kwargs) if labels is None else forward(*args, labels=labels, **kwargs)
-        groups = None
-        if from_head is None and not args:  # it wants the states row by row
-            prompt_length = int((labels != -100).any(dim=0).int().argmax())
-            groups = shared_prompts(model, kwargs, prompt_length)
-        if groups is not None:
-            hidden = states_of_groups(model, kwargs["input_ids"], kwargs["attention_mask"], prompt_length, groups)
-        else:
-            hidden = model.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1]
-        head = model.get_output_embeddings()
-        output = ScoredOutput()
+        hidden = _hidden_states(model, args, kwargs, None if from_head else labels)
+        head, output = model.get_output_embeddings(), ScoredOutput()
         with whole_rows(head) as (weight, bias):
             if from_head is not None:
-                output.made = from_head(hidden, weight, bias)
-            if not fused_lm_head:
-                return output
-            labels = labels[:, 1:]
-            mask = labels != -100
-            log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-                hidden[mask],
-                weight,
-                bias,
-                labels[mask] - head.first_row,
-                temperature,
-                _CHUNKED_LOGPROB_CHUNK_SIZE,
-                None,  # no softcap and no scale: Llama has neither
-                1.0,
-                ("log_probs", "entropy"),
-            )
-        # masked_scatter keeps the output connected to the model where no position is scored
-        output.log_probs, output.entropy = (
-            values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy)
-        )
-        output.label_mask = mask
+                output.from_head = from_head(hidden, weight, bias)
+            if fused_lm_head:
+                targets = labels[:, 1:]
+                output.log_probs, output.entropy = _token_log_probs(
+                    hidden, weight, bias, targets, head.first_row, temperature
+                )
+                output.label_mask = targets != -100
         return output
 
-    model.forward = scored
+    model.forward = forward_or_score
 
 
-PACKED_SHARE = 0.5  # of the tokens: attention to a packed row costs more than to a causal one
+def _hidden_states(model, args: tuple, inputs: dict, labels: torch.Tensor | None) -> torch.Tensor:
+    """Last hidden states without the last position, (batch, time − 1, width).
+
+    Args:
+        labels: −100 on the prompt; with them a prompt that is long beside its completions is read once for all its
+            rows, and the states before its last token are 0.
+    """
+    if labels is not None and not args:
+        prompt_length = int((labels != -100).any(dim=0).int().argmax())
+        groups = shared_prompts(model, inputs, prompt_length)
+        if groups is not None:
+            return states_of_groups(model, inputs["input_ids"], inputs["attention_mask"], prompt_length, groups)
+    return model.base_model(*args, **inputs, use_cache=False).last_hidden_state[:, :-1]
+
+
+def _token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    targets: torch.Tensor,
+    first_row: int,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the targets and entropies of their distributions, both (batch, time − 1); 0 where a target is −100.
+
+    Args:
+        weight, bias: of the head's allowed rows, the first of which is `first_row` of the vocabulary.
+    """
+    mask = targets != -100
+    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden[mask],
+        weight,
+        bias,
+        targets[mask] - first_row,
+        temperature,
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,  # no softcap and no scale: Llama has neither
+        1.0,
+        ("log_probs", "entropy"),
+    )
+    # masked_scatter keeps the output connected to the model where no position is scored
+    log_probs, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy))
+    return log_probs, entropy
+
+
+PACKED_FRAC = 0.5  # of the tokens: attention to a packed row costs more than to a causal one
 
 
 def shared_prompts(model, inputs: dict, prompt_length: int) -> torch.Tensor | None:
     """The prompt of each row by number, shape (rows,), where reading each prompt once is worth it; else None.
 
-    Speech of 5 s has 250 tokens and what is said in it 20: of 8 rollouts of one clip nine tenths are the same tokens.
+    Speech of 5 s has 250 tokens and its transcript 20: of 8 rollouts of one clip nine tenths are the same tokens.
     """
     if set(inputs) != {"input_ids", "attention_mask"} or model.config._attn_implementation != "sdpa":
         return None  # packed rows need a mask of their own
@@ -163,7 +186,7 @@ def shared_prompts(model, inputs: dict, prompt_length: int) -> torch.Tensor | No
     unique, groups = torch.unique(prompts, dim=0, return_inverse=True)
     rows, length = inputs["input_ids"].shape
     packed = len(unique) * (prompt_length + int(groups.bincount().max()) * (length - prompt_length))
-    return groups if packed <= PACKED_SHARE * rows * length else None
+    return groups if packed <= PACKED_FRAC * rows * length else None
 
 
 def states_of_groups(
@@ -215,7 +238,7 @@ _NEUTRAL_SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.
 
 
 def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_length: int) -> None:
-    """Fill in what vLLM must be told, and refuse what would silently stop the learning. In place.
+    """Fill in what vLLM needs with each request, and refuse what would silently stop the learning. In place.
 
     vLLM reads the tokenizer and the generation config from disk and never sees the confined head, so END and the
     allowed tokens are given with each request.
@@ -230,14 +253,14 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
         if getattr(args, name) not in neutral:
             raise InputError(
                 f"--{name} {getattr(args, name)} with vLLM: the importance-sampling correction would weight every "
-                f"rollout by about 0 and nothing would be learnt; sample by temperature alone (--{name} {neutral[0]})"
+                f"rollout by about 0 and nothing would be learnt. Sample by temperature alone (--{name} {neutral[0]})"
             )
     mode = args.vllm_importance_sampling_mode
     if args.vllm_importance_sampling_correction and not mode.startswith("token"):
         raise InputError(
             f"--vllm_importance_sampling_mode {mode}: a ratio over a whole rollout of up to "
-            f"{args.max_completion_length} codes is about 0 or out of bounds, and its rollout teaches nothing; "
-            "give token_truncate"
+            f"{args.max_completion_length} codes is about 0 or out of bounds, and its rollout teaches nothing. "
+            "Use token_truncate"
         )
     ours = {"stop_token_ids": [end_id], "allowed_token_ids": allowed_ids, "detokenize": False}
     args.generation_kwargs = ours | (args.generation_kwargs or {})

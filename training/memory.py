@@ -2,7 +2,7 @@
 
 A step has three phases that follow each other: sampling, scoring (codec and Whisper), and the loss. Each adds to
 what is held: weights, gradients, optimizer, reference. Sizes are counted on the models themselves; activations and
-caches follow from the shapes of a Llama (`loss_bytes` says which tensors its backward keeps).
+caches follow from the shapes of a Llama (`loss_bytes` names the tensors that its backward keeps).
 """
 
 from dataclasses import dataclass
@@ -180,6 +180,6 @@ def estimate_run(policy, reference, rollout_scorer, training_args, longest: int)
 
 
 def report(parts: dict[str, int]) -> str:
-    """One line: the peak, and what it is made of, in GiB."""
+    """One line: the peak and its parts, in GiB."""
     pieces = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if name != "peak" and size)
     return f"memory: about {parts['peak'] / GIB:.1f} GiB at the peak ({pieces})"

@@ -1,4 +1,4 @@
-"""The format: one prompt, rendered four ways; ids to codes and back; a policy that can only speak."""
+"""The format: one prompt, rendered four ways; ids to codes and back; a policy that samples nothing but speech."""
 
 import pytest
 import torch
@@ -209,7 +209,7 @@ def test_a_template_that_renders_something_else_is_refused(added):
     """As of a checkpoint of another tool: it would be prompted with what it was not trained on, without a word."""
     tokenizer = small_tokenizer()
     tokenizer.chat_template += added
-    with pytest.raises(ValueError, match="renders a prompt as .*TEXT_UNDERSTANDING_START.*give the checkpoint the"):
+    with pytest.raises(ValueError, match="renders a prompt as .*TEXT_UNDERSTANDING_START.*Use the"):
         prepare_tokenizer(tokenizer)
 
 

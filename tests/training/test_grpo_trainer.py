@@ -1,4 +1,4 @@
-"""The confined head and the trainer around it: the same numbers as the obvious way, for less work."""
+"""Scoring over the confined head: TRL's numbers for less work; what vLLM is given."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, 
     ids, mask, labels = long_prompts(tokenizer, tokens)
     results, lengths = [], []
     for packed in (False, True):
-        monkeypatch.setattr(grpo_trainer, "PACKED_SHARE", 0.5 if packed else 0.0)
+        monkeypatch.setattr(grpo_trainer, "PACKED_FRAC", 0.5 if packed else 0.0)
         model = new_model(tokenizer, seed=0, hidden=48, layers=3)
         prepare_model(model, tokenizer, tokens, "asr")
         score_confined(model, temperature=0.7)
@@ -128,7 +128,7 @@ def test_vllm_is_told_where_to_stop(tmp_path):
         ({"top_k": 50}, "--top_k 50 with vLLM"),
         ({"min_p": 0.1}, "--min_p 0.1 with vLLM"),
         ({"repetition_penalty": 1.1}, "--repetition_penalty 1.1 with vLLM"),
-        ({"vllm_importance_sampling_mode": "sequence_mask"}, "give token_truncate"),
+        ({"vllm_importance_sampling_mode": "sequence_mask"}, "Use token_truncate"),
     ],
 )
 def test_vllm_settings_that_teach_nothing_are_refused(tmp_path, settings, message):

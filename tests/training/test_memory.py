@@ -66,7 +66,7 @@ def test_the_loss_takes_what_was_estimated(checkpointing):
 
 @pytest.fixture(scope="module")
 def real_sizes():
-    """Llasa-1B, a reference, and what listens, without memory."""
+    """Llasa-1B, a reference, and the reward models, without memory."""
     with torch.device("meta"):
         policy, reference = (LlamaForCausalLM(LlamaConfig(**LLASA_1B)) for _ in range(2))
         # Not whisper.model.Whisper: it makes a sparse tensor, which cannot be without memory

@@ -1,4 +1,4 @@
-r"""Measure checkpoints on held-out texts: error rates by outside judges, prosody, failures, speed, a page to hear.
+r"""Evaluate checkpoints: error rates by held-out ASR, prosody, failures and speed, and a page to listen to.
 
     python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
       --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
@@ -6,18 +6,25 @@ r"""Measure checkpoints on held-out texts: error rates by outside judges, prosod
     python evaluation.py --task asr --models SFT=tiny/llasa_asr RL=llasa-asr --clips tiny/asr/heldout.parquet \
       --temperature 0 --long_s 3 --output_dir report
 
-With --task asr the checkpoints transcribe --clips instead: evaluation_asr.py says what is measured.
-Writes results.json (every clip), results.md (the table) and report.html (one page with players, no other file
-needed), anew after each row. The texts, one row of numbers per checkpoint and temperature:
+--task tts synthesizes --texts with every checkpoint, at every temperature, once per seed. It measures the corpus WER
+(CER for zh, ja, ko and the like) and the NLL of the text by the evaluation ASRs (--judge), duration, speaking rate and
+log-F0 spread, the fractions of truncated, empty, silent and repetitive clips, and the speed. An ASR that no reward of
+these checkpoints has used is held-out; prefer it to the reward's own, whose score training optimises.
+
+--task asr transcribes --clips. It measures the corpus WER with its insertions and deletions, for short and long clips
+apart, hallucinations (on non-speech too), truncated transcripts, and keyword recall and precision.
+
+Error rates have 95 % bootstrap intervals; changes from the first row are paired by text. Writes results.json (every
+clip), results.md (the table) and report.html (one file, players included), anew after each row, and ends with a
+comparison of the rows on the terminal. Formats of --texts:
 
     .txt    one text a line
-    .jsonl  {"text": …} and, if there are any, "id", "language", "ref_audio" and "ref_text" (voice prompt), "audio"
-            (a natural reading; an audiofolder's metadata.jsonl, with "file_name", will do)
-    .lst    seed-tts-eval's meta.lst: id|ref_text|ref_audio|text, and |audio where there is a natural reading
+    .jsonl  {"text": …} and optionally "id", "language", "ref_audio" and "ref_text" (voice prompt), "audio" (a natural
+            reading; the metadata.jsonl of an audiofolder, with "file_name", works too)
+    .lst    meta.lst of seed-tts-eval: id|ref_text|ref_audio|text, and |audio for a natural reading
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 from common.cli import (
@@ -29,26 +36,22 @@ from common.cli import (
     check_writable,
     parse_strictly,
     pick_device,
+    set_up_logging,
 )
 from metrics import recognition, synthesis
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, MAX_COMPLETION_LENGTH
 from speech.tokens import TASKS
 
-logger = logging.getLogger(__name__)
-
-
-# --- The script -------------------------------------------------------------------------------------------
-
 
 def named_models(models: list[str]) -> dict[str, str]:
-    """NAME=path, or a path that is its own name."""
+    """Name -> path, of NAME=path, or of a path that is its own name."""
     named = {}
     for model in models:
         name, equals, path = model.partition("=")
-        if not equals or "/" in name:  # a path may hold a =
+        if not equals or "/" in name:  # a path may have a = in it
             name = path = model
         if not name or not path or name in named:
-            raise InputError(f"--models {model}: give NAME=path, each name once")
+            raise InputError(f"--models {model}: no name, no path, or a name used twice. Use NAME=path, each name once")
         named[name] = path
     return named
 
@@ -57,21 +60,22 @@ def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, best_of=1, batch_size=1, max_length=1, max_completion_length=1, num_players=0)
     check_sampling(args.temperature, args.top_p)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
-        raise InputError("--task tts takes --texts, --task asr takes --clips")
+        raise InputError("--task tts needs --texts (and no --clips), --task asr needs --clips (and no --texts)")
     for name in ("seeds", "temperature", "judge"):
-        given = getattr(args, name) or []
-        if len(set(given)) < len(given):
-            raise InputError(f"--{name}: one is given twice")
+        values = getattr(args, name) or []
+        if len(set(values)) < len(values):
+            raise InputError(f"--{name}: a value is given twice (got {' '.join(map(str, values))}). Use each once")
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Returns what results.json holds."""
+    """Returns the content of results.json."""
     with bad_input_exits():
         check_args(args)
         models = named_models(args.models)
         check_writable(Path(args.output_dir))
         args.device = pick_device(args.device)
-    return (recognition.evaluate if args.task == "asr" else synthesis.evaluate_speech)(args, models)
+    evaluate = recognition.evaluate if args.task == "asr" else synthesis.evaluate
+    return evaluate(args, models)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,49 +83,76 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="[NAME=]PATH", help="checkpoints; the first is the baseline")
     add("--task", choices=TASKS, default="tts", help="tts: text to speech; asr: speech to text")
-    add("--texts", help="tts: a .txt, .jsonl or .lst file, see above")
-    add("--clips", help="asr: a data set of create_dataset.py, or of audio and text; text '' where nothing is said")
-    add("--split", default="train", help="of --clips")
-    add("--long_s", type=float, default=20.0, help="asr: clips above so many seconds are reported apart")
-    add("--max_completion_length", type=int, default=MAX_COMPLETION_LENGTH, help="asr: tokens of a transcript")
-    add(
-        "--references", help="a .jsonl or .lst file with natural readings: rows for them, as they are and resynthesised"
-    )
     add("--output_dir", default="evaluation", help="folder of results.json, results.md and report.html")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each text is said once for each seed")
     add(
-        "--judge",
-        nargs="+",
-        action="extend",
-        help="Whisper names or paths, and pocketsphinx; default: the reward's Whisper",
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="sampling seeds; each text or clip is sampled with each"
     )
     add(
         "--temperature",
         type=float,
         nargs="+",
-        help="several give a row each; 0 is greedy. Default: 1 for tts, 0 for asr",
+        help="sampling temperatures, a row of the results for each; 0 is greedy. Default: 1 for tts, 0 for asr",
     )
     add(
+        "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
+    )
+    add("--max_length", type=int, default=2048, help="maximum number of tokens of prompt and answer together")
+    add("--batch_size", type=int, default=16, help="number of rollouts sampled at a time")
+    add("--num_players", type=int, default=8, help="number of texts, or clips, to listen to on the page")
+    add("--language", default="en", help="language of texts without one of their own, Whisper's code or name")
+    add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add("--codec_id", help=f"codec; default: the one in the first model's run.json, else {DEFAULT_CODEC}")
+
+    tts = parser.add_argument_group("--task tts")
+    tts.add_argument("--texts", help="held-out texts to synthesize: a .txt, .jsonl or .lst file, see above")
+    tts.add_argument(
+        "--judge",
+        nargs="+",
+        action="extend",
+        help="evaluation ASRs: names or paths of Whispers, and pocketsphinx; default: the reward's Whisper. Those that "
+        "no reward of the models has used are held-out ASRs, and are listed first",
+    )
+    tts.add_argument(
+        "--whisper",
+        help=f"the reward's Whisper; default: the one in the first model's run.json, else {DEFAULT_WHISPER}",
+    )
+    tts.add_argument(
+        "--references",
+        help="a .jsonl or .lst file with natural readings: adds a row for them as recorded, and one after the codec",
+    )
+    tts.add_argument(
+        "--best_of",
+        type=int,
+        default=1,
+        help="if > 1: adds a row for the baseline's best of so many rollouts by reward",
+    )
+    tts.add_argument(
         "--cycle",
         action="store_true",
-        help='tts: each checkpoint reads its own speech back, as the judge "itself"; for models of --task both',
+        help="adds the round-trip error rate: each checkpoint transcribes its own speech; for models of --task both",
     )
-    add("--token2text", help="tts: a folder of train_token2text.py; adds its score of the codes, DiffRO's reward")
-    add("--best_of", type=int, default=1, help="from 2 on: a row for the baseline's best of so many, by the reward")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest codes that make up this share")
-    add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
-    add("--batch_size", type=int, default=16, help="clips sampled at a time")
-    add("--num_players", type=int, default=8, help="texts, or clips, to listen to on the page")
-    add("--language", default="en", help="of texts that do not say")
-    add("--device", default="auto", help="auto is a GPU where there is one")
-    add("--codec_id", help=f"default: what the first model's run.json says, else {DEFAULT_CODEC}")
-    add("--whisper", help=f"the reward's; default: what the first model's run.json says, else {DEFAULT_WHISPER}")
+    tts.add_argument(
+        "--token2text",
+        help="a folder of train_token2text.py: adds the token-to-text score of the codes, DiffRO's reward",
+    )
+
+    asr = parser.add_argument_group("--task asr")
+    asr.add_argument(
+        "--clips", help="a dataset of create_dataset.py, or one of audio and text; text '' for clips without speech"
+    )
+    asr.add_argument("--split", default="train", help="split of --clips")
+    asr.add_argument("--long_s", type=float, default=20.0, help="seconds above which a clip counts as long")
+    asr.add_argument(
+        "--max_completion_length",
+        type=int,
+        default=MAX_COMPLETION_LENGTH,
+        help="maximum number of tokens of a transcript",
+    )
     args = parse_strictly(parser, argv)
     args.temperature = args.temperature or [0.0 if args.task == "asr" else 1.0]
     return args
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    set_up_logging("metrics")
     main(parse_args())

@@ -1,19 +1,20 @@
-"""Use a Llasa checkpoint: text, and a voice prompt if there is one, to wav; or the other way round, speech to text.
+"""Sample from a Llasa checkpoint: text to wav (TTS), in the voice of a prompt if there is one, or audio to text (ASR).
 
     python inference.py --model_name_or_path llasa-grpo-exp1 --text "…" --output sample.wav
     python inference.py --task asr --model_name_or_path llasa-asr --audio a.wav b.flac --output transcripts.jsonl
 
-One random seed serves the whole run, so the same command writes the same clips on the same machine; another
---batch_size draws others. Exit codes: 0 something was written; 1 nothing could be; 2 the input was wrong.
+The seed is set once, before sampling: the same command writes the same clips on the same machine; another --batch_size
+samples other ones. Exit codes: 0 something was written; 1 nothing could be written; 2 the input was wrong.
 
-Differs from Llasa's model card: the policy is confined to speech codes and END, or text and END (the distribution it
-was trained on), and a voice prompt's own codes are never decoded, so the wav starts with the new text.
+Differs from Llasa's model card: sampling is confined to speech codes and END, or to text and END (the distribution
+that training used), and the codes of the voice prompt are never decoded, so the wav starts with the new text.
 """
 
 import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from common.cli import (
     parse_strictly,
     pick_device,
     read_text,
+    set_up_logging,
+    write_whole,
 )
 from speech.audio import load_audio, save_audio
 from speech.policy import (
@@ -43,7 +46,9 @@ from speech.policy import (
 )
 from speech.tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("inference")
+
+# --- Text to speech ---------------------------------------------------------------------------------------
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
@@ -52,12 +57,18 @@ def read_texts(args: argparse.Namespace) -> list[str]:
         return args.text
     texts = [line.strip() for line in read_text(args.text_file).splitlines() if line.strip()]
     if not texts:
-        raise InputError(f"{args.text_file}: no text in it; give one text a line")
+        raise InputError(f"--text_file {args.text_file}: no text in the file. Write one text per line")
     return texts
 
 
+def check_texts(texts: list[str]) -> None:
+    """Raises InputError for a text of which no prompt can be built: empty, or with a control token."""
+    for text in texts:
+        tts_prompt(text)
+
+
 def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
-    """Where the clips go, text by text; the rule is the help of --output."""
+    """Paths of the clips, text by text; the help of --output states the rule."""
     path = Path(output)
     if path.suffix.lower() != ".wav":
         path = path / "sample.wav"
@@ -73,43 +84,29 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
     ]
 
 
-def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1)
-    check_sampling([args.temperature], args.top_p)
-    spoken = args.text is not None or args.text_file is not None
-    if spoken != (args.task == "tts"):
-        given = "--text or --text_file" if spoken else "--audio or --dataset"
-        raise InputError(f"{given} is for --task {'tts' if spoken else 'asr'}; this is --task {args.task}")
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise InputError(
-            "a voice prompt needs both --ref_audio and --ref_text (what is said in it); only "
-            f"{'--ref_audio' if args.ref_text is None else '--ref_text'} was given"
-        )
-
-
 def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs: list[np.ndarray]) -> int:
-    """Write every clip that has sound and say what is wrong with the others; the number written."""
+    """Write every clip with samples, warn of truncated and empty ones; the number written."""
     written = 0
     for path, text, sample, wav in zip(paths, texts, samples, wavs, strict=True):
         if not len(wav):
-            logger.warning("%s: empty, not written: the policy ended without a code: %r", path, text)
+            logger.warning("%s: empty, not written: the rollout has no speech codes: %r", path, text)
             continue
         if sample.truncated:
-            logger.warning("%s: truncated before END, at the end of the context: %r", path, text)
+            logger.warning("%s: truncated before END, at --max_length or the model's context: %r", path, text)
         save_audio(path, wav)
         logger.info("%s  %.2f s  %r", path, len(sample.codes) / CODES_PER_SECOND, text)
         written += 1
     return written
 
 
-def speak(args: argparse.Namespace) -> None:
-    # Here: --help and bad input need not wait for it
+def synthesize(args: argparse.Namespace) -> None:
+    """Text to wav files; exits with 1 if none could be written."""
+    # Imported here: --help and bad flags need not wait for it
     from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 
     with bad_input_exits():
         texts = read_texts(args)
-        for text in texts:
-            tts_prompt(text)
+        check_texts(texts)
         ref_wav = load_audio(args.ref_audio) if args.ref_audio else None
         paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
         check_writable(paths[0].parent)
@@ -121,7 +118,7 @@ def speak(args: argparse.Namespace) -> None:
         check_codebook(codec, policy.tokens)
         ref_codes = None if ref_wav is None else codec.encode([ref_wav])[0]
         prompts = [tts_prompt(text, args.ref_text, ref_codes) for text in texts]
-        policy.encode(prompts, args.max_length)  # a text too long is known before Whisper is loaded
+        policy.encode(prompts, args.max_length)  # raises for a text too long, before Whisper is loaded
         scorer = None
         if args.best_of > 1:
             from reward_models.whisper import best_of_n
@@ -131,9 +128,9 @@ def speak(args: argparse.Namespace) -> None:
             scorer = WhisperScorer(whisper, device)
 
     set_seed(args.seed)
-    times = args.num_samples * args.best_of
+    rollouts_per_text = args.num_samples * args.best_of
     samples = policy.sample(
-        [prompt for prompt in prompts for _ in range(times)],
+        [prompt for prompt in prompts for _ in range(rollouts_per_text)],
         temperature=args.temperature,
         top_p=args.top_p,
         max_length=args.max_length,
@@ -142,28 +139,22 @@ def speak(args: argparse.Namespace) -> None:
     )
     wavs = decode_rollouts(codec, [sample.codes for sample in samples])
     if scorer is not None:
-        repeated = [text for text in texts for _ in range(times)]
-        kept = best_of_n(
-            scorer,
-            samples,
-            wavs,
-            repeated,
-            [args.language] * len(repeated),
-            args.best_of,
-            **reward_parameters(args.model_name_or_path),
-        )
-        samples, wavs = [samples[i] for i in kept], [wavs[i] for i in kept]
+        rollout_texts = [text for text in texts for _ in range(rollouts_per_text)]
+        languages = [args.language] * len(rollout_texts)
+        parameters = reward_parameters(args.model_name_or_path)
+        best = best_of_n(scorer, samples, wavs, rollout_texts, languages, args.best_of, **parameters)
+        samples, wavs = [samples[i] for i in best], [wavs[i] for i in best]
     clip_texts = [text for text in texts for _ in range(args.num_samples)]
     if not write_clips(paths, clip_texts, samples, wavs):
-        logger.error("nothing was written: no clip has sound")
+        logger.error("nothing was written: no rollout has speech codes")
         sys.exit(1)
 
 
 # --- Speech to text ---------------------------------------------------------------------------------------
 
 
-def speech_to_read(args: argparse.Namespace, codec_id: str, device: str) -> tuple[list[dict], list[list[int]]]:
-    """What names each clip in the output (its "audio", or "index" and "id" in the data set), and its codes."""
+def load_clips(args: argparse.Namespace, codec_id: str, device: str) -> tuple[list[dict], list[list[int]]]:
+    """The clips to transcribe: what identifies each in the output ("audio", or "index" and "id"), and its codes."""
     from speech.codec import SpeechCodec
 
     if args.audio is not None:
@@ -174,31 +165,30 @@ def speech_to_read(args: argparse.Namespace, codec_id: str, device: str) -> tupl
 
     rows = load_any_dataset(args.dataset, args.split)
     if "audio_codes" not in rows.column_names:
-        raise InputError(f"{args.dataset} has no column 'audio_codes'; make it with create_dataset.py, or give --audio")
-    names = [{"index": i} for i in range(len(rows))]
+        raise InputError(
+            f"--dataset {args.dataset}: no column 'audio_codes' (got {', '.join(rows.column_names)}). "
+            "Encode it with create_dataset.py, or use --audio"
+        )
+    ids = [{"index": i} for i in range(len(rows))]
     if "id" in rows.column_names:
-        names = [name | {"id": row_id} for name, row_id in zip(names, rows["id"], strict=True)]
-    return names, list(rows["audio_codes"])
+        ids = [{**clip, "id": row_id} for clip, row_id in zip(ids, rows["id"], strict=True)]
+    return ids, list(rows["audio_codes"])
 
 
-def read(args: argparse.Namespace) -> None:
+def transcribe(args: argparse.Namespace) -> None:
     """Transcripts to the terminal (of --audio) and to --output, one line of JSON per clip."""
     with bad_input_exits():
-        output = args.output and Path(args.output)
-        if args.dataset is not None and output is None:
-            raise InputError("--dataset: give --output a .jsonl file for the transcripts")
+        output = Path(args.output) if args.output else None
         if output is not None:
-            if output.suffix != ".jsonl":
-                raise InputError(f"--output {output}: transcripts are written to a .jsonl file")
             check_writable(output.parent)
         device = pick_device(args.device)
         codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
-        names, codes = speech_to_read(args, codec_id, device)
+        ids, codes = load_clips(args, codec_id, device)
         policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr")
-        for clip in codes:
-            policy.tokens.ids(clip)  # another codec's codes
-        prompts = [asr_prompt(clip) for clip in codes]
-        policy.encode(prompts, args.max_length)
+        for clip_codes in codes:
+            policy.tokens.ids(clip_codes)  # raises for the codes of another codec
+        prompts = [asr_prompt(clip_codes) for clip_codes in codes]
+        policy.encode(prompts, args.max_length)  # raises for a clip too long
 
     set_seed(args.seed)
     transcripts = policy.transcribe(
@@ -210,28 +200,64 @@ def read(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress="transcribing",
     )
-    write_transcripts(output, names, transcripts, args.num_samples, shown=args.audio is not None)
-
-
-def write_transcripts(
-    output: Path | None, names: list[dict], transcripts: list[Transcript], num_samples: int, shown: bool
-) -> None:
-    lines = []
-    for number, name in enumerate(names):
-        own = transcripts[number * num_samples : (number + 1) * num_samples]
-        texts, truncated = [one.text for one in own], [one.truncated for one in own]
-        lines.append(json.dumps({**name, "transcripts": texts, "truncated": truncated}, ensure_ascii=False) + "\n")
-        for one in own if shown else ():
-            logger.info("%s  %r%s", name["audio"], one.text, "  (truncated)" if one.truncated else "")
+    by_clip = [transcripts[start : start + args.num_samples] for start in range(0, len(transcripts), args.num_samples)]
+    if args.audio is not None:
+        log_transcripts(args.audio, by_clip)
     if output is not None:
-        output.write_text("".join(lines), encoding="utf-8")
-        logger.info("%d clips, %d transcripts each: %s", len(names), num_samples, output)
+        write_transcripts(output, ids, by_clip)
+
+
+def log_transcripts(audio: list[str], by_clip: list[list[Transcript]]) -> None:
+    for path, transcripts in zip(audio, by_clip, strict=True):
+        for transcript in transcripts:
+            logger.info("%s  %r%s", path, transcript.text, "  (truncated)" if transcript.truncated else "")
+
+
+def write_transcripts(output: Path, ids: list[dict], by_clip: list[list[Transcript]]) -> None:
+    """One line of JSON per clip, as select_rl_data.py reads them."""
+    lines = []
+    for clip_id, transcripts in zip(ids, by_clip, strict=True):
+        record = {
+            **clip_id,
+            "transcripts": [transcript.text for transcript in transcripts],
+            "truncated": [transcript.truncated for transcript in transcripts],
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(output, partial(Path.write_text, data="".join(lines), encoding="utf-8"))
+    logger.info("%d clips, %d transcripts each: %s", len(ids), len(by_clip[0]), output)
+
+
+# --- The script -------------------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace) -> None:
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1)
+    check_sampling([args.temperature], args.top_p)
+    has_text = args.text is not None or args.text_file is not None
+    if has_text != (args.task == "tts"):
+        flags = "--text or --text_file" if has_text else "--audio or --dataset"
+        raise InputError(f"{flags} is for --task {'tts' if has_text else 'asr'} (got --task {args.task})")
+    if (args.ref_audio is None) != (args.ref_text is None):
+        missing = "--ref_text" if args.ref_text is None else "--ref_audio"
+        raise InputError(f"a voice prompt needs both --ref_audio and --ref_text, its transcript. Add {missing}")
+    if args.task == "asr":
+        check_transcripts_path(args)
+
+
+def check_transcripts_path(args: argparse.Namespace) -> None:
+    if args.dataset is not None and args.output is None:
+        raise InputError("--dataset: no file for the transcripts. Add --output with a .jsonl file")
+    if args.output is not None and Path(args.output).suffix != ".jsonl":
+        raise InputError(f"--output {args.output}: not a .jsonl file, which transcripts are written to. Rename it")
 
 
 def main(args: argparse.Namespace) -> None:
     with bad_input_exits():
         check_args(args)
-    (read if args.task == "asr" else speak)(args)
+    if args.task == "asr":
+        transcribe(args)
+    else:
+        synthesize(args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -239,32 +265,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder saved by train.py (LoRA too), or a Hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", action="append", help="what to say; may be given several times")
-    source.add_argument("--text_file", help="a UTF-8 file with one text a line; - is stdin")
-    source.add_argument("--audio", nargs="+", help="--task asr: clips to transcribe (wav, flac, ogg, mp3)")
-    source.add_argument("--dataset", help="--task asr: a data set with speech codes, from create_dataset.py")
+    source.add_argument("--text", action="append", help="tts: text to synthesize; may be given several times")
+    source.add_argument("--text_file", help="tts: a UTF-8 file with one text per line; - is stdin")
+    source.add_argument("--audio", nargs="+", help="asr: clips to transcribe (wav, flac, ogg, mp3)")
+    source.add_argument("--dataset", help="asr: a dataset with speech codes, from create_dataset.py, to transcribe")
     add("--task", choices=TASKS, default="tts", help="tts: text to speech; asr: speech to text")
     add(
         "--output",
         help="tts: a .wav file (default sample.wav); several clips are numbered from it, text by text: "
         "sample_000.wav, sample_001.wav, with --num_samples sample_000_0.wav, sample_000_1.wav. Anything else is a "
-        "folder for such clips. asr: a .jsonl file with the transcripts, a line a clip, which select_rl_data.py reads",
+        "folder for such clips. asr: a .jsonl file of transcripts, one line per clip, which select_rl_data.py reads",
     )
-    add("--split", default="train", help="of --dataset")
-    add("--ref_audio", help="voice prompt: the clip to speak like (wav, flac, ogg, mp3)")
-    add("--ref_text", help="voice prompt: what is said in --ref_audio")
-    add("--num_samples", type=int, default=1, help="clips per text, or transcripts per clip")
-    add("--best_of", type=int, default=1, help="draw so many for each clip and keep Whisper's favourite")
-    add("--temperature", type=float, help="of sampling; 0 takes the likeliest token. Default: 0.8 for tts, 0 for asr")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that make up this share")
-    add("--max_length", type=int, default=2048, help="tokens of prompt and answer together")
-    add("--max_completion_length", type=int, default=MAX_COMPLETION_LENGTH, help="asr: tokens of a transcript")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--batch_size", type=int, default=16, help="clips sampled at a time")
-    add("--device", default="auto", help="auto is a GPU where there is one")
-    add("--language", default="en", help="of the texts, for --best_of")
-    add("--codec_id", help=f"default: what the model's run.json says, else {DEFAULT_CODEC}")
-    add("--whisper", help=f"for --best_of; default: what the model's run.json says, else {DEFAULT_WHISPER}")
+    add("--split", default="train", help="asr: split of --dataset")
+    add("--ref_audio", help="tts: voice prompt, a clip whose voice is to be continued (wav, flac, ogg, mp3)")
+    add("--ref_text", help="tts: transcript of --ref_audio")
+    add("--num_samples", type=int, default=1, help="number of clips per text, or of transcripts per clip")
+    add("--best_of", type=int, default=1, help="tts: number of rollouts per clip, of which the best by reward is kept")
+    add("--temperature", type=float, help="sampling temperature; 0 is greedy. Default: 0.8 for tts, 0 for asr")
+    add(
+        "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
+    )
+    add("--max_length", type=int, default=2048, help="maximum number of tokens of prompt and answer together")
+    add(
+        "--max_completion_length",
+        type=int,
+        default=MAX_COMPLETION_LENGTH,
+        help="asr: maximum number of tokens of a transcript",
+    )
+    add("--seed", type=int, default=0, help="sampling seed")
+    add("--batch_size", type=int, default=16, help="number of rollouts sampled at a time")
+    add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add("--language", default="en", help="tts: language of the texts for --best_of, Whisper's code or name")
+    add("--codec_id", help=f"codec; default: the one in the model's run.json, else {DEFAULT_CODEC}")
+    add(
+        "--whisper", help=f"tts: Whisper of --best_of; default: the one in the model's run.json, else {DEFAULT_WHISPER}"
+    )
     args = parse_strictly(parser, argv)
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "asr" else 0.8
@@ -272,6 +307,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
+    set_up_logging("inference")
     main(parse_args())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-NUM_RESAMPLES = 2_000  # of the bootstrap: the ends of an interval then vary by some 2 % of its width
+NUM_RESAMPLES = 2_000  # the ends of an interval then vary by some 2 % of its width
 
 
 def resampled_sums(counts: np.ndarray) -> np.ndarray:
@@ -22,10 +22,10 @@ def interval(values: np.ndarray) -> list[float]:
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def edit_counts(row: dict, judge: str) -> np.ndarray:
-    """Edits and reference lengths, shape (2, num_seeds, num_texts)."""
-    heard = [clip["judges"][judge] for clip in row["clips"]]
-    counts = [[clip["edits"] for clip in heard], [clip["ref_length"] for clip in heard]]
+def edit_counts(row: dict, asr: str) -> np.ndarray:
+    """Edits and reference lengths by one evaluation ASR, shape (2, num_seeds, num_texts)."""
+    errors = [clip["asr"][asr] for clip in row["clips"]]
+    counts = [[clip["edits"] for clip in errors], [clip["ref_length"] for clip in errors]]
     return np.array(counts).reshape(2, len(row["seeds"]), -1)
 
 
@@ -49,14 +49,22 @@ def error_metrics(counts: np.ndarray) -> dict:
     }
 
 
-def change(row: dict, first: dict, judge: str) -> dict | None:
-    """Relative change of the error rate from the first row's, its interval paired by text.
-
-    None for other texts than the first row's, and where that has no error to lose.
-    """
+def change_from_first(row: dict, first: dict, asr: str) -> dict | None:
+    """`paired_change` of a row's error rate from the first row's; None where the rows have different texts."""
     if first_seed_texts(row) != first_seed_texts(first):
         return None
-    counts = np.concatenate([edit_counts(r, judge).sum(axis=1) for r in (row, first)])
+    return paired_change(edit_counts(row, asr).sum(axis=1), edit_counts(first, asr).sum(axis=1))
+
+
+def paired_change(counts: np.ndarray, first_counts: np.ndarray) -> dict | None:
+    """Relative change of an error rate with its 95 % interval, paired by text: each draw of texts serves both sides.
+
+    Args:
+        counts, first_counts: edits and reference lengths, shape (2, num_texts), of the same texts in the same order.
+    Returns:
+        "relative" (−0.5: half of the errors are gone) and "interval"; None if the first has no errors to lose.
+    """
+    counts = np.concatenate([counts, first_counts])
     if counts[2].sum() == 0:
         return None
 
@@ -64,7 +72,7 @@ def change(row: dict, first: dict, judge: str) -> dict | None:
         return (edits / length) / (first_edits / first_length) - 1
 
     sums = resampled_sums(counts)
-    sums = sums[:, sums[2] > 0]  # a draw of texts that the first row has all right says nothing
+    sums = sums[:, sums[2] > 0]  # a draw of texts without errors in the first row has no relative change
     return {"relative": float(relative(*counts.sum(axis=1))), "interval": interval(relative(*sums))}
 
 

@@ -1,4 +1,4 @@
-"""What the pages of evaluation.py are made of: HTML with everything in it, sound and pictures too."""
+"""Parts of the HTML pages of evaluation.py; a page is one file, audio and pictures included."""
 
 import base64
 import difflib
@@ -18,7 +18,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fde; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .6rem; }
-.about, dd, .heard small { opacity: .7; } code { font-size: .85em; overflow-wrap: anywhere; }
+.about, dd, .transcript small { opacity: .7; } code { font-size: .85em; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; font-size: .85em; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
@@ -30,15 +30,15 @@ td:first-child { font-weight: 600; } tbody tr:hover { background: var(--soft); }
   background: var(--accent); }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
-.card audio { width: 100%; height: 2.2rem; margin: .4rem 0; } .heard { margin: .2rem 0; }
-.said { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } .said audio { height: 2.2rem; vertical-align: middle; }
+.card audio { width: 100%; height: 2.2rem; margin: .4rem 0; } .transcript { margin: .2rem 0; }
+.reference { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } .reference audio { height: 2.2rem; vertical-align: middle; }
 mark { background: #e5484d40; color: inherit; border-radius: .2rem; }
 img { max-width: 100%; background: white; border-radius: .6rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
 """
 
 
 def document(about: str, argv: list[str], parts: list[str]) -> str:
-    """The page; `parts` are HTML and come below the heading and the command."""
+    """The page; `parts` are HTML and stand below the heading, `about` and the command."""
     head = f"<h1>Evaluation</h1><p class=about>{html.escape(about)}</p><code>{html.escape(shlex.join(argv))}</code>"
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -52,8 +52,8 @@ def metrics_table(header: list[str], rows: list[list[str]]) -> str:
     return f"<h2>Metrics</h2><div class=wide><table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table></div>"
 
 
-def meanings(explanations: dict[str, str]) -> str:
-    terms = (f"<dt>{html.escape(title)}</dt><dd>{html.escape(told)}</dd>" for title, told in explanations.items())
+def explanation_list(explanations: dict[str, str]) -> str:
+    terms = (f"<dt>{html.escape(title)}</dt><dd>{html.escape(meaning)}</dd>" for title, meaning in explanations.items())
     return f"<h2>What the columns mean</h2><dl>{''.join(terms)}</dl>"
 
 
@@ -70,8 +70,8 @@ def bars(title: str, rates: dict[str, tuple[float, list[float]]]) -> str:
     return f"<h2>{html.escape(title)}</h2><div class=bars>{''.join(lines)}</div>"
 
 
-def to_show(items: list, count: int) -> list:
-    """So many of the items, evenly spaced: all of them would make a page too long."""
+def evenly_spaced(items: list, count: int) -> list:
+    """`count` of the items, evenly spaced; all of them would make a page too long."""
     return items[:: max(1, len(items) // max(1, count))][:count]
 
 
@@ -80,23 +80,29 @@ def player(wav: np.ndarray) -> str:
 
 
 def training_curves(models: dict[str, str]) -> list[str]:
-    """A picture of each model (name -> path) that has a log of its training."""
-    curves = {name: png for name, model in models.items() if (png := reward_curve(model))}
-    return [
-        f"<h2>Training of {html.escape(name)}</h2><img alt='training curves' src='{data_uri('image/png', png)}'>"
-        for name, png in curves.items()
-    ]
+    """A picture for each model (name -> path) that has a log of its training."""
+    pictures = []
+    for name, model in models.items():
+        png = reward_curve(model)
+        if png is not None:
+            image = f"<img alt='training curves' src='{data_uri('image/png', png)}'>"
+            pictures.append(f"<h2>Training of {html.escape(name)}</h2>{image}")
+    return pictures
 
 
 def marked(text: str, hyp_text: str) -> str:
-    """The transcript, escaped, the words marked that the text does not have in that place."""
-    words = hyp_text.split()
-    plain = [["".join(filter(str.isalnum, word)).lower() for word in side] for side in (text.split(), words)]
-    right = set()
-    for block in difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks():
-        right |= set(range(block.b, block.b + block.size))
-    escaped = [html.escape(word) for word in words]
-    return " ".join(word if i in right else f"<mark>{word}</mark>" for i, word in enumerate(escaped))
+    """The transcript, escaped, with <mark> around the words that the text does not have in that place."""
+    hyp_words = hyp_text.split()
+    matcher = difflib.SequenceMatcher(None, _plain(text.split()), _plain(hyp_words), autojunk=False)
+    correct = set()
+    for block in matcher.get_matching_blocks():
+        correct |= set(range(block.b, block.b + block.size))
+    escaped = [html.escape(word) for word in hyp_words]
+    return " ".join(word if i in correct else f"<mark>{word}</mark>" for i, word in enumerate(escaped))
+
+
+def _plain(words: list[str]) -> list[str]:
+    return ["".join(filter(str.isalnum, word)).lower() for word in words]
 
 
 def data_uri(mime: str, content: bytes) -> str:
@@ -110,7 +116,7 @@ def wav_bytes(wav: np.ndarray) -> bytes:
 
 
 def reward_curve(model: str) -> bytes | None:
-    """A model's curves over its training, as PNG: train.py's own, else drawn from the Trainer's log, else None."""
+    """A model's training curves as PNG: those of train.py, else drawn from the Trainer's log; None without a log."""
     folders = [Path(model), Path(model).parent]  # a checkpoint-N lies in its run's folder
     for folder in folders:
         if (folder / "reward_curve.png").is_file():

@@ -1,16 +1,15 @@
-"""What `evaluation.py --task asr` does: checkpoints that recognise, measured on clips with known texts.
+"""`evaluation.py --task asr`: checkpoints transcribe clips with known texts.
 
 Corpus-level WER with its insertions, deletions and substitutions, hallucinations by the rules of
-reward_models/asr_rules.py, keyword recall and precision, short and long clips apart, and clips in which nothing is
-said, where every word is made up. Writes results.json (every transcript), results.md (the table) and report.html (a
-page to look and listen: the clips as their codes sound).
+reward_models/asr_rules.py, keyword recall and precision, short and long clips apart, and clips without speech, where
+every word is a hallucination.
 """
 
 import argparse
-import html
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +18,28 @@ from transformers import set_seed
 from common.cli import InputError, bad_input_exits
 from common.dataset_io import AUDIO_COLUMNS, load_any_dataset
 from common.run_record import provenance
-from metrics.bootstrap import interval, resampled_sums
-from metrics.html_page import bars, document, marked, meanings, metrics_table, player, to_show, training_curves
-from metrics.report import markdown, percent, percents, replace_files
+from metrics.bootstrap import interval, paired_change, resampled_sums
+from metrics.comparison import asr_comparison
+from metrics.formatting import percent
+from metrics.html_page import evenly_spaced
+from metrics.recognition_report import write_reports
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, decode_rollouts
-from speech.error_rate import error_rate, normalize_text
+from speech.error_rate import ErrorRate, error_rate, normalize_text, sum_errors
 from speech.policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
 from speech.tokens import CODES_PER_SECOND, asr_prompt
 
-logger = logging.getLogger("evaluation")
+logger = logging.getLogger(__name__)
 
 KINDS = ("substitutions", "deletions", "insertions")
+
+# --- Clips ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Speech codes and what is said in them, "" for nothing; keywords as `select_rl_data.py` finds them."""
+    """Speech codes and their reference text, "" without speech; keywords as `select_rl_data.py` finds them."""
 
     id: str
     codes: list[int]
@@ -50,47 +53,62 @@ class Clip:
 
 
 def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechCodec]) -> list[Clip]:
-    """The clips of a data set with codes, or with paths of audio.
+    """The clips of a dataset with codes, or with paths of audio.
 
     Args:
-        language: of the rows that do not say.
+        language: of rows without one of their own.
         codec: called once if there are only recordings.
     Raises:
-        OSError, ValueError: no such set; no text, no codes and no audio; an unknown language.
+        InputError: no such dataset; no text, no codes and no audio; an unknown language.
     """
     rows = load_any_dataset(path, split)
     if "text" not in rows.column_names:
-        raise InputError(f"{path} has no column 'text' (it has {', '.join(rows.column_names)})")
-    if "audio_codes" in rows.column_names:
-        speech = list(rows["audio_codes"])
-    else:
-        speech = codec().encode(_recordings(rows, path))
-    column = {name: rows[name] if name in rows.column_names else None for name in ("id", "language", "keywords")}
+        raise InputError(f"--clips {path}: no column 'text' (got {', '.join(rows.column_names)}). Add the transcripts")
+    codes = list(rows["audio_codes"]) if "audio_codes" in rows.column_names else codec().encode(_recordings(rows, path))
+    nothing = [None] * len(rows)
+    ids, languages, keywords = (
+        rows[name] if name in rows.column_names else nothing for name in ("id", "language", "keywords")
+    )
     clips = []
-    for i, (text, codes) in enumerate(zip(rows["text"], speech, strict=True)):
-        if not codes:
-            raise InputError(f"{path}, row {i}: no audio_codes")
-        row_id, row_language, keywords = (column[name] and column[name][i] for name in column)
-        clip = Clip(str(row_id or i), codes, (text or "").strip(), row_language or language, keywords or [])
-        if clip.text and not normalize_text(clip.text, clip.language):
-            raise InputError(f"{path}, row {i}: the text {clip.text!r} has no word in it; give '' for nothing said")
+    for i, text in enumerate(rows["text"]):
+        clip = Clip(str(ids[i] or i), codes[i], (text or "").strip(), languages[i] or language, keywords[i] or [])
+        check_clip(clip, f"--clips {path}, row {i}")
         clips.append(clip)
     if not any(clip.text for clip in clips):
-        raise InputError(f"{path}: in none of its clips is anything said")
+        raise InputError(f"--clips {path}: all clips are without speech. Add clips with a text")
     return clips
+
+
+def check_clip(clip: Clip, where: str) -> None:
+    """Raises InputError, beginning with `where`, for a clip without codes, or whose text has no word."""
+    if not clip.codes:
+        raise InputError(f"{where}: no audio_codes. Drop the row, or encode its audio with create_dataset.py")
+    if clip.text and not normalize_text(clip.text, clip.language):
+        raise InputError(f"{where}: the text has no word in it (got {clip.text!r}). Use '' for a clip without speech")
 
 
 def _recordings(rows, path: str) -> list[np.ndarray]:
     names = [name for name in AUDIO_COLUMNS if name in rows.column_names]
     if not names:
-        raise InputError(f"{path} has neither audio_codes nor audio (one of {', '.join(AUDIO_COLUMNS)})")
-    file = Path(path)
-    folder = file if file.is_dir() else file.parent
+        raise InputError(
+            f"--clips {path}: neither audio_codes nor audio (got {', '.join(rows.column_names)}). "
+            f"Use a dataset of create_dataset.py, or name the audio {' or '.join(AUDIO_COLUMNS)}"
+        )
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
     return [load_audio(str(folder / name)) for name in rows[names[0]]]
 
 
-def judged(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
-    """Everything measured on one transcript, ready for JSON."""
+def with_all_keywords(clips: list[Clip]) -> list[Clip]:
+    """The clips, each with the keywords of all clips, so that a keyword in the wrong transcript lowers precision."""
+    keywords = sorted({keyword for clip in clips for keyword in clip.keywords})
+    return [replace(clip, keywords=keywords) for clip in clips]
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------
+
+
+def transcript_entry(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
+    """All measurements of one transcript, ready for JSON."""
     entry = {
         "id": clip.id,
         "seed": seed,
@@ -98,188 +116,159 @@ def judged(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
         "text": clip.text,
         "hyp_text": transcript.text,
         "truncated": transcript.truncated,
-        "words": len(normalize_text(transcript.text, clip.language).split()),
+        "num_words": len(normalize_text(transcript.text, clip.language).split()),
     }
     if not clip.text:
         return entry
     errors = error_rate(clip.text, transcript.text, clip.language)
     rule = "truncated" if transcript.truncated else hallucination(clip.text, transcript.text, clip.language)
     index = keyword_index(clip.keywords, clip.language)
-    said, heard = (find_keywords(text, index, clip.language) for text in (clip.text, transcript.text))
+    in_text = find_keywords(clip.text, index, clip.language)
+    in_transcript = find_keywords(transcript.text, index, clip.language)
     return {
         **entry,
         **{kind: getattr(errors, kind) for kind in KINDS},
         "ref_length": errors.ref_length,
         "hallucination": rule,
-        "keywords": {"said": said.total(), "heard": heard.total(), "hits": (said & heard).total()},
+        "keywords": {
+            "in_text": in_text.total(),
+            "in_transcript": in_transcript.total(),
+            "in_both": (in_text & in_transcript).total(),
+        },
     }
 
 
-def all_keywords(clips: list[Clip]) -> list[Clip]:
-    """The clips, each with the keywords of all: one that is written where it was not said is to be seen."""
-    every = sorted({keyword for clip in clips for keyword in clip.keywords})
-    return [Clip(clip.id, clip.codes, clip.text, clip.language, every) for clip in clips]
+def errors_of(entry: dict) -> ErrorRate:
+    edits = sum(entry[kind] for kind in KINDS)
+    return ErrorRate(edits / entry["ref_length"], *(entry[kind] for kind in KINDS), entry["ref_length"])
 
 
-# --- Numbers ----------------------------------------------------------------------------------------------
+def edit_counts(entries: list[dict], num_seeds: int) -> np.ndarray:
+    """Edits and reference lengths by clip, all seeds of one together; shape (2, num_clips)."""
+    errors = [errors_of(entry) for entry in entries]
+    counts = np.array([[one.edits for one in errors], [one.ref_length for one in errors]])
+    return counts.reshape(2, num_seeds, -1).sum(axis=1)
 
 
-def error_metrics(entries: list[dict], num_seeds: int) -> dict | None:
-    """Rates over all reference words, the WER's 95 % interval by resampling clips (all seeds of one together)."""
-    if not entries:
-        return None
-    counts = np.array([[entry[key] for entry in entries] for key in (*KINDS, "ref_length")])
-    counts = counts.reshape(len(counts), num_seeds, -1).sum(axis=1)
-    edits, length = counts[:3].sum(axis=0), counts[3]
-    resampled_edits, resampled_length = resampled_sums(np.stack([edits, length]))
-    rates = {kind: float(total / length.sum()) for kind, total in zip(KINDS, counts.sum(axis=1), strict=False)}
+def error_metrics(entries: list[dict], num_seeds: int) -> dict:
+    """Rates over all reference words; the WER's 95 % interval resamples clips, all seeds of one together."""
+    total = sum_errors([errors_of(entry) for entry in entries])
+    resampled_edits, resampled_length = resampled_sums(edit_counts(entries, num_seeds))
     rules = [entry["hallucination"] for entry in entries]
     return {
-        "wer": float(edits.sum() / length.sum()),
+        "wer": total.rate,
         "interval": interval(resampled_edits / resampled_length),
-        **rates,
+        **{kind: getattr(total, kind) / total.ref_length for kind in KINDS},
         "hallucinations": 1 - rules.count(None) / len(rules),
         "truncated": rules.count("truncated") / len(rules),
     }
 
 
-def summarize(entries: list[dict], num_seeds: int, long_s: float) -> dict:
-    """Metrics of all transcripts of a row; None where there is no such clip."""
-    spoken = [entry for entry in entries if entry["text"]]
-    nothing = [entry for entry in entries if not entry["text"]]
-    said, heard, hits = (sum(entry["keywords"][key] for entry in spoken) for key in ("said", "heard", "hits"))
+def with_speech(row: dict, long_s: float) -> dict[str, list[dict]]:
+    """The transcripts of clips with speech: "all", and those of "short" and "long" clips."""
+    entries = [entry for entry in row["clips"] if entry["text"]]
     return {
-        "all": error_metrics(spoken, num_seeds),
-        "short": error_metrics([entry for entry in spoken if entry["duration_s"] <= long_s], num_seeds),
-        "long": error_metrics([entry for entry in spoken if entry["duration_s"] > long_s], num_seeds),
-        "keyword_recall": hits / said if said else None,
-        "keyword_precision": hits / heard if heard else None,
-        "words_on_nothing": sum(entry["words"] for entry in nothing) / len(nothing) if nothing else None,
-        "nothing_with_words": sum(entry["words"] > 0 for entry in nothing) / len(nothing) if nothing else None,
+        "all": entries,
+        "short": [entry for entry in entries if entry["duration_s"] <= long_s],
+        "long": [entry for entry in entries if entry["duration_s"] > long_s],
     }
 
 
-def cells(row: dict) -> list[str]:
-    metrics = row["metrics"]
-    line = [row["name"]]
-    for part in ("all", "short", "long"):
-        own = metrics[part]
-        rates = " / ".join(f"{100 * own[key]:.1f}" for key in ("wer", "insertions", "deletions")) if own else "–"
-        line.append(f"{rates} {percents(own['interval'])}" if own else "–")
-    for key in ("hallucinations", "truncated"):
-        line.append(percent(metrics["all"][key]))
-    line += [percent(metrics[key]) for key in ("keyword_recall", "keyword_precision", "nothing_with_words")]
-    return line
-
-
-HEADER = ("", "all: WER / ins / del, % [95 %]", "short", "long", "hallucinations", "truncated")
-HEADER += ("keyword recall", "keyword precision", "words where nothing is said")
-EXPLANATIONS = {
-    "WER / ins / del": "Words to substitute, delete and insert over the words that are said, and of these the inserted "
-    "and the deleted; in brackets the WER's 95 % bootstrap interval over clips.",
-    "short, long": "Clips of up to --long_s seconds, and above.",
-    "hallucinations": "Share of the clips with speech whose transcript breaks a rule of reward_models/asr_rules.py: it "
-    "was truncated, is empty, loops, is in another script, is twice as long or half as long, has no word in common.",
-    "truncated": "Share of transcripts that were cut off before END, at --max_completion_length.",
-    "keyword recall, precision": "Keywords found over those said, and over those written.",
-    "words where nothing is said": "Share of the clips without speech that got a word.",
-}
-
-
-def page(about: str, results: dict, sounds: dict[str, np.ndarray]) -> str:
-    """report.html.
+def summarize(row: dict, first: dict, long_s: float) -> dict:
+    """The metrics of a row; None where it has no such clip.
 
     Args:
-        sounds: id -> waveform of each clip to show, with the first transcript that each row has of it.
+        row: "seeds" and "clips", seed by seed.
+        first: the row to compare with.
+        long_s: clips above so many seconds are long.
     """
-    rows = results["rows"]
-    rates = {row["name"]: (row["metrics"]["all"]["wer"], row["metrics"]["all"]["interval"]) for row in rows}
-    metrics = metrics_table(list(HEADER), [cells(row) for row in rows])
-    parts = [bars("Word error rate", rates), metrics, *training_curves(results["models"])]
-    if sounds:
-        told = "As the codes sound. Marked: words that are not said there."
-        parts.append(f"<h2>Clips</h2><p class=about>{told}</p>")
-    for clip_id, wav in sounds.items():
-        firsts = [(row["name"], next(c for c in row["clips"] if c["id"] == clip_id)) for row in rows]
-        text = firsts[0][1]["text"]
-        said = f"“{html.escape(text)}”" if text else "<i>nothing is said</i>"
-        cards = "".join(card(name, entry) for name, entry in firsts)
-        parts.append(f"<p class=said>{said} {player(wav)}</p><div class=cards>{cards}</div>")
-    return document(about, results["argv"], [*parts, meanings(EXPLANATIONS)])
+    num_seeds, parts, first_parts = len(row["seeds"]), with_speech(row, long_s), with_speech(first, long_s)
+    metrics = {part: error_metrics(entries, num_seeds) if entries else None for part, entries in parts.items()}
+    for part, entries in parts.items():
+        if entries:
+            first_counts = edit_counts(first_parts[part], len(first["seeds"]))
+            change = None if row is first else paired_change(edit_counts(entries, num_seeds), first_counts)
+            metrics[part]["change"] = change
+    keywords = [entry["keywords"] for entry in parts["all"]]
+    in_text, in_transcript, in_both = (
+        sum(counts[key] for counts in keywords) for key in ("in_text", "in_transcript", "in_both")
+    )
+    non_speech = [entry["num_words"] for entry in row["clips"] if not entry["text"]]
+    return {
+        **metrics,
+        "keyword_recall": in_both / in_text if in_text else None,
+        "keyword_precision": in_both / in_transcript if in_transcript else None,
+        "nonspeech_words_per_clip": sum(non_speech) / len(non_speech) if non_speech else None,
+        "nonspeech_hallucinations": sum(n > 0 for n in non_speech) / len(non_speech) if non_speech else None,
+    }
 
 
-def card(name: str, entry: dict) -> str:
-    """One transcript."""
-    notes = [entry.get("hallucination")]
-    if entry["text"]:
-        edits = sum(entry[kind] for kind in KINDS)
-        notes.append(f"{edits} of {entry['ref_length']} words wrong")
-    note = " · ".join(note.replace("_", "-") for note in notes if note)
-    heard = marked(entry["text"], entry["hyp_text"]) or "<i>nothing written</i>"
-    return f"<div class=card><b>{html.escape(name)}</b><p class=heard>{heard}<br><small>{note}</small></p></div>"
+# --- Rows -------------------------------------------------------------------------------------------------
 
 
-def write_reports(folder: Path, results: dict, sounds: dict[str, np.ndarray]) -> None:
-    about = f"{results['num_clips']} clips, long above {results['arguments']['long_s']:g} s"
-    about = f"{about} · {results['date']} · {results['git_commit']}"
-    table = markdown(about, results["argv"], [list(HEADER), *map(cells, results["rows"])])
-    replace_files(folder, results, table, page(about, results, sounds))
+def load_clips(args: argparse.Namespace, models: dict[str, str], codec: Callable[[], SpeechCodec]) -> list[Clip]:
+    """The clips of --clips, each with the keywords of all; InputError for codes that a model's tokenizer lacks."""
+    model_tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
+    clips = with_all_keywords(read_clips(args.clips, args.split, args.language, codec))
+    for tokens in model_tokens:
+        for clip in clips:
+            tokens.ids(clip.codes)  # raises for the codes of another codec
+    return clips
 
 
-# --- The script -------------------------------------------------------------------------------------------
+def transcribed_clips(
+    policy: Policy, args: argparse.Namespace, clips: list[Clip], temperature: float, seed: int | None, label: str
+) -> list[dict]:
+    """A `transcript_entry` of each clip."""
+    if seed is not None:
+        set_seed(seed)
+    transcripts = policy.transcribe(
+        [asr_prompt(clip.codes) for clip in clips],
+        temperature=temperature,
+        top_p=args.top_p,
+        max_length=args.max_length,
+        max_completion_length=args.max_completion_length,
+        batch_size=args.batch_size,
+        progress=label,
+    )
+    return [transcript_entry(clip, transcript, seed) for clip, transcript in zip(clips, transcripts, strict=True)]
 
 
 def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
-    """Rows of checkpoints × temperatures; returns what results.json holds.
+    """Rows of checkpoints x temperatures, written anew after each; returns what results.json holds.
 
     Args:
-        args: of evaluation.py, checked; `clips` is the data set.
+        args: of evaluation.py, checked.
         models: name -> path.
     """
+    first_model = next(iter(models.values()))
+    codec_id = args.codec_id or recorded(first_model, "codec_id", DEFAULT_CODEC)
+
+    @cache
+    def codec() -> SpeechCodec:
+        return SpeechCodec.from_pretrained(codec_id, args.device)
+
     with bad_input_exits():
-        tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
-        first = next(iter(models.values()))
-        codec_id = args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC)
-        clips = read_clips(
-            args.clips, args.split, args.language, lambda: SpeechCodec.from_pretrained(codec_id, args.device)
-        )
-        clips = all_keywords(clips)
-        for model_tokens in tokens:
-            for clip in clips:
-                model_tokens.ids(clip.codes)  # another codec's codes
-        shown = to_show(clips, args.num_players)
-        sounds = {}
-        if shown:
-            codec = SpeechCodec.from_pretrained(codec_id, args.device)
-            wavs = decode_rollouts(codec, [clip.codes for clip in shown])
-            sounds = {clip.id: wav for clip, wav in zip(shown, wavs, strict=True)}
-    prompts = [asr_prompt(clip.codes) for clip in clips]
+        clips = load_clips(args, models, codec)
+        listened = evenly_spaced(clips, args.num_players)
+        wavs = decode_rollouts(codec(), [clip.codes for clip in listened]) if listened else []
+    sounds = {clip.id: wav for clip, wav in zip(listened, wavs, strict=True)}
     results = {**provenance(), "arguments": vars(args), "models": models, "num_clips": len(clips), "rows": []}
     for name, path in models.items():
         with bad_input_exits():
             policy = Policy.from_pretrained(path, args.device, task="asr")
-            policy.encode(prompts, args.max_length)
+            policy.encode([asr_prompt(clip.codes) for clip in clips], args.max_length)  # raises for a clip too long
         for temperature in args.temperature:
-            seeds = args.seeds if temperature > 0 else [None]  # the likeliest words are the same each time
+            seeds = args.seeds if temperature > 0 else [None]  # greedy decoding is the same for all seeds
             label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
-            entries = []
+            row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "clips": []}
             for seed in seeds:
-                if seed is not None:
-                    set_seed(seed)
-                transcripts = policy.transcribe(
-                    prompts,
-                    temperature=temperature,
-                    top_p=args.top_p,
-                    max_length=args.max_length,
-                    max_completion_length=args.max_completion_length,
-                    batch_size=args.batch_size,
-                    progress=label,
-                )
-                entries += [judged(*pair, seed) for pair in zip(clips, transcripts, strict=True)]
-            metrics = summarize(entries, len(seeds), args.long_s)
-            row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "metrics": metrics}
-            results["rows"].append({**row, "clips": entries})
+                row["clips"] += transcribed_clips(policy, args, clips, temperature, seed, label)
+            results["rows"].append(row)
+            row["metrics"] = summarize(row, results["rows"][0], args.long_s)
             write_reports(Path(args.output_dir), results, sounds)
-            logger.info("%s: %.2f %% of the words wrong", label, 100 * metrics["all"]["wer"])
-    logger.info("look and listen: %s", Path(args.output_dir) / "report.html")
+            logger.info("%s: %d transcripts, WER %s", label, len(row["clips"]), percent(row["metrics"]["all"]["wer"]))
+    for line in asr_comparison(results):
+        logger.info(line)
+    logger.info("Listen: %s", (Path(args.output_dir) / "report.html").resolve())
     return results

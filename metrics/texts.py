@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import InputError, read_text
-from speech.error_rate import CER_LANGUAGES, error_rate, language_code
+from speech.error_rate import CER_LANGUAGES, error_rate, language_code, normalize_text
 from speech.tokens import tts_prompt
 
 
 @dataclass(frozen=True)
 class Item:
-    """A text to say; `ref_audio` and `ref_text` are its voice prompt, `audio` a natural reading of it."""
+    """A text to synthesize.
+
+    Attributes:
+        ref_audio, ref_text: path and transcript of its voice prompt; both or neither.
+        audio: path of a natural reading of the text.
+    """
 
     id: str
     text: str
@@ -22,70 +27,91 @@ class Item:
 
 
 def read_items(path: str, language: str) -> list[Item]:
-    """The items of a .txt, .jsonl or .lst file, checked; audio paths start beside the file.
+    """The items of a .txt, .jsonl or .lst file, checked; relative audio paths start beside the file.
 
     Args:
-        language: of the items that do not say.
+        language: of items without one of their own.
     Raises:
-        ValueError: names the file, the line, and what is wrong with it.
+        InputError: names the file, the line, and what is wrong with it.
     """
     parsers = {".txt": lambda line: {"text": line}, ".jsonl": _parse_json, ".lst": _parse_meta}
-    parse = parsers.get(Path(path).suffix.lower())
-    if parse is None:
-        raise InputError(f"{path}: give texts as {', '.join(parsers)}; see evaluation.py --help")
+    suffix = Path(path).suffix.lower()
+    if suffix not in parsers:
+        accepted = ", ".join(parsers)
+        raise InputError(f"{path}: not a file of texts (got {suffix!r}). Use {accepted}; see evaluation.py --help")
     items = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if line.strip():
-            try:
-                items.append(_item(parse(line), str(number), language, Path(path).parent))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: {error}") from error
+        if not line.strip():
+            continue
+        try:
+            item = _item(parsers[suffix](line), str(number), language, Path(path).parent)
+            check_item(item)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+        items.append(item)
     if not items:
-        raise InputError(f"{path}: no text in it")
+        raise InputError(f"{path}: no text in the file. Add at least one line")
     return items
 
 
 def _parse_json(line: str) -> dict[str, str]:
-    fields = json.loads(line)
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise InputError(f'expected an object such as {{"text": "…"}}, got {line[:60]}')
+        raise InputError(f'expected an object such as {{"text": "…"}} (got {line[:60]})')
     return fields
 
 
 def _parse_meta(line: str) -> dict[str, str]:
     fields = line.rstrip("\n").split("|")
     if len(fields) not in (4, 5):
-        raise InputError(f"expected id|ref_text|ref_audio|text, with |audio or without, got {line[:60]!r}")
+        raise InputError(f"expected id|ref_text|ref_audio|text, |audio is optional (got {line[:60]!r})")
     return dict(zip(("id", "ref_text", "ref_audio", "text", "audio"), fields, strict=False))
 
 
 def _item(fields: dict[str, str], default_id: str, language: str, folder: Path) -> Item:
     if not isinstance(fields.get("text"), str):
-        raise InputError(f"a row without text; it has: {', '.join(fields) or 'nothing'}")
-    values = {key: fields.get(key) or None for key in ("ref_audio", "ref_text", "audio")}
-    values["audio"] = values["audio"] or fields.get("file_name")  # an audiofolder's metadata.jsonl calls it so
-    for key in ("ref_audio", "audio"):
-        if values[key]:
-            values[key] = str(folder / values[key])
-            if not Path(values[key]).is_file():
-                raise InputError(f"{key} {values[key]}: no such file")
-    item = Item(
-        str(fields.get("id") or default_id), fields["text"].strip(), fields.get("language") or language, **values
+        raise InputError(f'no text in this row (got {", ".join(fields) or "nothing"}). Add a "text"')
+    audio = fields.get("audio") or fields.get("file_name")  # an audiofolder's metadata.jsonl calls it file_name
+    ref_audio = fields.get("ref_audio")
+    return Item(
+        id=str(fields.get("id") or default_id),
+        text=fields["text"].strip(),
+        language=fields.get("language") or language,
+        ref_audio=str(folder / ref_audio) if ref_audio else None,
+        ref_text=fields.get("ref_text") or None,
+        audio=str(folder / audio) if audio else None,
     )
-    tts_prompt(item.text, item.ref_text, None if item.ref_audio is None else [])  # half a voice prompt, …
-    error_rate(item.text, "", item.language)  # an unknown language, nothing left to score
-    return item
+
+
+def check_item(item: Item) -> None:
+    """Raises InputError where a file is missing, no prompt can be built of the item, or its text cannot be scored."""
+    for name, path in (("ref_audio", item.ref_audio), ("audio", item.audio)):
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"{name} {path}: no such file. Paths start beside the file of the texts")
+    if (item.ref_audio is None) != (item.ref_text is None):
+        missing = "ref_text" if item.ref_text is None else "ref_audio"
+        raise InputError(f"a voice prompt needs both ref_audio and ref_text. Add {missing}, or leave both out")
+    # What a prompt may contain is known to `tts_prompt` alone; the codes of the voice prompt do not matter to it.
+    tts_prompt(item.text, item.ref_text, ref_codes=None if item.ref_text is None else [])
+    if not normalize_text(item.text, item.language):
+        raise InputError(f"no word is left of {item.text!r} after Whisper's normalisation. Use another text")
 
 
 def units_of(items: list[Item]) -> str:
     """ "words" or "characters": what the error rate of these texts counts."""
-    kinds = {language_code(item.language) in CER_LANGUAGES for item in items}
-    if len(kinds) > 1:
-        raise InputError("the texts mix languages scored by words and by characters; evaluate them apart")
-    return "characters" if kinds.pop() else "words"
+    by_characters = {language_code(item.language) in CER_LANGUAGES for item in items}
+    if len(by_characters) > 1:
+        raise InputError(
+            "--texts: languages scored by words and by characters are mixed. Evaluate them in separate runs"
+        )
+    return "characters" if by_characters.pop() else "words"
 
 
 def num_units(item: Item) -> int:
     """Words as written (the normaliser would make one of "twenty five"), or characters."""
-    by_characters = language_code(item.language) in CER_LANGUAGES
-    return error_rate(item.text, "", item.language).ref_length if by_characters else len(item.text.split())
+    if language_code(item.language) in CER_LANGUAGES:
+        return error_rate(item.text, "", item.language).ref_length
+    return len(item.text.split())

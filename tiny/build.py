@@ -1,11 +1,21 @@
-"""Make the small world: corpus, XCodec2, Whisper, the texts and codes, a supervised Llasa, and DiffRO's reward model.
+"""Build the toy setup: a synthetic corpus, and XCodec2, Whisper, Llasa and DiffRO's reward model trained on it.
 
-    python -m tiny.build --work_dir build            # everything, about an hour and a half on two cores
-    python -m tiny.build --work_dir build --stage codec whisper
+    python -m tiny.build --work_dir build                        # everything, about an hour and a half on two cores
+    python -m tiny.build --work_dir build --stage codec whisper  # two of its stages
 
-Needs flite (Debian package `flite`). Seeds are fixed; what a stage makes is kept in --work_dir, so that an
-interrupted build goes on, and what users need is written beside this file. tiny/build.log is the log of the
-build that made the files in the repository.
+The stages, in order; each reads what the ones before it wrote:
+
+    codec        flite's recordings of the corpus, and the XCodec2 trained on them: tiny/codec
+    texts        texts for RL, held-out texts and recordings, rows of SFT: tiny/texts, tiny/heldout, tiny/speech.parquet
+    whisper      the reward ASR: tiny/whisper.pt
+    policy       SFT of Llasa for text to speech, by train.py: tiny/llasa
+    asr_data     SFT, RL and held-out data for ASR: tiny/asr
+    asr_policy   SFT of tiny/llasa on both tasks, by train.py: tiny/llasa_asr
+    token2text   the token-to-text model, by train_token2text.py: tiny/token2text
+
+Needs flite (Debian package `flite`). Seeds are fixed. Intermediate results are kept in --work_dir, so an interrupted
+build resumes; the files that ship are written to tiny/, over those that are there. tiny/build.log is the log of the
+build that made the files in the repository; a build appends to it.
 """
 
 import argparse
@@ -25,16 +35,17 @@ import soundfile as sf
 import torch
 from pyarrow import parquet
 from tqdm import tqdm
-from transformers import AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Model
 
 import train
 import train_token2text
+from common.cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, set_up_logging
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
-from tiny.corpus import SPEAKERS, babble, sentences, speak_all
+from tiny.asr_data import RARE_NAMES, Mix, clips_of, rows_of
+from tiny.corpus import SPEAKERS, random_word_sequences, sentences, speak_all
 from tiny.llasa import new_model, new_tokenizer
-from tiny.recognition import RARE_NAMES, Mix, clips_of, rows_of
 from tiny.train_codec import NUM_CODES, new_codec, train_codec, train_decoder
 from tiny.train_whisper import mel, train_whisper
 
@@ -42,22 +53,40 @@ logger = logging.getLogger("tiny.build")
 
 TINY = Path(__file__).parent
 SEED = 0
-# Sentences in the shuffled order of all 14,400: the first ones are spoken for training, the next ones are texts
-# for RL, and the last ones are seen by tests and evaluations only.
+# Sentences in the shuffled order of all 14,400: the first ones are recorded for training, the next ones are texts for
+# RL, and the last ones are for tests and evaluations only.
 TRAIN_CLIPS = 6_000
 RL_TEXTS = 3_000
 HELDOUT_TEXTS = 100
 HELDOUT_CLIPS = 96  # recordings of the first of them
 CODEC_CLIPS = 3_000
-POOL_NOTHING = 100  # clips to pick RL data from in which nothing is said
-BABBLE_CLIPS = 1_500
-# Without a voice prompt the policy speaks as DEFAULT_SPEAKER; rows with one teach it to take the prompt's voice.
+POOL_NON_SPEECH = 100  # clips of noise or silence to pick RL data from
+RANDOM_WORD_CLIPS = 1_500
+# Rows without a voice prompt are DEFAULT_SPEAKER's; rows with one train the policy to continue in the prompt's voice.
 DEFAULT_SPEAKER = "slt"
 PROMPTED_ROWS = {"slt": 800, "rms": 1_600}
 
+# Flags of train.py, a string a round
+POLICY_ROUNDS = [
+    "",
+    "--learning_rate 1e-3 --max_steps 500 --seed 1",  # a warm restart: before it, WER at temperature 1.0 is 58 %
+]
+ASR_POLICY_ROUNDS = [
+    # ASR of clean recordings; without it, learning to attend to the speech at all takes four times as long
+    "--task asr --dataset tiny/speech.parquet --max_steps 700 --learning_rate 2e-3",
+    "",  # both tasks, and ASR of harder clips
+]
+# Flags of train_token2text.py. Noise on the embeddings makes the model smooth between codes, so that its gradient
+# points to better codes.
+TOKEN2TEXT_FLAGS = (
+    f"--labels speaker --output_dir tiny/token2text --num_codes {NUM_CODES} --vocab_size 320 "
+    "--hidden_size 128 --num_heads 4 --encoder_layers 3 --decoder_layers 2 "
+    f"--steps 4000 --learning_rate 2e-3 --embedding_noise 0.5 --seed {SEED} --device cpu"
+)
+
 
 def clips(work_dir: Path) -> tuple[list[str], list[str], list[np.ndarray]]:
-    """Training texts, their speakers and clips; every sentence is spoken once, by one of the two."""
+    """Training texts, their speakers and clips; every sentence is recorded once, by one of the two speakers."""
     path = work_dir / "clips.pkl"
     if not path.exists():
         texts = sentences(SEED)[:TRAIN_CLIPS]
@@ -71,7 +100,7 @@ def clips(work_dir: Path) -> tuple[list[str], list[str], list[np.ndarray]]:
 
 
 def whole_codes(wav: np.ndarray) -> np.ndarray:
-    """Padded as the codec pads: one to HOP_LENGTH zeros."""
+    """A waveform padded as the codec pads: with 1 to HOP_LENGTH zeros."""
     return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))
 
 
@@ -85,8 +114,9 @@ def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
     path = work_dir / "features.pkl"
     if not path.exists():
         with ProcessPoolExecutor(2) as pool:
-            found = list(tqdm(pool.map(semantic_features, wavs, chunksize=50), total=len(wavs), mininterval=30))
-        path.write_bytes(pickle.dumps([f.astype(np.float16) for f in found]))
+            extracted = pool.map(semantic_features, wavs, chunksize=50)
+            inputs = list(tqdm(extracted, total=len(wavs), desc="features", disable=None))
+        path.write_bytes(pickle.dumps([values.astype(np.float16) for values in inputs]))
     return pickle.loads(path.read_bytes())
 
 
@@ -94,7 +124,7 @@ def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
 def semantic_states(codec: Xcodec2Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
     return [
         codec.semantic_encoder(torch.tensor(x[None]).float()).last_hidden_state[0].half().numpy()
-        for x in tqdm(inputs, desc="semantic", mininterval=30)
+        for x in tqdm(inputs, desc="semantic", disable=None)
     ]
 
 
@@ -116,20 +146,20 @@ def _encode_chunk(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray]
 
 
 def encode(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray], chunk: int = 100) -> list[np.ndarray]:
-    """Codes of clips from semantic states at hand, by the codec in `folder`, in two processes."""
+    """Codes of clips, given their semantic states, by the codec in `folder`, in two processes."""
     starts = range(0, len(wavs), chunk)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        made = pool.map(
+        chunks = pool.map(
             _encode_chunk,
             [folder] * len(starts),
             [wavs[s : s + chunk] for s in starts],
             [states[s : s + chunk] for s in starts],
         )
-        return [codes for part in tqdm(made, total=len(starts), desc="encode", mininterval=30) for codes in part]
+        return [codes for part in tqdm(chunks, total=len(starts), desc="encode", disable=None) for codes in part]
 
 
 def build_codec(work_dir: Path) -> None:
-    """Encoder and decoder together; then, with the encoder as it is stored, all codes, and the decoder alone."""
+    """Train encoder and decoder together; encode all clips with the encoder as stored; train the decoder alone."""
     _, _, wavs = clips(work_dir)
     joint, codes_file, inputs = work_dir / "codec_joint", work_dir / "codes.pkl", features(work_dir, wavs)
     if not joint.exists():
@@ -148,7 +178,7 @@ def build_codec(work_dir: Path) -> None:
 
 
 def build_texts(work_dir: Path) -> None:
-    """What ships beside the models: texts, rows of SFT, and recordings that nobody trains on."""
+    """The data that ships beside the models: texts, rows of SFT, and held-out recordings."""
     texts, speakers, _ = clips(work_dir)
     codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
     folder = TINY / "heldout"
@@ -195,22 +225,27 @@ def speech_rows(texts: list[str], speakers: list[str], codes: list[np.ndarray]) 
 
 
 def build_whisper(work_dir: Path) -> None:
-    """Natural clips and their resyntheses, and babble: without it the decoder learns the grammar by heart and
-    hears a well-formed sentence in any mumbling."""
+    """Train on natural clips, their resyntheses, and random word sequences.
+
+    Without these the decoder learns the corpus's grammar as a language model and transcribes unintelligible speech as a
+    well-formed sentence.
+    """
     texts, _, wavs = clips(work_dir)
     codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
-    words = babble(BABBLE_CLIPS, SEED)
-    spoken = [whole_codes(wav) for wav in speak_all(words, [list(SPEAKERS)[i % 2] for i in range(len(words))])]
+    extra_texts = random_word_sequences(RANDOM_WORD_CLIPS, SEED)
+    extra_speakers = [list(SPEAKERS)[i % 2] for i in range(len(extra_texts))]
+    extra_wavs = [whole_codes(wav) for wav in speak_all(extra_texts, extra_speakers)]
     codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
-    resynthesised = codec.decode([c.tolist() for c in codes] + codec.encode([wav[:-1] for wav in spoken]))
-    mels = [mel(wav) for wav in tqdm([*wavs, *spoken, *resynthesised], desc="mel", mininterval=30)]
-    checkpoint = train_whisper(mels, 2 * [*texts, *words], steps=2_600, batch_size=32, learning_rate=2e-3, seed=SEED)
+    resynthesized = codec.decode([c.tolist() for c in codes] + codec.encode([wav[:-1] for wav in extra_wavs]))
+    mels = [mel(wav) for wav in tqdm([*wavs, *extra_wavs, *resynthesized], desc="mel", disable=None)]
+    all_texts = 2 * [*texts, *extra_texts]
+    checkpoint = train_whisper(mels, all_texts, steps=2_600, batch_size=32, learning_rate=2e-3, seed=SEED)
     torch.save(checkpoint, work_dir / "whisper.pt")
     deflate(work_dir / "whisper.pt", TINY / "whisper.pt")
 
 
 def deflate(source: Path, target: Path) -> None:
-    """A torch checkpoint as a compressed zip, which torch.load reads as well: the shared rows shrink to nothing."""
+    """A torch checkpoint as a compressed zip, which torch.load reads too: the repeated rows take almost no space."""
     compression = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 9}
     with zipfile.ZipFile(source) as stored, zipfile.ZipFile(target, "w", **compression) as packed:
         for entry in stored.infolist():
@@ -218,26 +253,31 @@ def deflate(source: Path, target: Path) -> None:
 
 
 def save_rows(rows: datasets.Dataset, path: Path) -> None:
-    """Parquet that takes two thirds of what datasets' own does."""
+    """Parquet, two thirds of the size that `Dataset.to_parquet` writes."""
     rows.to_parquet(path)
     parquet.write_table(parquet.read_table(path), path, compression="zstd", compression_level=19)
 
 
-def train_rounds(policy: Path, config: str, rounds: list[list[str]], folder: Path) -> Path:
-    """train.py once for the flags of each round, from where the last one ended; folder_0, folder_1 … that are there
-    are kept. The last one's folder."""
+def train_rounds(policy: Path, config: str, rounds: list[str], folder: Path) -> Path:
+    """Run train.py once for the flags of each round, each from the round before; returns the last round's folder.
+
+    Args:
+        policy: where the first round starts.
+        rounds: flags of train.py, a string a round.
+        folder: the rounds go to `folder`_0, `folder`_1, …; those that are complete are kept.
+    """
     for number, flags in enumerate(rounds):
         trained = folder.with_name(f"{folder.name}_{number}")
         if not (trained / "run.json").exists():
             start = ["--model_name_or_path", str(policy), "--output_dir", str(trained)]
-            train.main(train.parse_args(["--config", config, *start, *flags]))
+            train.main(train.parse_args(["--config", config, *start, *flags.split()]))
         policy = trained
     return policy
 
 
 def ship_policy(trained: Path, folder: Path) -> None:
-    """Half-precision weights, the tokenizer without indentation, and the run.json that names codec and Whisper."""
-    train.AutoModelForCausalLM.from_pretrained(trained).half().save_pretrained(folder)
+    """Copy a policy: weights in half precision, tokenizer.json without indentation, run.json (codec and Whisper)."""
+    AutoModelForCausalLM.from_pretrained(trained).half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     compact = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
@@ -246,62 +286,56 @@ def ship_policy(trained: Path, folder: Path) -> None:
 
 
 def build_policy(work_dir: Path) -> None:
-    """SFT by train.py itself."""
+    """SFT by train.py."""
     texts, _, _ = clips(work_dir)
     tokenizer = new_tokenizer(texts, NUM_CODES)
     policy = work_dir / "llasa_init"
     new_model(tokenizer, SEED).save_pretrained(policy)
     tokenizer.save_pretrained(policy)
-    # A warm restart: the first round alone leaves 58 % WER at temperature 1.0.
-    rounds = [[], ["--learning_rate", "1e-3", "--max_steps", "500", "--seed", "1"]]
-    ship_policy(train_rounds(policy, "configs/tiny_sft.yaml", rounds, work_dir / "llasa_sft"), TINY / "llasa")
+    trained = train_rounds(policy, "configs/tiny_sft.yaml", POLICY_ROUNDS, work_dir / "llasa_sft")
+    ship_policy(trained, TINY / "llasa")
 
 
-def build_recognition(work_dir: Path) -> None:
-    """Clips to recognise: few for supervised training, some to pick RL data from, and some that nothing trains on."""
+def build_asr_data(work_dir: Path) -> None:
+    """ASR data: few clips for SFT, a pool to pick RL data from, and a held-out set."""
     folder = TINY / "asr"
     folder.mkdir(exist_ok=True)
     (folder / "keywords.txt").write_text("\n".join(RARE_NAMES) + "\n")
     every, codec = sentences(SEED), SpeechCodec.from_pretrained(str(TINY / "codec"))
     sets = {  # name: sentences, clips, mix
-        "sft": (every[:TRAIN_CLIPS], 2_400, Mix(long=0.04, rare=0.02, nothing=0.03)),
+        "sft": (every[:TRAIN_CLIPS], 2_400, Mix(long=0.04, rare=0.02, non_speech=0.03)),
         "pool": (every[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS], 2_000, Mix(long=0.15, rare=0.08)),
-        "heldout": (every[TRAIN_CLIPS + RL_TEXTS : -HELDOUT_TEXTS], 500, Mix(long=0.25, rare=0.12, nothing=0.1)),
+        "heldout": (every[TRAIN_CLIPS + RL_TEXTS : -HELDOUT_TEXTS], 500, Mix(long=0.25, rare=0.12, non_speech=0.1)),
     }
     for number, (name, (texts, count, mix)) in enumerate(sets.items()):
         rows = rows_of(clips_of(texts, count, mix, SEED + number), codec, SEED + number)
         if name == "pool":
-            silent = clips_of([], POOL_NOTHING, Mix(long=0, rare=0, nothing=1), SEED + 10)
-            rows = datasets.concatenate_datasets([rows, rows_of(silent, codec, SEED + 10)])
+            non_speech = clips_of([], POOL_NON_SPEECH, Mix(long=0, rare=0, non_speech=1), SEED + 10)
+            rows = datasets.concatenate_datasets([rows, rows_of(non_speech, codec, SEED + 10)])
         if name != "heldout":
             rows = rows.remove_columns("keywords")  # select_rl_data.py finds them
-        if name == "sft":  # the policy is not to forget how to speak: a third of the rows are TTS, without noise
-            spoken = datasets.Dataset.from_parquet(str(TINY / "speech.parquet"))
-            spoken = spoken.remove_columns(["ref_text", "ref_codes"])
-            spoken = spoken.filter(lambda row: row["speaker"] == DEFAULT_SPEAKER).select(range(1_200))
+        if name == "sft":  # against forgetting TTS: a third of the rows, without noise
+            tts = datasets.Dataset.from_parquet(str(TINY / "speech.parquet"))
+            tts = tts.remove_columns(["ref_text", "ref_codes"])
+            tts = tts.filter(lambda row: row["speaker"] == DEFAULT_SPEAKER).select(range(1_200))
             rows = datasets.concatenate_datasets(
                 [
                     rows.add_column("task", ["asr"] * len(rows)),
-                    spoken.add_column("task", ["tts"] * len(spoken)),
+                    tts.add_column("task", ["tts"] * len(tts)),
                 ]
             )
         save_rows(rows, folder / f"{name}.parquet")
-        logger.info("recognition: %s, %d rows, %.0f s", name, len(rows), sum(rows["duration_s"]))
+        logger.info("asr_data: %s, %d rows, %.0f s", name, len(rows), sum(rows["duration_s"]))
 
 
-def build_recogniser(work_dir: Path) -> None:
-    """The same model both ways: tiny/llasa, taught to recognise recordings, then what is harder, and to speak again.
-
-    The first round alone teaches it to listen at all: from noisy clips that takes four times as long.
-    """
-    listening = ["--task", "asr", "--dataset", str(TINY / "speech.parquet"), "--max_steps", "700"]
-    rounds = [[*listening, "--learning_rate", "2e-3"], []]
-    trained = train_rounds(TINY / "llasa", "configs/tiny_asr_sft.yaml", rounds, work_dir / "llasa_asr")
-    ship_policy(trained, TINY / "llasa_asr")
+def build_asr_policy(work_dir: Path) -> None:
+    """SFT of tiny/llasa by train.py."""
+    config = "configs/tiny_multitask_sft.yaml"
+    ship_policy(train_rounds(TINY / "llasa", config, ASR_POLICY_ROUNDS, work_dir / "llasa_asr"), TINY / "llasa_asr")
 
 
 def build_token2text(work_dir: Path) -> None:
-    """All training clips of both speakers, as codes, by train_token2text.py itself; judged on tiny/heldout."""
+    """Train on the codes of all training clips, by train_token2text.py; its held-out set is tiny/heldout."""
     texts, speakers, _ = clips(work_dir)
     codes = [item.tolist() for item in pickle.loads((work_dir / "codes.pkl").read_bytes())]
     rows = {"text": texts, "audio_codes": codes, "speaker": speakers}
@@ -311,12 +345,8 @@ def build_token2text(work_dir: Path) -> None:
     codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
     rows = {name: [row[name] for row in heldout] for name in ("text", "speaker")} | {"audio_codes": codec.encode(wavs)}
     datasets.Dataset.from_dict(rows).to_parquet(work_dir / "token2text_heldout.parquet")
-    flags = f"--dataset {work_dir}/token2text.parquet --heldout_dataset {work_dir}/token2text_heldout.parquet"
-    flags += f" --labels speaker --output_dir tiny/token2text --num_codes {NUM_CODES} --vocab_size 320"
-    flags += " --hidden_size 128 --num_heads 4 --encoder_layers 3 --decoder_layers 2"
-    # Noise on the embeddings: what reads smoothly between codes has gradients that say something of other codes.
-    flags += f" --steps 4000 --learning_rate 2e-3 --embedding_noise 0.5 --seed {SEED} --device cpu"
-    train_token2text.main(train_token2text.parse_args(flags.split()))
+    data = f"--dataset {work_dir}/token2text.parquet --heldout_dataset {work_dir}/token2text_heldout.parquet"
+    train_token2text.main(train_token2text.parse_args([*data.split(), *TOKEN2TEXT_FLAGS.split()]))
 
 
 STAGES = {
@@ -324,31 +354,34 @@ STAGES = {
     "texts": build_texts,
     "whisper": build_whisper,
     "policy": build_policy,
-    "recognition": build_recognition,
-    "recogniser": build_recogniser,
+    "asr_data": build_asr_data,
+    "asr_policy": build_asr_policy,
     "token2text": build_token2text,
 }
 
 
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=Path("build"), help="what a stage makes on the way")
-    parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="which parts to make")
-    parser.add_argument("--threads", type=int, default=2, help="of torch")
-    return parser.parse_args(argv)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tiny.build", description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--work_dir", type=Path, default=Path("build"), help="folder of the intermediate results")
+    add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
+    add("--threads", type=int, default=2, help="number of CPU threads of PyTorch")
+    return parse_strictly(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(TINY / "build.log")],
-    )
+    set_up_logging("tiny", timestamps=True)
+    with bad_input_exits():
+        check_at_least(args, threads=1)
+        check_writable(args.work_dir)
+    log_file = logging.FileHandler(TINY / "build.log")
+    log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(log_file)
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # else a CPU crawls when weights get tiny
-    for stage in args.stage:
-        STAGES[stage](args.work_dir)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    with bad_input_exits():
+        for stage in args.stage or STAGES:
+            STAGES[stage](args.work_dir)
 
 
 if __name__ == "__main__":

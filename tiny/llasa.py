@@ -1,4 +1,4 @@
-"""The small world's Llasa before any training: a Llama-3.2 in miniature and its tokenizer."""
+"""The toy setup's Llasa before training: a small Llama-3.2 and its tokenizer."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -8,7 +8,7 @@ from speech.tokens import SPECIAL_TOKENS, code_token, prepare_tokenizer
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"
 LLAMA_TOKENS = [BEGIN, END, PAD, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-# Llama-3.2-Instruct's turns; its system turn (with the date) is left out, as it is the same in every prompt.
+# The turns of Llama-3.2-Instruct, without its system turn (the date), which is the same in every prompt.
 CHAT_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}"
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -20,7 +20,7 @@ MAX_LENGTH = 512
 
 
 def new_tokenizer(texts: list[str], num_codes: int, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from `texts`, Llama's markers, then Llasa's tokens as plain added ones."""
+    """Byte-level BPE trained on `texts`, Llama's special tokens, then Llasa's tokens as plain added tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -43,6 +43,7 @@ def new_tokenizer(texts: list[str], num_codes: int, vocab_size: int = 512) -> Pr
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 192, layers: int = 4) -> LlamaForCausalLM:
+    """Random weights; 2.6 M of them with tiny/llasa's tokenizer."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

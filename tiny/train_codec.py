@@ -1,8 +1,8 @@
-"""The small world's XCodec2: its architecture at a thousandth of the size, trained on flite's two voices.
+"""The toy setup's XCodec2: its architecture with 3 M parameters, trained on flite's two voices.
 
-The loss is the L1 distance of log-mel spectrograms at several resolutions; there is no adversary, so the sound
-is a little buzzy. What counts here is that words survive. Gradients reach the encoder through the
-straight-through latents (`Xcodec2Model.forward` would decode from the integer codes).
+The loss is the L1 distance of log-mel spectrograms at several resolutions; there is no adversarial loss, so the audio
+is a little buzzy, but intelligible. Gradients reach the encoder through the straight-through latents
+(`Xcodec2Model.forward` would decode from the integer codes).
 """
 
 import logging
@@ -27,11 +27,10 @@ RESOLUTIONS = ((256, 40), (512, 64), (1024, 80), (2048, 80))  # (n_fft, mel band
 
 
 def new_codec(seed: int) -> Xcodec2Model:
-    """A small XCodec2 that is alive.
+    """A small XCodec2 with random weights that can be trained.
 
-    Built from a config alone it is dead (all codes equal, output exactly 0): its init is too small for the
-    quantiser and the exponential of the ISTFT head. So: torch's own init, louder `project_in`, and log
-    magnitudes that start at −3.
+    With transformers' init all codes are equal and the output is exactly 0: it is too small for the quantizer and the
+    exponential of the ISTFT head. So: torch's own init, a larger `project_in`, and log magnitudes that start at −3.
     """
     torch.manual_seed(seed)
     semantic = Wav2Vec2BertConfig(
@@ -106,13 +105,19 @@ def encode_latents(codec: Xcodec2Model, wavs: torch.Tensor, semantic: torch.Tens
 
 
 def fit(codec: Xcodec2Model, weights: list, batch, steps: int, learning_rate: float, name: str) -> None:
-    """Minimise the mel loss of `batch()`, which returns (decoded, target), each (batch, samples)."""
+    """Minimize the mel loss.
+
+    Args:
+        weights: the parameters to train.
+        batch: returns (decoded, target), each (batch, samples).
+        name: of the log lines.
+    """
     loss_of = MelLoss()
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.8, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05)
     codec.train()
     start, recent = time.time(), []
-    for step in tqdm(range(1, steps + 1), desc=name, mininterval=30):
+    for step in tqdm(range(1, steps + 1), desc=name, disable=None):
         loss = loss_of(*batch())
         optimizer.zero_grad()
         loss.backward()
@@ -147,7 +152,7 @@ def train_codec(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Train encoder and decoder together, in place, on short crops: the encoder is most of the cost.
+    """Train encoder and decoder together, in place, on short crops, since the encoder is most of the cost.
 
     Args:
         wavs: clips, each padded to a whole number of codes.
@@ -172,7 +177,12 @@ def train_decoder(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Train the decoder alone, in place, on near-whole clips: its attention and norms see whole clips in use."""
+    """Train the decoder alone, in place, on crops of nearly a clip, since at inference it decodes whole clips.
+
+    Args:
+        wavs: clips, each padded to a whole number of codes.
+        codes: of each clip.
+    """
     rng = np.random.default_rng(seed)
     clips = [clip for clip in zip(wavs, codes, strict=True) if len(clip[1]) >= LONG_CROP_CODES]
     weights = [*codec.quantizer.project_out.parameters(), *codec.acoustic_decoder.parameters()]

@@ -1,8 +1,8 @@
-"""The small world's Whisper: openai-whisper's own classes and tokenizer, a 2.56 s window, five layers.
+"""The toy setup's Whisper: openai-whisper's own classes and tokenizer, a 2.56 s window, five layers.
 
-The corpus uses some 150 of the tokenizer's 51,865 tokens. All others share one row of the embedding: training
-sees a vocabulary of the used tokens and that one row (its logit raised by the logarithm of how many it stands
-for), which is exactly the full softmax with tied rows, at a three-hundredth of the price.
+The corpus uses some 150 of the tokenizer's 51,865 tokens. All others share one row of the embedding: training has a
+vocabulary of the used tokens and that one row (its logit raised by the logarithm of the number of tokens that share
+it), which is exactly the full softmax with tied rows, at a three-hundredth of the cost.
 """
 
 import logging
@@ -35,7 +35,7 @@ DIMENSIONS = ModelDimensions(
     n_text_head=3,
     n_text_layer=2,
 )
-MAX_SHIFT_FRAMES = 40  # a rollout may begin with silence that no training clip has
+MAX_SHIFT_FRAMES = 40  # a rollout may begin with more silence than any training clip
 
 
 def mel(wav: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def mel(wav: np.ndarray) -> np.ndarray:
 
 
 class CompactVocabulary:
-    """Token ids ↔ rows of the small embedding; the last row stands for every unused token."""
+    """Token ids ↔ rows of the small embedding; its last row is that of every unused token."""
 
     def __init__(self, texts: list[str]):
         tokenizer = get_tokenizer(multilingual=True, language="en", task="transcribe")
@@ -68,16 +68,16 @@ class CompactVocabulary:
 
 def augment(rng: np.random.Generator, mels: np.ndarray) -> np.ndarray:
     """Shift in time, mask spans of time and frequency, add noise. In place; (batch, 80, frames)."""
-    for one in mels:
-        shift = rng.integers(MAX_SHIFT_FRAMES)
-        if shift:
-            one[:, shift:], one[:, :shift] = one[:, :-shift].copy(), one[:, -shift:].copy()
-        floor = one.min()
+    for spectrogram in mels:
+        spectrogram[:] = np.roll(spectrogram, rng.integers(MAX_SHIFT_FRAMES), axis=1)
+        floor = spectrogram.min()
         for _ in range(2):
-            width, first = rng.integers(12), rng.integers(WINDOW_FRAMES - 12)
-            one[:, first : first + width] = floor
-        width, first = rng.integers(12), rng.integers(80 - 12)
-        one[first : first + width] = floor
+            width = rng.integers(12)
+            first = rng.integers(WINDOW_FRAMES - 12)
+            spectrogram[:, first : first + width] = floor
+        width = rng.integers(12)
+        first = rng.integers(80 - 12)
+        spectrogram[first : first + width] = floor
     return mels + rng.normal(0, 0.05, mels.shape).astype(np.float32)
 
 
@@ -100,7 +100,7 @@ def train_whisper(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
     prefix = vocabulary.rows(vocabulary.prefix)
     start, recent = time.time(), []
-    for step in tqdm(range(1, steps + 1), desc="whisper", mininterval=30):
+    for step in tqdm(range(1, steps + 1), desc="whisper", disable=None):
         picked = rng.integers(len(texts), size=batch_size)
         batch = augment(rng, np.stack([mels[i] for i in picked]).astype(np.float32))
         rows = [vocabulary.rows(vocabulary.targets[i]) for i in picked]

@@ -79,8 +79,8 @@ EXPLANATIONS = {
     "empty": "Fraction of clips without a speech code.",
     "silent": "Fraction of clips below −60 dBFS, or not finite.",
     "repetitive": "Fraction of clips with half a second or more of one repeated pattern of codes.",
-    "× real time": "Seconds of audible speech per second of computing: sampling and decoding, for best-of-N also the "
-    "ranking. Above 1 is faster than real time.",
+    "real-time factor": "RTFx: seconds of audible speech per second of computing (sampling, decoding, and the "
+    "ranking of best-of-N). Above 1 is faster than real time.",
 }
 
 
@@ -114,7 +114,7 @@ def row_cells(row: dict, units: str, asr_roles: dict[str, str]) -> dict[str, str
         f"{units} per second": number(metrics["units_per_second"]),
         "log-F0 std": number(metrics["log_f0_std"], 3),
         **{name: percent(metrics[name]) for name in ("truncated", "empty", "silent", "repetitive")},
-        "× real time": number(metrics["speech_per_compute_s"]),
+        "real-time factor": number(metrics["speech_per_compute_s"]),
     }
 
 

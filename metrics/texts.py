@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import InputError, read_text
-from speech.error_rate import CER_LANGUAGES, error_rate, language_code, normalize_text
+from speech.error_rate import CER_LANGUAGES, check_reference_text, error_rate, language_code
 from speech.tokens import tts_prompt
 
 
@@ -96,8 +96,7 @@ def check_item(item: Item) -> None:
         raise InputError(f"a voice prompt needs both ref_audio and ref_text. Add {missing}, or leave both out")
     # What a prompt may contain is known to `tts_prompt` alone; the codes of the voice prompt do not matter to it.
     tts_prompt(item.text, item.ref_text, ref_codes=None if item.ref_text is None else [])
-    if not normalize_text(item.text, item.language):
-        raise InputError(f"no word is left of {item.text!r} after Whisper's normalisation. Use another text")
+    check_reference_text(item.text, item.language)
 
 
 def units_of(items: list[Item]) -> str:

@@ -63,7 +63,7 @@ class Policy:
         Args:
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         Raises:
-            ValueError: no such model, or not a Llasa one.
+            InputError: no such model, or not a Llasa one.
         """
         device = pick_device(device)
         if dtype == "auto":
@@ -79,7 +79,7 @@ class Policy:
         return cls(model.to(device).eval(), tokenizer, tokens, task)
 
     def turn_to(self, task: str) -> None:
-        """Make the same model answer in another task from now on."""
+        """Switch the same model to another task."""
         prepare_tokenizer(self.tokenizer, task)
         prepare_model(self.model, self.tokenizer, self.tokens, task)
         self.task = task
@@ -88,7 +88,7 @@ class Policy:
         """Prompts to token ids.
 
         Raises:
-            ValueError: a prompt that leaves less than MIN_ROOM tokens of the context for its answer.
+            InputError: a prompt that leaves less than MIN_ROOM tokens of the context for its answer.
         """
         ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
         for prompt, row in zip(prompts, ids, strict=True):
@@ -135,18 +135,18 @@ class Policy:
         batch_size: int = 16,
         progress: str | None = None,
     ) -> list[list[int]]:
-        """The ids that the policy answers each prompt with, END included where it came, in the prompts' order.
+        """A completion of each prompt, in their order: token ids, END included where it came.
 
         Random where the temperature is not 0: call `transformers.set_seed` before.
 
         Args:
-            prompts: a repeated one gives another rollout.
-            temperature: 0 takes the likeliest token each time.
-            max_length: tokens of prompt and answer together; the model's context caps it.
-            max_completion_length: tokens of the answer alone.
-            progress: label of a progress bar.
+            prompts: one may be repeated, for several rollouts of it.
+            temperature: 0 is greedy.
+            max_length: maximum number of tokens of prompt and answer together, at most the model's context.
+            max_completion_length: maximum number of tokens of the answer alone; None: as many as fit.
+            progress: label of a progress bar, which a terminal gets and a log file does not; None: no bar.
         Raises:
-            ValueError: a prompt too long for the context; nothing has been sampled then.
+            InputError: a prompt too long for the context; nothing has been sampled then.
         """
         ids, limit = self.encode(prompts, max_length), self._limit(max_length)
         limits = [min(limit, len(row) + (max_completion_length or limit)) for row in ids]
@@ -188,7 +188,7 @@ class Policy:
 
 
 def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTokens]:
-    """A model's tokenizer, ready for a task's prompts, and where its codes are; ValueError if it is not a Llasa's."""
+    """A model's tokenizer, ready for a task's prompts, and its speech tokens; InputError if it is not a Llasa's."""
     check_model_exists(id_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(id_or_path)
@@ -198,22 +198,24 @@ def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTo
 
 
 def check_model_exists(id_or_path: str) -> None:
-    """Raise ValueError for what is neither a model folder nor of the shape of a Hub id (owner/name)."""
+    """Raises InputError for what is neither a model folder nor of the shape of a Hub id (owner/name)."""
     folder = Path(id_or_path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise InputError(f"{id_or_path}: no model in this folder: it has no config.json or adapter_config.json")
+            raise InputError(
+                f"{id_or_path}: no model in this folder: no config.json and no adapter_config.json. Use one saved by train.py"
+            )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", id_or_path) or folder.parent.is_dir():
         raise InputError(
-            f"no such model: {id_or_path!r}. Give a folder saved by train.py, tiny/llasa, or a Hub id "
+            f"no such model: {id_or_path!r}. Use a folder saved by train.py, tiny/llasa, or a Hub id "
             "such as HKUSTAudio/Llasa-1B-Multilingual"
         )
 
 
 def recorded(model: str, key: str, default=None):
-    """What the model's run was made with: `key` ("codec_id", "whisper", "reward") of its run.json, else `default`.
+    """A setting of the run that trained the model: `key` ("codec_id", "whisper", "reward") of its run.json.
 
-    A path that does not exist from the working directory is tried from the project's folder.
+    `default` if there is none. A path that does not exist from the working directory is tried from the project's folder.
     """
     for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
         if (folder / "run.json").is_file():

@@ -203,7 +203,7 @@ def check_model_exists(id_or_path: str) -> None:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(
-                f"{id_or_path}: no model in this folder: no config.json and no adapter_config.json. Use one saved by train.py"
+                f"{id_or_path}: no model in this folder: no config.json or adapter_config.json. Use one of train.py"
             )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", id_or_path) or folder.parent.is_dir():
         raise InputError(
@@ -215,7 +215,8 @@ def check_model_exists(id_or_path: str) -> None:
 def recorded(model: str, key: str, default=None):
     """A setting of the run that trained the model: `key` ("codec_id", "whisper", "reward") of its run.json.
 
-    `default` if there is none. A path that does not exist from the working directory is tried from the project's folder.
+    `default` if there is none. A path that does not exist from the working directory is tried from the project's
+    folder.
     """
     for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
         if (folder / "run.json").is_file():

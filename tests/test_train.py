@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from speech.policy import Policy
-from speech.tokens import prompt_ids, tts_prompt
+from speech.tokens import asr_prompt, prompt_ids, tts_prompt
 from training.grpo_trainer import SpeechGRPOTrainer
 
 SHORT = [
@@ -287,6 +287,39 @@ def test_sft_trains_on_speech_alone(tmp_path):
         )
     )
     assert (tmp_path / "run.json").exists()
+
+
+def test_asr_moves_every_parameter_and_logs_its_rules(tmp_path):
+    flags = ["--config", "configs/tiny_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    flags += ["--per_device_train_batch_size", "16", "--sample_steps", "1"]
+    train.main(train.parse_args(flags))
+    before = Policy.from_pretrained("tiny/llasa_asr").model.state_dict()
+    after = weights(tmp_path)
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    expected = {"wer", "insertions", "deletions", "substitutions", "frac_hallucination", "frac_truncated", "entropy"}
+    assert expected <= log[0].keys() and log[0]["reward_std"] > 0
+    lines = (tmp_path / "samples" / "step_000001" / "transcripts.jsonl").read_text().splitlines()
+    assert {"text", "transcript", "wer", "failure"} <= json.loads(lines[0]).keys()
+    policy = Policy.from_pretrained(str(tmp_path), task="asr")
+    assert policy.transcribe([asr_prompt([1, 2, 3])], max_completion_length=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "both"], "RL trains one task at a time"),
+        (["--task", "asr", "--reward_config", "reward_models/whisper.json"], "whisper is a reward of --task tts"),
+        (["--task", "asr"], "no column 'audio_codes'"),
+    ],
+)
+def test_bad_input_of_asr(flags, message, tmp_path, capsys, caplog):
+    (tmp_path / "texts.jsonl").write_text('{"text": "Anna found two boxes."}\n')
+    given = ["--model_name_or_path", "tiny/llasa", "--dataset", str(tmp_path / "texts.jsonl")]
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse_args([*given, "--output_dir", str(tmp_path / "run"), *flags]))
+    assert stop.value.code == 2
+    assert message in caplog.text + capsys.readouterr().err
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

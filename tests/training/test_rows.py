@@ -1,0 +1,78 @@
+"""From a data set's rows to prompts, ids and masks; what cannot be used is refused with its row."""
+
+import datasets
+import pytest
+
+from speech.policy import load_tokenizer
+from speech.tokens import asr_prompt
+from training.rows import grpo_asr_rows, one_long_epoch, sft_rows
+
+CODES, TEXT = [1, 2, 3], "Anna found two boxes."
+
+
+def rows_of(**columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": [TEXT], "audio_codes": [CODES], **columns})
+
+
+@pytest.fixture(scope="module")
+def llasa():
+    return load_tokenizer("tiny/llasa", "asr")
+
+
+def test_sft_rows_of_each_task(llasa):
+    tokenizer, tokens = llasa
+    text_answer = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokens.text_end_id]
+    speech_answer = [*tokens.ids(CODES), tokens.end_id]
+
+    def answers(task, rows=None):
+        examples = sft_rows(rows or rows_of(), "rows", tokenizer, tokens, 512, task)
+        return [
+            [i for i, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept] for row in examples
+        ]
+
+    assert answers("asr") == [text_answer]
+    assert answers("tts") == [speech_answer]
+    assert answers("both") == [speech_answer, text_answer]
+    named = datasets.Dataset.from_dict({"text": [TEXT] * 3, "audio_codes": [CODES] * 3, "task": ["asr", "tts", None]})
+    assert answers("both", named) == [speech_answer, speech_answer, text_answer, text_answer]
+    assert answers("asr", rows_of(text=[""])) == [[tokens.text_end_id]]  # a clip without speech
+    with pytest.raises(ValueError, match="row 0: task must be one of tts, asr, or null .got 'sing'"):
+        answers("both", rows_of(task=["sing"]))
+
+
+def test_sft_mask_covers_codes_and_end():
+    tokenizer, tokens = load_tokenizer("tiny/llasa")
+    columns = {"text": ["Hi.", "You."], "audio_codes": [[1, 2], [3] * 600]}
+    rows = datasets.Dataset.from_dict(columns | {"ref_text": [None, None], "ref_codes": [None, None]})
+    examples = sft_rows(rows, "rows", tokenizer, tokens, max_length=512)
+    assert len(examples) == 1  # the second one is too long, and a warning counts it
+    ids = [i for i, kept in zip(examples[0]["input_ids"], examples[0]["completion_mask"], strict=True) if kept]
+    assert ids == [tokens.first_code_id + 1, tokens.first_code_id + 2, tokens.end_id]
+
+
+def test_rows_of_rl_for_asr(llasa):
+    rows = grpo_asr_rows(rows_of(keywords=[["Anna"]], language=[None]), "rows", *llasa, 50, 512)
+    assert rows[0]["prompt"] == asr_prompt(CODES)
+    assert (rows[0]["text"], rows[0]["language"], rows[0]["keywords"]) == (TEXT, "en", ["Anna"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["?!"]}, r"row 0: the text '\?!' has no word in it"),
+        ({"text": [None]}, "row 0: text is None"),
+        ({"audio_codes": [[]]}, "row 0: no audio_codes"),
+        ({"audio_codes": [[4096]]}, "row 0: code 4096 is not in"),
+        ({"audio_codes": [[1] * 500]}, "row 0: the clip's prompt is 5.. tokens and its text may take 50"),
+    ],
+)
+def test_rows_that_cannot_be_transcribed(llasa, columns, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_asr_rows(rows_of(**columns), "rows", *llasa, 50, 512)
+
+
+def test_one_long_epoch_uses_each_row_equally_often():
+    rows = datasets.Dataset.from_dict({"i": list(range(5))})
+    order = one_long_epoch(rows, 12, seed=0)["i"]
+    assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
+    assert order[:5] != order[5:10]

@@ -1,0 +1,107 @@
+"""ASR evaluation: hand-worked numbers, keywords, recordings as clips, and what the shipped model reaches."""
+
+import pytest
+import torch
+
+from metrics.recognition import Clip, read_clips, summarize, transcript_entry, with_all_keywords
+from speech.codec import SpeechCodec
+from speech.policy import Policy, Transcript
+from speech.tokens import asr_prompt, tts_prompt
+
+MULTITASK_MODEL = "tiny/llasa_asr"
+
+
+def clip(text: str, seconds: float = 1.0, keywords: tuple[str, ...] = ("Zagreb", "Split")) -> Clip:
+    return Clip("x", [0] * int(50 * seconds), text, "en", list(keywords))
+
+
+def row_of(transcripts: list[tuple[Clip, Transcript]]) -> dict:
+    return {"seeds": [0], "clips": [transcript_entry(*one, 0) for one in transcripts]}
+
+
+ROW = row_of(
+    [
+        (clip("from Zagreb to Split"), Transcript("from Zagreb to spit", False)),  # 1 S of 4
+        (clip("Anna found green boxes", 4.0), Transcript("Anna found", False)),  # 2 D of 4
+        (clip("red"), Transcript("red Zagreb hat", False)),  # 2 I of 1
+        (clip("the boat was gone"), Transcript("the boat was gone", True)),  # no edits, but truncated
+        (clip(""), Transcript("thank you", False)),
+        (clip(""), Transcript("", False)),
+    ]
+)
+
+
+def test_metrics_by_hand():
+    metrics = summarize(ROW, ROW, long_s=3.0)
+    assert metrics["all"]["wer"] == pytest.approx(5 / 13)
+    assert metrics["all"]["substitutions"] == pytest.approx(1 / 13)
+    assert metrics["all"]["deletions"] == pytest.approx(2 / 13)
+    assert metrics["all"]["insertions"] == pytest.approx(2 / 13)
+    assert metrics["short"]["wer"] == pytest.approx(3 / 9) and metrics["long"]["wer"] == pytest.approx(2 / 4)
+    # In the texts: Zagreb, Split; in the transcripts: Zagreb, and Zagreb where the text does not have it.
+    assert metrics["keyword_recall"] == 1 / 2 and metrics["keyword_precision"] == 1 / 2
+    assert metrics["all"]["hallucinations"] == 1 / 4 and metrics["all"]["truncated"] == 1 / 4
+    assert metrics["nonspeech_hallucinations"] == 1 / 2 and metrics["nonspeech_words_per_clip"] == 1.0
+    assert metrics["all"]["change"] is None  # from itself
+
+
+def test_change_from_the_first_row():
+    """The first clip right, the rest as before: 4 edits after 5, of the same 13 words; long clips unchanged."""
+    better = row_of([(clip("from Zagreb to Split"), Transcript("from Zagreb to Split", False))])
+    better["clips"] += ROW["clips"][1:]
+    metrics = summarize(better, ROW, long_s=3.0)
+    assert metrics["all"]["change"]["relative"] == pytest.approx(4 / 5 - 1)
+    assert metrics["short"]["change"]["relative"] == pytest.approx(2 / 3 - 1)
+    assert metrics["long"]["change"] == {"relative": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_a_row_without_long_clips_or_non_speech_has_no_such_metrics():
+    row = row_of([(clip("red hats"), Transcript("red hats", False))])
+    metrics = summarize(row, row, long_s=3.0)
+    assert metrics["long"] is None and metrics["nonspeech_hallucinations"] is None
+    assert metrics["keyword_recall"] is None and metrics["all"]["wer"] == 0
+
+
+def test_a_keyword_of_another_clip_counts_against_precision():
+    clips = with_all_keywords([clip("from Zagreb", keywords=("Zagreb",)), clip("red hats", keywords=())])
+    keywords = transcript_entry(clips[1], Transcript("red Zagreb", False), None)["keywords"]
+    assert keywords == {"in_text": 0, "in_transcript": 1, "in_both": 0}
+
+
+def test_clips_may_be_recordings(tmp_path):
+    codec = SpeechCodec.from_pretrained("tiny/codec")
+    clips = read_clips("tiny/heldout", "train", "en", lambda: codec)
+    assert len(clips) == 96 and clips[0].codes and clips[0].id == "slt_000"
+    (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
+    with pytest.raises(ValueError, match="neither audio_codes nor audio"):
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"audio_codes": [1]}', "no column 'text' .got audio_codes."),
+        ('{"text": "a", "audio_codes": []}', "row 0: no audio_codes"),
+        ('{"text": "?!", "audio_codes": [1]}', r"row 0: the text has no word in it .got '\?!'."),
+        ('{"text": "", "audio_codes": [1]}', "all clips are without speech"),
+        ('{"text": "a", "audio_codes": [1], "language": "xx"}', "unknown language 'xx'"),
+    ],
+)
+def test_bad_clips_are_named(row, message, tmp_path):
+    (tmp_path / "m.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: pytest.fail("encoded"))
+
+
+def test_one_model_transcribes_and_then_synthesizes():
+    """tiny/llasa_asr is a multitask model: ASR, and TTS again after that."""
+    policy = Policy.from_pretrained(MULTITASK_MODEL, task="asr")
+    codec = SpeechCodec.from_pretrained("tiny/codec")
+    clips = read_clips("tiny/heldout", "train", "en", lambda: codec)
+    transcripts = policy.transcribe([asr_prompt(one.codes) for one in clips], batch_size=48, max_completion_length=40)
+    row = row_of(list(zip(clips, transcripts, strict=True)))
+    assert summarize(row, row, long_s=3.0)["all"]["wer"] <= 0.10  # clean recordings
+    policy.turn_to("tts")
+    torch.manual_seed(0)
+    samples = policy.sample([tts_prompt("Anna found two boxes.")] * 4, temperature=0.7, max_length=160)
+    assert all(len(sample.codes) > 20 for sample in samples) and not all(sample.truncated for sample in samples)

@@ -12,9 +12,8 @@ demo: $(VENV)/installed
 	@$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt \
 	  --max_length 160 --temperature 1.0 --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --output_dir $(DEMO)/evaluation
 
-# Two processes of one thread each: the models are too small for two threads to help one process.
 test: $(VENV)/tested
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/speech/test_codec_checkpoint.py
 
 $(VENV)/installed: requirements.txt

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CUDA_VISIBLE_DEVICES="")
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported
 os.chdir(ROOT)  # configs name tiny/ from here
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the project's modules, and what tests share (tests/fake_*.py)
@@ -14,3 +14,4 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the project's modules, and wh
 import torch  # noqa: E402
 
 torch.set_flush_denormal(True)
+torch.set_num_threads(1)  # the models are too small for two to pay, and `make test` runs two processes

@@ -30,21 +30,6 @@ def decode_together(model, codes) -> list[np.ndarray]:
     return [wav[: len(ids) * 320] for wav, ids in zip(audio, codes, strict=True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def native_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("native")
-    build_native(seed=0).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def codec(native_folder):
     return SpeechCodec.from_pretrained(str(native_folder))

@@ -21,21 +21,6 @@ needs_package = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-@pytest.fixture(scope="module")
-def native_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("native")
-    build_native(seed=0).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def oracle():
     return build_oracle(seed=0)

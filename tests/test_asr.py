@@ -30,8 +30,8 @@ def llasa():
 
 def test_supervised_rows_of_each_task(llasa):
     tokenizer, tokens = llasa
-    written = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokens.text_end_id]
-    spoken = [*tokens.ids(CODES), tokens.end_id]
+    text_ids = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokens.text_end_id]
+    speech_ids = [*tokens.ids(CODES), tokens.end_id]
 
     def answers(task, rows=None):
         prepared = sft_rows(rows or rows_of(), "rows", tokenizer, tokens, 512, task)
@@ -39,11 +39,11 @@ def test_supervised_rows_of_each_task(llasa):
             [i for i, kept in zip(row["input_ids"], row["completion_mask"], strict=True) if kept] for row in prepared
         ]
 
-    assert answers("asr") == [written]
-    assert answers("tts") == [spoken]
-    assert answers("both") == [spoken, written]
+    assert answers("asr") == [text_ids]
+    assert answers("tts") == [speech_ids]
+    assert answers("both") == [speech_ids, text_ids]
     named = datasets.Dataset.from_dict({"text": [TEXT] * 3, "audio_codes": [CODES] * 3, "task": ["asr", "tts", None]})
-    assert answers("both", named) == [spoken, spoken, written, written]
+    assert answers("both", named) == [speech_ids, speech_ids, text_ids, text_ids]
     assert answers("asr", rows_of(text=[""])) == [[tokens.text_end_id]]  # non-speech
     with pytest.raises(ValueError, match="row 0: task must be one of tts, asr, or null .got 'sing'."):
         answers("both", rows_of(task=["sing"]))

@@ -113,8 +113,8 @@ class Token2Text(nn.Module):
         """Raises InputError where the policy's codebook has another size than this model's."""
         if self.config["num_codes"] != num_codes:
             raise InputError(
-                f"the token-to-text model has a codebook of {self.config['num_codes']} codes and the policy one of "
-                f"{num_codes}: they do not belong together. Use a token-to-text model trained on the policy's codec"
+                f"the token-to-text model has {self.config['num_codes']} codes and the policy has {num_codes}. Use a "
+                "token-to-text model trained on the codes of the policy's codec"
             )
 
     # --- Inputs -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""select_rl_data.py: each kind of rows by hand, what is written of them, and every kind of bad input."""
+"""select_rl_data.py: each kind of rows by hand, the added columns, and every kind of bad input."""
 
 import json
 import logging
@@ -87,11 +87,11 @@ def test_long_rows(corpus):
     rows = select(corpus, "--select", "long", "--min_long_s=6")
     assert rows["id"][:] == ["clip6", "clip7"]  # 7 and 8 s; 6 s is not over 6 s
     assert rows["why"][:] == ["7.0 s, over 6 s", "8.0 s, over 6 s"]
-    rows = select(corpus, "--select", "long", "--longest_share=0.3")
+    rows = select(corpus, "--select", "long", "--longest_frac=0.3")
     assert rows["id"][:] == ["clip6", "clip7"]  # 0.3 * 8 = 2.4
     assert rows["why"][0] == "7.0 s, among the longest 30 %"
-    assert select(corpus, "--select", "long", "--longest_share=0.01")["id"][:] == ["clip7"]
-    assert len(select(corpus, "--select", "long", "--longest_share=1", "--num=5")) == 5
+    assert select(corpus, "--select", "long", "--longest_frac=0.01")["id"][:] == ["clip7"]
+    assert len(select(corpus, "--select", "long", "--longest_frac=1", "--num=5")) == 5
 
 
 def test_without_durations_the_codes_count(corpus):
@@ -107,8 +107,8 @@ def test_keywords_of_a_file(corpus):
     assert rows["id"][:] == ["clip2", "clip3", "clip7"]
     assert rows["keywords"][:] == [["zagreb"], ["zagreb"], ["New York", "York"]]
     assert rows["why"][:] == ["keyword 'zagreb'", "keyword 'zagreb'", "keyword 'New York', 'York'"]
-    # A row picked for something else has its keywords too, and none is an empty list.
-    rows = select(corpus, "--select", "keywords", "long", f"--keywords={words}", "--num=1", "--longest_share=1")
+    # A row selected for another reason has its keywords too; a row without any has an empty list.
+    rows = select(corpus, "--select", "keywords", "long", f"--keywords={words}", "--num=1", "--longest_frac=1")
     assert {name: len(rows) for name in rows.column_names}["keywords"] == len(rows) <= 2
     everything = select(corpus, "--select", "keywords", "random", f"--keywords={words}", name="out.parquet")
     assert everything["keywords"][:] == [[], [], ["zagreb"], ["zagreb"], [], [], [], ["New York", "York"]]
@@ -175,17 +175,17 @@ def test_hard_rows(corpus, transcripts):
     assert select(corpus, "--select", "hard", f"--transcripts={transcripts}", "--num=2")["id"][:] == ["clip2", "clip4"]
 
 
-def test_transcripts_of_several_recognisers(corpus):
+def test_transcripts_of_several_asr_models(corpus):
     a = write_lines(corpus.parent / "a.jsonl", [{"index": i, "transcripts": [TEXTS[i]]} for i in range(8)])
     b = write_lines(corpus.parent / "b.jsonl", [{"index": 5, "transcripts": ["we game\u2028here"]}])
     rows = select(corpus, "--select", "hard", "--transcripts", str(a), str(b))
     assert rows["why"][:] == ["1 of 2 transcripts differ: 'we came here', 'we game here'"]
 
 
-def test_make_up(corpus, transcripts, caplog):
+def test_summary_in_the_log(corpus, transcripts, caplog):
     caplog.set_level(logging.INFO)
-    select(corpus, "--select", "long", "hard", f"--transcripts={transcripts}", "--longest_share=0.5", "--num=3")
-    lines = [record.getMessage() for record in caplog.records if record.name == "select_rl_data.py"]
+    select(corpus, "--select", "long", "hard", f"--transcripts={transcripts}", "--longest_frac=0.5", "--num=3")
+    lines = [record.getMessage() for record in caplog.records if record.name == "select_rl_data"]
     assert lines[0] == "hard: 5 of 8 rows have transcripts, 3 are hard"
     assert lines[1] == "hard: 3 rows, 3.3 s on average"  # 2, 3 and 5 s
     assert lines[2].startswith("long: 3 rows, ")
@@ -196,47 +196,51 @@ def test_make_up(corpus, transcripts, caplog):
     assert "hard: 3 rows, 3.3 s on average (--num 100)" in caplog.text
 
 
-def test_rows_without_a_word_are_left_out(corpus, caplog):
+def test_rows_without_a_word_are_ignored(corpus, caplog):
     caplog.set_level(logging.INFO)
     rows = [{"text": text, "audio_codes": [1], "duration_s": 1.0} for text in ("one", "...", "", "two")]
     write_lines(corpus, rows)
     assert select(corpus, "--select", "random")["text"][:] == ["one", "two"]
-    assert "left out: 1 of 4 rows" in caplog.text
-    picked = select(corpus, "--select", "nothing", "random", "--num", "1")
-    assert len(picked) == 2 and dict(zip(picked["text"], picked["why"], strict=True))[""] == "nothing is said"
+    assert "ignored: 1 of 4 rows" in caplog.text
+    picked = select(corpus, "--select", "non_speech", "random", "--num", "1")
+    assert len(picked) == 2
+    assert dict(zip(picked["text"], picked["why"], strict=True))[""] == "a clip without speech"
     write_lines(corpus, rows[1:3])
     assert "no row has a text with a word" in refusal(caplog, corpus, "--select", "random")
     write_lines(corpus, rows[:2])
-    assert "--select nothing: no row has an empty text" in refusal(caplog, corpus, "--select", "nothing")
+    assert "--select non_speech: no row has an empty text" in refusal(caplog, corpus, "--select", "non_speech")
 
 
 def test_saved_folders_and_parquet(corpus, tmp_path):
-    expected = select(corpus, "--select", "long", "--longest_share=0.5")
+    expected = select(corpus, "--select", "long", "--longest_frac=0.5")
     dataset_io.load_any_dataset(str(corpus)).save_to_disk(tmp_path / "saved")
-    rows = run(tmp_path / "saved", tmp_path / "rows.parquet", "--select", "long", "--longest_share=0.5")
+    rows = run(tmp_path / "saved", tmp_path / "rows.parquet", "--select", "long", "--longest_frac=0.5")
     assert rows[:] == expected[:]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_bad_arguments(corpus, caplog):
     cases = {
-        ("--select", "random", "--num=0"): "--num 0",
-        ("--select", "hard"): "give --transcripts a file",
-        ("--select", "long", "--transcripts=x"): "--transcripts is for --select hard",
-        ("--select", "random", "--longest_share=0.5"): "--longest_share is for --select long",
-        ("--select", "random", "--rarest_words=5"): "--rarest_words is for --select keywords",
-        ("--select", "long", "--longest_share=20"): "above 0, at most 1",
-        ("--select", "long", "--min_long_s=nan"): "seconds from 0 on",
-        ("--select", "long"): "no row is over 20 s, the longest has 8.0 s",
+        ("--select", "random", "--num=0"): "--num: must be >= 1 (got 0)",
+        ("--select", "hard"): "--select hard: needs --transcripts",
+        ("--select", "long", "--transcripts=x"): "--transcripts: is for --select hard",
+        ("--select", "random", "--longest_frac=0.5"): "--longest_frac: is for --select long",
+        ("--select", "random", "--rarest_words=5"): "--rarest_words: is for --select keywords",
+        ("--select", "long", "--longest_frac=20"): "--longest_frac: must be in (0, 1] (got 20)",
+        ("--select", "long", "--min_long_s=nan"): "--min_long_s: must be finite and >= 0 (got nan)",
+        ("--select", "long"): "no row is over 20 s (the longest has 8.0 s)",
         ("--select", "random", "--language=klingon"): "unknown language 'klingon'",
         ("--select", "random", "--split=test"): "no split 'test'",
-        ("--select", "keywords", "--rarest_words=0"): "--rarest_words 0",
-        ("--select", "keywords", "--keywords=none.txt"): "--keywords none.txt: cannot be read",
-        ("--select", "hard", "--transcripts=none.jsonl"): "--transcripts none.jsonl: cannot be read",
+        ("--select", "keywords", "--rarest_words=0"): "--rarest_words: must be >= 1 (got 0)",
+        ("--select", "keywords", "--keywords=none.txt"): "none.txt: No such file",
+        ("--select", "hard", "--transcripts=none.jsonl"): "none.jsonl: No such file",
     }
     for arguments, message in cases.items():
         assert message in refusal(caplog, corpus, *arguments)
-    for content, message in (("\n \n", "the file is empty"), ("Lisbon\n", "no row has any of the keywords")):
+    for content, message in (
+        ("\n \n", "is empty. Write one keyword per line"),
+        ("Lisbon\n", "no row has any of the keywords"),
+    ):
         (corpus.parent / "words.txt").write_text(content)
         assert message in refusal(caplog, corpus, "--select", "keywords", f"--keywords={corpus.parent / 'words.txt'}")
 
@@ -250,9 +254,9 @@ def test_bad_arguments(corpus, caplog):
         ('{"index": 0, "transcripts": "a"}', 'expected {"index": 0'),
         ('{"index": 0, "transcripts": []}', 'expected {"index": 0'),
         ('{"index": 0, "transcripts": [null]}', 'expected {"index": 0'),
-        ('{"index": 8, "transcripts": ["a"]}', "index 8 is not in [0, 8)"),
-        ('{"index": "1", "transcripts": ["a"]}', "index '1' is not in"),
-        ('{"index": true, "transcripts": ["a"]}', "index True is not in"),
+        ('{"index": 8, "transcripts": ["a"]}', "index must be in [0, 8) (got 8)"),
+        ('{"index": "1", "transcripts": ["a"]}', "index must be in [0, 8) (got '1')"),
+        ('{"index": true, "transcripts": ["a"]}', "index must be in [0, 8) (got True)"),
         ('{"id": "other", "transcripts": ["a"]}', "has the id 'other'"),
         ("oops", "not JSON: Expecting value"),
     ],
@@ -261,9 +265,9 @@ def test_bad_transcripts(corpus, caplog, line, message):
     path = corpus.parent / "transcripts.jsonl"
     path.write_text('{"index": 0, "transcripts": ["a"]}\n' + line + "\n")
     error = refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
-    assert error.startswith(f"error: --transcripts {path}, line 2: ") and message in error
+    assert error.startswith(f"error: --transcripts: {path}, line 2: ") and message in error
     path.write_text("\n")
-    assert "no transcripts in it" in refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
+    assert f"no transcripts in {path}" in refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
     path.write_text('{"index": 0, "transcripts": ["a"]}\n')
     assert "in none of the 1 rows" in refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
 
@@ -271,10 +275,10 @@ def test_bad_transcripts(corpus, caplog, line, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "no column 'audio_codes' (there: text); make it with create_dataset.py"),
+        ({"text": "a"}, "no column 'audio_codes' (got text). Use a dataset from create_dataset.py"),
         ({"audio_codes": [1]}, "no column 'text'"),
-        ({"text": 7, "audio_codes": [1]}, "not text"),
-        ({"text": "a", "audio_codes": [1], "why": "so"}, "has a column 'why' already"),
+        ({"text": 7, "audio_codes": [1]}, "is not text"),
+        ({"text": "a", "audio_codes": [1], "why": "so"}, "has a column 'why' already, which would be overwritten"),
         ({"text": "a", "audio_codes": [1], "language": "xx"}, "unknown language 'xx'"),
     ],
 )
@@ -285,7 +289,10 @@ def test_bad_data_sets(corpus, caplog, row, message):
 
 def test_output_is_checked_before_the_work(corpus, caplog, monkeypatch):
     monkeypatch.setattr(select_rl_data, "load_any_dataset", lambda *args: pytest.fail("too late"))
-    for output, message in (("out.txt", "give a .jsonl or a .parquet file"), ("corpus.jsonl", "--overwrite replaces")):
+    for output, message in (
+        ("out.txt", "must be a .jsonl or a .parquet file"),
+        ("corpus.jsonl", "--overwrite replaces"),
+    ):
         with pytest.raises(SystemExit) as end:
             run(corpus, corpus.parent / output, "--select", "random")
         assert end.value.code == 2 and message in caplog.records[-1].getMessage()
@@ -301,12 +308,12 @@ def test_command_line(tmp_path, capsys):
     arguments = ["--dataset=./none.jsonl", "--select", "random", f"--output={tmp_path / 'out.jsonl'}"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("select_rl_data.py: error: ./none.jsonl: no such data set")
+    assert done.stderr.startswith("error: ./none.jsonl: no such dataset")
     assert done.stderr.count("\n") == 1
     for wrong, message in (
-        (["--transcript=a"], "did you mean --transcripts"),
+        (["--transcript=a"], "Did you mean '--transcripts'"),
         (["--select", "hardest"], "invalid choice: 'hardest'"),
-        (["--min_long_s=1", "--longest_share=1"], "not allowed with"),
+        (["--min_long_s=1", "--longest_frac=1"], "not allowed with"),
         (["--keywords=a", "--rarest_words=1"], "not allowed with"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
+from fake_rollouts import call, transcript_scorer
 
-import reward_models
+from common.cli import InputError
+from reward_models import build_rewards, load_config
 from reward_models.asr_rules import (
     RULES,
     AsrRulesReward,
@@ -22,7 +24,6 @@ from reward_models.asr_rules import (
     repetition,
     wrong_length,
 )
-from reward_models.transcripts import TranscriptScorer
 
 REF = "The boat was already gone when we came to the harbour of Split."  # 13 words
 REF_ZH = "今天天气很好我们去公园散步吧"  # 14 characters
@@ -49,11 +50,11 @@ def test_accuracy_by_hand(ref, hyp, language, expected):
     assert exact_match(ref, hyp, language) == (1.0 if expected == 1.0 else 0.0)
 
 
-def test_a_text_that_cannot_be_scored_is_ours():
+def test_a_text_that_cannot_be_scored_raises():
     for function in (accuracy_reward, exact_match, hallucination):
-        with pytest.raises(ValueError, match="empty after Whisper's normalisation"):
+        with pytest.raises(InputError, match="empty after Whisper's normalisation"):
             function("...", "hello", "en")
-        with pytest.raises(ValueError, match="unknown language 'xx'"):
+        with pytest.raises(InputError, match="unknown language 'xx'"):
             function("hello", "hello", "xx")
 
 
@@ -208,7 +209,7 @@ def test_script_and_overlap_by_hand():
         ("from Zagreb to Split", "Zagreb Zagreb to spit", ["Zagreb", "Split"], "en", 0.5),  # (1/2 + 1/2) / 2
         ("Zagreb Zagreb", "Zagreb", ["Zagreb"], "en", 0.75),  # a multiset: (1/2 + 1/1) / 2
         ("from Zagreb", "from the grab", ["Zagreb"], "en", 0.0),
-        ("from here", "from Zagreb", ["Zagreb"], "en", 0.0),  # invented
+        ("from here", "from Zagreb", ["Zagreb"], "en", 0.0),  # hallucinated
         ("from here", "from there", ["Zagreb"], "en", 1.0),
         ("in New York City", "in new york bay", ["New York City", "York"], "en", 0.75),  # recall 1/2, precision 1/1
         ("in New York now", "in New York now", ["New York", "York", "new york"], "en", 1.0),  # overlapping, and twice
@@ -231,58 +232,25 @@ def test_find_keywords_counts_words():
 
 # --- As TRL calls it ---
 
-END = 0
-
-
-class WordTokenizer:
-    """Token n is the n-th word; 0 is END."""
-
-    def __init__(self):
-        self.words = ["<END>"]
-        self.decoded = 0
-
-    def ids(self, text: str, ended: bool = True) -> list[int]:
-        words = text.split()
-        self.words += [word for word in words if word not in self.words]
-        return [self.words.index(word) for word in words] + ([END] if ended else [])
-
-    def decode(self, ids, skip_special_tokens):
-        self.decoded += 1
-        return " ".join(self.words[i] for i in ids)
-
 
 @pytest.fixture
-def reader():
-    return TranscriptScorer(WordTokenizer(), END)
+def scorer():
+    return transcript_scorer()
 
 
-def call(reward, completion_ids, text, metrics=None, **columns):
-    log = (metrics if metrics is not None else {}).__setitem__
-    return reward(
-        prompts=[],
-        completions=[],
-        completion_ids=completion_ids,
-        text=text,
-        log_metric=log,
-        log_extra=None,
-        trainer_state=None,
-        **columns,
-    )
-
-
-def test_a_group_through_the_class(reader):
-    ids = reader.tokenizer.ids
+def test_a_group_through_the_class(scorer):
+    ids = scorer.tokenizer.ids
     ref = "the boat was gone"
     batch = [
         ids("The boat was gone."),
         ids("the goat is gone"),
         ids(""),
         ids("the boat the boat the boat the boat"),
-        ids("the boat was gone", ended=False),
+        ids("the boat was gone", truncated=True),
         ids("лодка ушла"),
     ]
     metrics = {}
-    rewards = call(AsrRulesReward(reader), batch, [ref] * 6, metrics)
+    rewards = call(AsrRulesReward(scorer), batch, metrics, text=[ref] * 6)
     assert rewards == [1.0, 0.5, -1.0, -1.0, -1.0, -1.0]
     # edits: 0, 2 S, 4 D, 2 S + 4 I, 0, 2 S + 2 D; 6 * 4 = 24 reference words
     assert metrics["substitutions"] == pytest.approx(6 / 24)
@@ -291,37 +259,37 @@ def test_a_group_through_the_class(reader):
     assert metrics["wer"] == pytest.approx(16 / 24)
     assert metrics["frac_exact"] == pytest.approx(2 / 6)
     assert metrics["frac_hallucination"] == pytest.approx(4 / 6)
-    shares = {rule: metrics[f"share_{rule}"] for rule in RULES}
-    broken = ("unended", "empty", "script", "repetition")
-    assert shares == pytest.approx({rule: 1 / 6 if rule in broken else 0 for rule in RULES})
+    fractions = {rule: metrics[f"frac_{rule}"] for rule in RULES}
+    broken = ("truncated", "empty", "script", "repetition")
+    assert fractions == pytest.approx({rule: 1 / 6 if rule in broken else 0 for rule in RULES})
     assert "r_keywords" not in metrics
-    assert reader.transcripts.rules == [None, None, "empty", "repetition", "unended", "script"]
-    assert reader.transcripts.hyp_texts[4] == "the boat was gone"
+    assert scorer.transcripts.rules == [None, None, "empty", "repetition", "truncated", "script"]
+    assert scorer.transcripts.hyp_texts[4] == "the boat was gone"
 
-    # Without R2 each earns R1 for what it wrote: 1 - 0, 1 - 2/4, 0, 1 - 6/4 cut at 0, 1, 1 - 4/4
-    plain = AsrRulesReward(reader, weight_hallucination=0)
-    assert call(plain, batch, [ref] * 6) == [1.0, 0.5, 0.0, 0.0, 1.0, 0.0]
-    assert call(AsrRulesReward(reader, weight_hallucination=0.5), batch, [ref] * 6)[2:] == [-0.5] * 4
+    # Without R2 each earns R1 of its transcript: 1 - 0, 1 - 2/4, 0, 1 - 6/4 cut at 0, 1, 1 - 4/4
+    plain = AsrRulesReward(scorer, weight_hallucination=0)
+    assert call(plain, batch, text=[ref] * 6) == [1.0, 0.5, 0.0, 0.0, 1.0, 0.0]
+    assert call(AsrRulesReward(scorer, weight_hallucination=0.5), batch, text=[ref] * 6)[2:] == [-0.5] * 4
 
 
-def test_where_nothing_is_said(reader):
-    """Silence rewards silence: words made up on noise are a hallucination."""
+def test_clips_without_speech(scorer):
+    """An empty transcript earns the full reward, words are hallucinations."""
     assert hallucination("", "", "en") is None and hallucination("", "...", "en") is None
-    assert hallucination("", "thank you", "en") == "invented"
+    assert hallucination("", "thank you", "en") == "non_speech"
     assert accuracy_reward("", "", "en") == 1.0 and accuracy_reward("", "thank you", "en") == 0.0
     assert exact_match("", "", "en") == 1.0 and exact_match("", "you", "en") == 0.0
-    metrics, ids = {}, reader.tokenizer.ids
+    metrics, ids = {}, scorer.tokenizer.ids
     batch, texts = [ids(""), ids("thank you"), ids("good morning")], ["", "", "good morning"]
     keywords = [["Zagreb"], [], []]
-    assert call(AsrRulesReward(reader), batch, texts, metrics, keywords=keywords) == [1.0, -1.0, 1.0]
-    # The two words made up are insertions beside the two words said.
-    assert metrics["wer"] == metrics["insertions"] == 1.0 and metrics["share_invented"] == pytest.approx(1 / 3)
-    reader.read([ids("")], [""], None, lambda name, value: metrics.update({name: value}))
+    assert call(AsrRulesReward(scorer), batch, metrics, text=texts, keywords=keywords) == [1.0, -1.0, 1.0]
+    # The two hallucinated words are insertions, over the two reference words.
+    assert metrics["wer"] == metrics["insertions"] == 1.0 and metrics["frac_non_speech"] == pytest.approx(1 / 3)
+    scorer.score([ids("")], [""], None, lambda name, value: metrics.update({name: value}))
     assert math.isnan(metrics["wer"]) and metrics["frac_hallucination"] == 0.0
 
 
-def test_languages_and_keywords_per_row(reader):
-    ids = reader.tokenizer.ids
+def test_languages_and_keywords_per_row(scorer):
+    ids = scorer.tokenizer.ids
     texts = [REF_ZH, REF_DE, "from Zagreb to Split", "from Zagreb to Split", "good morning"]
     batch = [
         ids("今天天汽很好我们去公园散步"),
@@ -335,71 +303,53 @@ def test_languages_and_keywords_per_row(reader):
         "keywords": [None, ["Hamburg"], ["Zagreb", "Split"], ["Zagreb", "Split"], []],
     }
     metrics = {}
-    rewards = call(AsrRulesReward(reader), batch, texts, metrics, **columns)
+    rewards = call(AsrRulesReward(scorer), batch, metrics, text=texts, **columns)
     # without keywords R1 alone; else (R1 + R3) / 2: (0.8 + 0) / 2, (3/4 + 3/4) / 2,
     # (1 - 2/4 + 3/4) / 2 ("Zagreb" as "the grab": 1 S, 1 I)
     assert rewards == pytest.approx([12 / 14, 0.4, 0.75, 0.625, 1.0])
     assert metrics["r_keywords"] == pytest.approx((0 + 0.75 + 0.75) / 3)
     # (2 * R1 + 1 * R3 + 1 * exact) / 4, or / 3 without keywords
-    weighted = AsrRulesReward(reader, weight_accuracy=2.0, weight_exact=1.0)
+    weighted = AsrRulesReward(scorer, weight_accuracy=2.0, weight_exact=1.0)
     expected = [2 * 12 / 14 / 3, 1.6 / 4, (1.5 + 0.75) / 4, (1.0 + 0.75) / 4, 1.0]
-    assert call(weighted, batch, texts, **columns) == pytest.approx(expected)
-    exact = AsrRulesReward(reader, weight_accuracy=0, weight_keywords=0, weight_exact=1)
-    assert call(exact, batch, texts, **columns) == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert call(weighted, batch, text=texts, **columns) == pytest.approx(expected)
+    exact = AsrRulesReward(scorer, weight_accuracy=0, weight_keywords=0, weight_exact=1)
+    assert call(exact, batch, text=texts, **columns) == [0.0, 0.0, 0.0, 0.0, 1.0]
 
 
-def test_a_batch_is_read_and_logged_once(reader):
-    batch, texts, logged = [reader.tokenizer.ids("good morning")], ["good morning"], []
-    for reward in (AsrRulesReward(reader), AsrRulesReward(reader, weight_exact=1)):
-        reward(completion_ids=batch, text=texts, log_metric=lambda name, value: logged.append(name))
-    assert reader.tokenizer.decoded == 1 and len(logged) == len(set(logged))
-    AsrRulesReward(reader)(completion_ids=list(batch), text=texts)  # the next batch, though equal, is another one
-    assert reader.tokenizer.decoded == 2
-
-
-def test_only_what_comes_before_end_is_read(reader):
-    """And the texts of a real tokenizer come back as they are, control tokens included."""
-    assert call(AsrRulesReward(reader), [reader.tokenizer.ids("yes") + [5, 6]], ["yes"]) == [1.0]
-    from speech.policy import load_tokenizer
-
-    tokenizer, _ = load_tokenizer("tiny/llasa")
-    end_id = tokenizer.convert_tokens_to_ids("<|TEXT_GENERATION_END|>")
-    reader = TranscriptScorer(tokenizer, end_id)
-    text = "Anna found two boxes."
-    batch = [[*tokenizer.encode(text, add_special_tokens=False), end_id]]
-    assert call(AsrRulesReward(reader), batch, [text]) == [1.0]
-    assert reader.transcripts.hyp_texts == [text]
-    control = tokenizer.convert_tokens_to_ids("<|SPEECH_UNDERSTANDING_END|>")
-    reader.read([[control, end_id]], [text], None, None)
-    assert reader.transcripts.hyp_texts == ["<|SPEECH_UNDERSTANDING_END|>"]
+def test_called_alone(scorer):
+    """Without TRL: completions and texts are all it needs."""
+    batch = [scorer.tokenizer.ids("the goat was gone"), scorer.tokenizer.ids("from Zagreb")]
+    assert AsrRulesReward(scorer)(batch, ["the boat was gone", "from Zagreb"]) == [0.75, 1.0]
+    columns = {"language": ["en", "en"], "keywords": [None, ["Zagreb"]]}
+    assert AsrRulesReward(scorer)(list(batch), ["the boat was gone", "from Zagreb"], **columns) == [0.75, 1.0]
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"weight_accuracy": -1}, "weight_accuracy must be finite and >= 0, got -1"),
-        ({"weight_hallucination": float("nan")}, "weight_hallucination must be finite"),
-        ({"weight_keywords": float("inf")}, "weight_keywords must be finite"),
+        ({"weight_accuracy": -1}, r"weight_accuracy: must be finite and >= 0 \(got -1\)"),
+        ({"weight_hallucination": float("nan")}, "weight_hallucination: must be finite"),
+        ({"weight_keywords": float("inf")}, "weight_keywords: must be finite"),
         ({"weight_accuracy": 0}, "texts without keywords would have no reward"),
     ],
 )
-def test_bad_weights(reader, weights, message):
-    with pytest.raises(ValueError, match=message):
-        AsrRulesReward(reader, **weights)
+def test_bad_weights(scorer, weights, message):
+    with pytest.raises(InputError, match=message):
+        AsrRulesReward(scorer, **weights)
 
 
-def test_keywords_must_be_lists(reader):
-    batch = [reader.tokenizer.ids("good morning")]
-    with pytest.raises(ValueError, match="expected a list of words per row, got 'good'"):
-        call(AsrRulesReward(reader), batch, ["good morning"], keywords=["good"])
+def test_keywords_must_be_lists(scorer):
+    batch = [scorer.tokenizer.ids("good morning")]
+    with pytest.raises(InputError, match=r"expected a list of words per row \(got 'good'\)"):
+        call(AsrRulesReward(scorer), batch, text=["good morning"], keywords=["good"])
 
 
 @pytest.mark.parametrize(
     ("name", "weights"),
     [("asr_wer", (1, 0, 0, 0)), ("asr_wer_hallucination", (1, 1, 0, 0)), ("asr_rules", (1, 1, 1, 0))],
 )
-def test_shipped_configs(reader, name, weights):
+def test_shipped_configs(scorer, name, weights):
     path = Path("reward_models") / f"{name}.json"
-    [reward], [weight] = reward_models.build_rewards(path, reader, "asr")
+    [reward], [weight] = build_rewards(load_config(path, "asr"), scorer, "asr")
     assert weight == 1.0 and list(json.loads(path.read_text())) == ["asr_rules"] == [reward.__name__]
     assert tuple(reward.weights[term] for term in ("accuracy", "hallucination", "keywords", "exact")) == weights

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from test_reward_models import TOKENS, HummingCodec, PerfectScorer, call, ids
+from fake_rollouts import call, ids, speech_scorer
 
+from common.cli import InputError
 from reward_models.diversity import DiversityReward, group_distances
-from reward_models.rollouts import SpeechRolloutScorer
 from speech.measures import log_f0_std
 
 
@@ -26,24 +26,27 @@ def test_distances_at_the_edges():
     assert group_distances([[1] * 10, [1] * 100, [1] * 100])[0] == pytest.approx(6)
 
 
-def test_the_reward_adds_the_melody_and_gives_failures_nothing():
-    codec = HummingCodec()
-    listener = SpeechRolloutScorer(TOKENS, codec, PerfectScorer(), group_size=2)
+def test_the_reward_adds_the_spread_of_f0_and_failures_earn_0():
+    scorer = speech_scorer()
     up, down = list(range(20, 50)), list(range(50, 20, -1))
-    batch = [ids(up), ids(down), ids(up), ids(up, ended=False)]
-    scores = call(DiversityReward(listener), batch)
-    spread = min(log_f0_std(codec.decode([up])[0]), 0.3)
+    batch = [ids(up), ids(down), ids(up), ids(up, truncated=True)]
+    scores = call(DiversityReward(scorer), batch)
+    spread = min(log_f0_std(scorer.codec.decode([up])[0]), 0.3)
     distance = group_distances([up, down])[0]
     assert 0 < distance < 1 and spread > 0.05
     assert scores[0] == pytest.approx(distance + spread)
-    assert scores[2] == pytest.approx(spread)  # its neighbour says the same
+    assert scores[2] == pytest.approx(spread)  # the other rollout of its group has the same codes
     assert scores[3] == 0.0
 
 
 def test_a_short_rollout_gains_no_more_than_1():
-    listener = SpeechRolloutScorer(TOKENS, HummingCodec(), PerfectScorer(), group_size=4)
     long = [list(np.random.default_rng(i).integers(20, 50, 60)) for i in range(3)]
     batch = [ids(list(range(20, 30))), *map(ids, long)]
-    scores = call(DiversityReward(listener), batch)
+    scores = call(DiversityReward(speech_scorer(group_size=4)), batch)
     assert group_distances([list(range(20, 30)), *long])[0] > 2
     assert scores[0] <= 1.3
+
+
+def test_bad_ceiling():
+    with pytest.raises(InputError, match="ceiling: must be finite and > 0"):
+        DiversityReward(None, ceiling=0.0)

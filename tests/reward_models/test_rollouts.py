@@ -1,0 +1,94 @@
+"""One batch of rollouts for all rewards: computed once, samples, offloaded models, and bugs, which raise."""
+
+import pytest
+import torch
+from fake_rollouts import TOKENS, HummingCodec, PerfectScorer, call, ids, speech_scorer
+
+from common.cli import InputError
+from reward_models import build_rewards, load_config
+from reward_models.rollouts import SpeechRolloutScorer
+from reward_models.whisper import WhisperReward
+
+
+def prosody_rewards(rollout_scorer) -> tuple[list, list[float]]:
+    return build_rewards(load_config("reward_models/prosody_reward.json"), rollout_scorer)
+
+
+def test_everything_empty_is_scored_too():
+    rewards, _ = prosody_rewards(speech_scorer())
+    batch = [ids([])] * 4
+    assert [call(reward, batch) for reward in rewards] == [[0.0] * 4, [-1.0] * 4, [0.0] * 4]
+
+
+def test_rewards_share_one_batch_of_rollouts():
+    scorer = speech_scorer()
+    rewards, weights = prosody_rewards(scorer)
+    batch = [ids([20 + i % 7 for i in range(30)]) for _ in range(4)]
+    for reward in rewards:
+        call(reward, batch)
+    assert scorer.codec.decoded == [4] and scorer.whisper.calls == 1
+    call(rewards[0], list(batch))  # the next batch, though equal, is another one
+    assert scorer.codec.decoded == [4, 4] and scorer.whisper.calls == 2
+    assert weights == [1.0, 0.2, 0.5]
+
+
+def test_metrics_are_logged_once_a_batch():
+    scorer, logged = speech_scorer(), []
+    batch = [ids([20] * 30), ids([21] * 30)]
+    for _ in range(2):
+        scorer.score(batch, ["a", "a"], None, lambda name, value: logged.append(name))
+    assert len(logged) == len(set(logged)) > 5
+
+
+def test_bugs_raise_instead_of_scoring():
+    reward = WhisperReward(speech_scorer())
+    with pytest.raises(ValueError, match="outside the speech codes"):
+        call(reward, [[5], ids([1])])
+    with pytest.raises(ValueError, match="not of one prompt"):
+        call(reward, [ids([1]), ids([1])], text=["a", "b"])
+    with pytest.raises(ValueError, match="groups of 2"):
+        call(reward, [ids([1])] * 3)
+    with pytest.raises(ValueError, match="needs a codec"):
+        SpeechRolloutScorer(TOKENS, None, PerfectScorer(), 2)
+
+
+def test_another_codebook_is_an_input_error():
+    with pytest.raises(InputError, match="the codec has 65 codes and the policy has 64"):
+        SpeechRolloutScorer(TOKENS, HummingCodec(codebook_size=65), PerfectScorer(), 2)
+
+
+def test_last_samples():
+    scorer = speech_scorer()
+    assert scorer.last_samples(3) == []
+    batch = [ids([20] * 30), ids([]), ids([20] * 30, truncated=True), ids([63] * 5)]
+    scorer.score(batch, ["a", "a", "b", "b"])
+    samples = scorer.last_samples(9)
+    assert [record["failure"] for record, _ in samples] == [None, "empty", "truncated", "non_finite"]
+    assert [record["transcript"] for record, _ in samples] == ["a", "", "b", ""]
+    assert [None if wav is None else len(wav) for _, wav in samples] == [30 * 320, None, 30 * 320, None]
+    assert len(scorer.last_samples(1)) == 1
+
+
+class Moved:
+    """Stands for a model: remembers the devices it was moved to."""
+
+    def __init__(self):
+        self.devices = []
+
+    def to(self, device):
+        self.devices.append(device.type)
+
+
+def test_offloaded_models_are_on_their_device_only_while_they_score():
+    codec, whisper = HummingCodec(device=torch.device("meta")), PerfectScorer()
+    codec.model, whisper.model = Moved(), Moved()
+    decode, seen = codec.decode, []
+    codec.decode = lambda codes: seen.append(codec.device.type) or decode(codes)
+    scorer = SpeechRolloutScorer(TOKENS, codec, whisper, 2, offload=True)
+    assert codec.model.devices == whisper.model.devices == ["cpu"]
+    batch = [ids([5] * 20), ids([9] * 20)]
+    scorer.score(batch, ["a", "a"])
+    scorer.score(batch, ["a", "a"])  # scored already: nothing moves
+    assert seen == ["meta"]
+    assert codec.model.devices == whisper.model.devices == ["cpu", "meta", "cpu"]
+    assert codec.device.type == whisper.device.type == "cpu"

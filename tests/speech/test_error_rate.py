@@ -1,0 +1,110 @@
+"""Error rates by hand and against jiwer, languages, and how a text is divided over the windows of a clip."""
+
+import math
+
+import jiwer
+import pytest
+
+from common.cli import InputError
+from speech.error_rate import (
+    ErrorRate,
+    check_reference_text,
+    error_rate,
+    language_code,
+    normalize_text,
+    split_reference,
+    sum_errors,
+)
+
+
+@pytest.mark.parametrize(
+    ("ref", "hyp", "substitutions", "deletions", "insertions", "ref_length"),
+    [
+        ("The cat sat.", "the cat sat", 0, 0, 0, 3),
+        ("The cat sat.", "the hat sat", 1, 0, 0, 3),
+        ("The cat sat on the mat.", "the cat on mat", 0, 2, 0, 6),
+        ("The cat.", "the big fat cat", 0, 0, 2, 2),
+        ("I didn't see Mr. Brown", "i did not see mister brown", 0, 0, 0, 6),
+        ("Twenty-three dollars", "$23", 0, 0, 0, 1),
+        ("The colour grey", "the color gray", 0, 0, 0, 3),
+        ("Hello there", "", 0, 2, 0, 2),
+        ("Hello there", " ... ", 0, 2, 0, 2),
+        ("Hello", "a b c d", 1, 0, 3, 1),
+        ("Well... wait...", "well wait", 0, 0, 0, 2),
+    ],
+)
+def test_wer_is_jiwers_on_normalised_text(ref, hyp, substitutions, deletions, insertions, ref_length):
+    errors = error_rate(ref, hyp, "en")
+    assert errors[1:] == (substitutions, deletions, insertions, ref_length)
+    assert errors.edits == substitutions + deletions + insertions
+    assert errors.rate == pytest.approx(jiwer.wer(normalize_text(ref, "en"), normalize_text(hyp, "en")))
+
+
+def test_empty_transcript_is_the_worst_not_the_best():
+    for language, ref in (("en", "Hello there"), ("de", "Guten Tag"), ("zh", "你好"), ("ko", "안녕하세요")):
+        assert error_rate(ref, "", language).rate == 1.0
+
+
+def test_cer_for_languages_without_word_spaces():
+    # 6 characters, one wrong; neither punctuation nor spaces count
+    errors = error_rate("今天天气很好。", "今天 天汽很好", "zh")
+    assert errors == (1 / 6, 1, 0, 0, 6)
+    # Korean: 5 syllables whatever the spacing
+    assert error_rate("나는 학교에", "나는학교에", "ko") == (0.0, 0, 0, 0, 5)
+    # Other languages with spaces are scored by words, without English spelling rules
+    assert error_rate("Mr. Müller kommt", "mister müller kommt", "de") == (1 / 3, 1, 0, 0, 3)
+
+
+def test_a_reference_without_a_word_is_an_input_error():
+    for text in ("", "...", "[laughs]", "Hmm."):
+        with pytest.raises(InputError, match="empty after Whisper's normalisation"):
+            error_rate(text, "hello", "en")
+        with pytest.raises(InputError, match="empty after Whisper's normalisation"):
+            check_reference_text(text, "en")
+    check_reference_text("hello", "en")
+
+
+def test_summed_errors_weigh_texts_by_their_length():
+    # 1 of 1 and 1 of 9 words wrong: 2 / 10, where the mean of the rates is 0.56
+    pairs = [("one", "two"), ("a b c d e f g h i", "a b c d x f g h i")]
+    assert sum_errors([error_rate(ref, hyp, "de") for ref, hyp in pairs]) == (0.2, 2, 0, 0, 10)
+    # Edits are summed by kind: 1 substitution of 1 word, 2 deletions of 3, 1 insertion to 1
+    pairs = [("one", "two"), ("a b c", "a"), ("a", "a b")]
+    assert sum_errors([error_rate(ref, hyp, "de") for ref, hyp in pairs]) == (4 / 5, 1, 2, 1, 5)
+
+
+def test_summed_errors_without_reference_words():
+    errors = sum_errors([ErrorRate(1.0, 0, 0, 2, 0), ErrorRate(0.0, 0, 0, 0, 0)])
+    assert math.isnan(errors.rate) and errors[1:] == (0, 0, 2, 0)
+    assert math.isnan(sum_errors([]).rate)
+
+
+def test_language_names():
+    assert [language_code(name) for name in ("en", "EN", "English", "Mandarin", "yue")] == [
+        "en",
+        "en",
+        "en",
+        "zh",
+        "yue",
+    ]
+    with pytest.raises(InputError, match="Did you mean 'english'"):
+        language_code("englisch")
+
+
+@pytest.mark.parametrize(
+    ("text", "hyps", "language", "stretches"),
+    [
+        (" One, two! ", ["anything"], "en", ["One, two!"]),
+        ("One, two, three. Four!", ["one two", "three four"], "en", ["One, two,", "three. Four!"]),
+        # A word that is in no transcript goes with the one before it.
+        ("one two three four", ["one too", "four"], "en", ["one two three", "four"]),
+        ("one two", ["uh one um", "er two oh no"], "en", ["one", "two"]),
+        ("one two", ["", "one two"], "en", ["", "one two"]),
+        ("one two", ["one two", "babble on"], "en", ["one two", ""]),
+        ("one - two", ["one", "two"], "en", ["one -", "two"]),
+        ("one two", ["", ""], "en", ["one two", ""]),
+        ("今天,天气很好。", ["今天", "天气很号"], "zh", ["今天,", "天气很好。"]),
+    ],
+)
+def test_split_reference(text, hyps, language, stretches):
+    assert split_reference(text, hyps, language) == stretches

@@ -1,17 +1,12 @@
-"""benchmarks/codec.py runs, its sides agree before they are timed, and its JSON holds what it printed."""
+"""benchmarks/codec.py runs, its variants agree before they are timed, and its JSON holds what it printed."""
 
 import json
-import sys
-from pathlib import Path
 
+import codec
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import codec  # noqa: E402
-from harness import REFERENCE  # noqa: E402
+from harness import BASELINE
 
 
 def run(output_dir, *flags):
@@ -20,17 +15,18 @@ def run(output_dir, *flags):
     return json.loads((output_dir / "codec_tiny.json").read_text())
 
 
-def test_codec_benchmark(tmp_path, capsys):
+def test_results_and_table(tmp_path, capsys):
     results = run(tmp_path, "--rollouts", "6", "--no-growth")
     assert results["rollouts"] == len(results["codes"]) == 6
     assert 50 <= min(results["codes"]) < max(results["codes"]) <= 96
     assert results["equal"] is True and max(results["max_difference"].values()) < 1e-4
-    assert results["seconds"].keys() == {REFERENCE, "batched, padded", "chosen"}
+    assert results["seconds"].keys() == {BASELINE, "batched, padded", "ours"}
     for median, low, high in results["ratio"].values():
         assert 0 < low <= median <= high
-    assert 0 < results["limit_s"] < results["seconds"]["chosen"][0]
+    assert 0 < results["limit_s"] < results["seconds"]["ours"][0]
     assert "growth" not in results and [file.name for file in tmp_path.iterdir()] == ["codec_tiny.json"]
-    assert "| chosen |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| baseline: one at a time |" in printed and "| ours |" in printed
 
 
 def test_growth(tmp_path, monkeypatch):
@@ -43,7 +39,7 @@ def test_growth(tmp_path, monkeypatch):
     assert (tmp_path / "codec_tiny.png").stat().st_size > 10_000
 
 
-def test_sides_that_differ_are_not_timed(tmp_path, monkeypatch):
+def test_variants_that_differ_are_not_timed(tmp_path, monkeypatch):
     alone = codec.one_at_a_time
     monkeypatch.setattr(codec, "one_at_a_time", lambda *args: [wav + np.float32(0.001) for wav in alone(*args)])
     with pytest.raises(SystemExit, match="do not give the same results"):
@@ -51,11 +47,20 @@ def test_sides_that_differ_are_not_timed(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--size", "real", "--growth"], ["--dtype", "bfloat16"]])
-def test_what_needs_a_gpu(tmp_path, flags):
-    args = codec.parse_args([*flags, "--device", "cpu", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="needs a GPU"):
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (["--size", "real", "--growth"], "--growth: needs a GPU"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16: needs a GPU"),
+        (["--repeats", "0"], "--repeats: must be >= 1 (got 0)"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, caplog, flags, error):
+    args = codec.parse_args([*flags, "--threads", "1", "--device", "cpu", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
         codec.main(args)
+    assert exit.value.code == 2
+    assert error in caplog.text
 
 
 def test_decoder_flops():

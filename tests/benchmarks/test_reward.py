@@ -1,15 +1,11 @@
-"""benchmarks/reward.py runs, its sides agree before they are timed, and its JSON holds what it printed."""
+"""benchmarks/reward.py runs, its variants agree before they are timed, and its JSON holds what it printed."""
 
+import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import reward  # noqa: E402
-from harness import REFERENCE  # noqa: E402
+import reward
+from harness import BASELINE
 
 
 def run(output_dir, *flags):
@@ -17,30 +13,30 @@ def run(output_dir, *flags):
     reward.main(reward.parse_args([*argv, "--output_dir", str(output_dir), *flags]))
 
 
-def test_reward_benchmark(tmp_path, capsys):
+def test_results_and_tables(tmp_path, capsys):
     run(tmp_path)
     results = json.loads((tmp_path / "reward_tiny.json").read_text())
     assert results["rollouts"] == len(results["codes"]) == 6
-    assert results["differences"]["this project"]["transcripts_differing"] == 0
-    assert results["differences"]["this project"]["max_nll_difference"] < 1e-3
+    assert results["differences"]["ours"]["transcripts_differing"] == 0
+    assert results["differences"]["ours"]["max_nll_difference"] < 1e-3
     assert 0 < results["mean"]["reward"] < 1 and 0 < results["mean"]["nll"] < 20
-    assert {name: len(seconds) for name, seconds in results["seconds"].items()} == {REFERENCE: 1, "this project": 1}
-    median, low, high = results["ratio"]["this project"]
+    assert {name: len(seconds) for name, seconds in results["seconds"].items()} == {BASELINE: 1, "ours": 1}
+    median, low, high = results["ratio"]["ours"]
     assert 0 < low <= median <= high
-    stages = results["stage_seconds"]["this project"]
+    stages = results["stage_seconds"]["ours"]
     assert tuple(stages) == reward.STAGES and all(seconds > 0 for seconds in stages.values())
-    assert 0 < results["encoder_limit_s"]["this project"] < 1
+    assert 0 < results["encoder_limit_s"]["ours"] < 1
     printed = capsys.readouterr().out
-    assert "| one at a time |" in printed and "| this project |" in printed and "teacher forcing" in printed
+    assert "| baseline: one at a time |" in printed and "| ours |" in printed and "teacher forcing" in printed
 
 
-def test_sides_that_differ_are_not_timed(tmp_path, monkeypatch):
-    heard = reward.one_at_a_time
+def test_variants_that_differ_are_not_timed(tmp_path, monkeypatch):
+    alone = reward.one_at_a_time
 
-    def deaf(*args):
-        return [reward.Heard("", item.wer, item.nll, item.reward) for item in heard(*args)]
+    def without_transcripts(*args):
+        return [item._replace(score=dataclasses.replace(item.score, hyp_text="")) for item in alone(*args)]
 
-    monkeypatch.setattr(reward, "one_at_a_time", deaf)
+    monkeypatch.setattr(reward, "one_at_a_time", without_transcripts)
     with pytest.raises(SystemExit, match="do not give the same results"):
         run(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -48,10 +44,9 @@ def test_sides_that_differ_are_not_timed(tmp_path, monkeypatch):
 
 def test_a_rollout_without_codes_earns_nothing():
     codec, scorers = reward.load_models("tiny", reward.torch.device("cpu"), seed=0, half=False)
-    scorer = scorers["this project"]
-    sides = (reward.one_at_a_time, reward.in_batches)
-    [a], [b] = (side(codec, scorer, [[]], ["Anna found two boxes."]) for side in sides)
-    assert a == b == reward.Heard("", 1.0, reward.MAX_NLL, 0.0)
+    variants = (reward.one_at_a_time, reward.in_batches)
+    [a], [b] = (variant(codec, scorers["ours"], [[]], ["Anna found two boxes."]) for variant in variants)
+    assert a == b == reward.ScoredRollout(reward.Score("", 1.0, reward.MAX_NLL, 4, 4, "empty"), 0.0)
 
 
 def test_encoder_flops():

@@ -1,7 +1,7 @@
 """From measured clips of synthesized speech to metrics, and from metrics to results.md and report.html.
 
 A row of the results is a dict, ready for JSON: "name", "seeds", "compute_s", and "clips", seed by seed and in the
-texts' order within a seed (`synthesis.measure_clips` says what a clip holds).
+texts' order within a seed (`clip_measures.measure_clips` lists the keys of a clip).
 """
 
 import html

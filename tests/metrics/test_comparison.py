@@ -12,11 +12,11 @@ def speech_results(names: list[str], asr_roles: dict[str, str]) -> dict:
     rows = []
     for i, name in enumerate(names):
         asr = {
-            judge: {
+            asr_name: {
                 "error_rate": (HELD_OUT_WER if role == "held-out" else REWARD_WER)[min(i, 1)],
                 "change": CHANGES[min(i, 1)],
             }
-            for judge, role in asr_roles.items()
+            for asr_name, role in asr_roles.items()
         }
         rows.append({"name": name, "seeds": [0, 1, 2], "metrics": {"asr": asr}})
     return {"rows": rows, "asr_roles": asr_roles, "units": "words", "num_texts": 100}

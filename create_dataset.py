@@ -1,4 +1,4 @@
-"""Encode recordings and their texts as a dataset of speech codes, which train.py trains on.
+r"""Encode recordings and their texts as a dataset of speech codes, which train.py trains on.
 
     python create_dataset.py --dataset your_dataset_name_or_path --output_dir tokenized_dataset \
         --codec_id HKUSTAudio/xcodec2 --sampling_rate 16000

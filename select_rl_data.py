@@ -494,7 +494,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", required=True, help="saved folder, hub id, or .json/.jsonl/.csv/.parquet file, with audio_codes")
     add("--split", default="train", help="split to select from")
     add("--select", nargs="+", choices=KINDS, required=True, help="kinds of rows, see above")
-    add("--num", type=int, default=20_000, help="number of rows of each kind at most; the default is the paper's")
+    add("--num", type=int, default=20_000, help="largest number of rows of each kind, by default the paper's")
     add("--seed", type=int, default=0, help="random seed of the draws")
     add("--output", required=True, help="file to write, .jsonl or .parquet")
     add("--overwrite", action="store_true", help="replace an existing output file")

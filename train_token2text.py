@@ -17,7 +17,7 @@ Held-out rows have texts that are not in the training rows. Logged and written t
     accuracy_<column>                      accuracy of each label
 
 An interrupted run resumes with --resume_from_checkpoint true from its last checkpoint (one per --save_steps steps),
-and ends with the weights of an uninterrupted one. Exit code 2: the input was wrong.
+and ends with the weights of an uninterrupted run. Exit code 2: the input was wrong.
 """
 
 import argparse

@@ -83,7 +83,7 @@ RECOGNITION_METRICS = {
         for name, key in (("WER", "wer"), ("ins", "insertions"), ("del", "deletions"))
     },
     "hallucinations": Metric((0.0, "all", "hallucinations")),
-    "hallucinations on non-speech": Metric((0.0, "nothing_with_words")),
+    "hallucinations on non-speech": Metric((0.0, "nonspeech_hallucinations")),
     "keyword recall": Metric((0.0, "keyword_recall")),
     "WER at temperature 1": Metric((1.0, "all", "wer")),
 }
@@ -109,8 +109,8 @@ TTS_EVALUATION = (
 HELDOUT_WER = "WER, held-out ASR"  # pocketsphinx, which no reward uses
 REWARD_WER = "WER, reward ASR"
 TTS_METRICS = {
-    HELDOUT_WER: Metric((1.0, "judges", "pocketsphinx", "error_rate")),
-    REWARD_WER: Metric((1.0, "judges", "tiny/whisper.pt", "error_rate")),
+    HELDOUT_WER: Metric((1.0, "asr", "pocketsphinx", "error_rate")),
+    REWARD_WER: Metric((1.0, "asr", "tiny/whisper.pt", "error_rate")),
     "token-to-text score": Metric((1.0, "token2text"), scale=1, digits=2),
     "duration, s": Metric((1.0, "duration_s"), scale=1, digits=2),
     "log-F0 std": Metric((1.0, "log_f0_std"), scale=1, digits=3),
@@ -205,7 +205,7 @@ def run(log: Path, command: str, *more: str) -> None:
     with log.open("a") as output:
         argv = [sys.executable, *shlex.split(command), *more]
         if subprocess.run(argv, stdout=output, stderr=subprocess.STDOUT).returncode:
-            raise RuntimeError(f"{command.split()[0]} failed, {log} says why")
+            raise RuntimeError(f"{command.split()[0]}: failed. See {log}")
 
 
 def select_data(comparison: Comparison, folder: Path) -> None:

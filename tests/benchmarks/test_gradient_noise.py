@@ -15,9 +15,12 @@ def test_cosines_of_known_gradients():
     assert gradient_noise.cosines([batch[:1] for batch in batches]) == (pytest.approx(0.5), None)
 
 
-def test_toy_setup(capsys):
+def test_toy_setup(tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "Anna found two boxes."}\n{"text": "Peter washed nine apples."}\n')
     flags = "--batches 2 --draws 1 2 --per_device_train_batch_size 8 --max_completion_length 60"
-    gradient_noise.main(gradient_noise.parse_args([*flags.split(), "--generation_batch_size", "8"]))
+    flags += f" --generation_batch_size 8 --dataset {texts}"
+    gradient_noise.main(gradient_noise.parse_args(flags.split()))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| GRPO", "| DiffRO"))]
     assert len(lines) == 5
     norms = [float(line.strip(" |").split("|")[-1]) for line in lines]

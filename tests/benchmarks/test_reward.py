@@ -38,7 +38,7 @@ def test_variants_that_differ_are_not_timed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reward, "one_at_a_time", without_transcripts)
     with pytest.raises(SystemExit, match="do not give the same results"):
-        run(tmp_path)
+        run(tmp_path, "--rollouts", "2")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,20 +1,26 @@
-"""tiny/compare.py: commands that exist, runs that are kept, and a table that says what was measured."""
+"""tiny/compare.py: its commands' flags exist, runs are kept or resumed, and the table has the evaluations' numbers."""
 
 import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluation
 import inference
 import select_rl_data
 import train
+from metrics import recognition, report
+from metrics.clip_measures import SynthesizedSpeech, measure_clips
+from metrics.texts import Item
+from speech.policy import Sample, Transcript
+from speech.whisper_scorer import Score
 from tiny import compare
 
 
 @pytest.mark.parametrize("name", compare.COMPARISONS)
-def test_commands_are_accepted(name, tmp_path):
+def test_flags_exist(name, tmp_path):
     comparison = compare.COMPARISONS[name]
     for flags in comparison.runs.values():
         train.parse_args(shlex.split(flags.format(folder=tmp_path)))
@@ -30,6 +36,43 @@ def test_commands_are_accepted(name, tmp_path):
     inference.parse_args([*flags, "--output", "x.jsonl"])
 
 
+class FakeASR:
+    def score(self, wavs, texts, languages):
+        return [Score("Anna found two.", 0.25, 0.5, 1, 4)] * len(wavs)
+
+
+def tts_metrics() -> dict:
+    """What evaluation.py measures of one rollout."""
+    asrs = {"pocketsphinx": FakeASR(), "tiny/whisper.pt": FakeASR()}
+    wav = np.sin(np.arange(3_200) / 10).astype(np.float32)
+    speech = SynthesizedSpeech([Sample([1] * 10, truncated=True)], [wav])
+    clips = measure_clips(asrs, [Item("a", "Anna found two boxes.", "en")], speech, seed=0)
+    row = {"name": "model", "seeds": [0], "compute_s": 1.0, "clips": clips}
+    return report.summarize(row, first=row)
+
+
+def asr_metrics() -> dict:
+    """What `evaluation.py --task asr` measures of a short clip, a long one, and one without speech."""
+    clips = [("short", 100, "Anna found boxes."), ("long", 200, "Anna found boxes."), ("non-speech", 100, "")]
+    entries = []
+    for name, num_codes, text in clips:
+        clip = recognition.Clip(name, [0] * num_codes, text, "en", ["Anna"])
+        entries.append(recognition.transcript_entry(clip, Transcript("Anna found books.", False), seed=0))
+    row = {"name": "model", "seeds": [0], "clips": entries}
+    return recognition.summarize(row, first=row, long_s=3)
+
+
+@pytest.mark.parametrize("name", compare.COMPARISONS)
+def test_every_column_is_in_the_evaluation(name):
+    comparison = compare.COMPARISONS[name]
+    metrics = asr_metrics() if name == "recognition" else tts_metrics()
+    values = {column: metric({0.0: metrics, 1.0: metrics}) for column, metric in comparison.metrics.items()}
+    expected = {"all: WER": 100 / 3, "long: del": 0.0, "keyword recall": 100.0, "hallucinations on non-speech": 100.0}
+    if name != "recognition":
+        expected = {"WER, held-out ASR": 25.0, "WER, reward ASR": 25.0, "duration, s": 0.2, "truncated": 100.0}
+    assert {column: values[column] for column in expected} == pytest.approx(expected)
+
+
 def finish(folder, name, step, wer):
     """What train.py and evaluation.py would leave."""
     (folder / name / f"checkpoint-{step}").mkdir(parents=True)
@@ -40,7 +83,7 @@ def finish(folder, name, step, wer):
 
 def write_evaluation(folder, name, wer):
     metrics = {
-        "judges": {judge: {"error_rate": wer} for judge in ("pocketsphinx", "tiny/whisper.pt")},
+        "asr": {asr: {"error_rate": wer} for asr in ("pocketsphinx", "tiny/whisper.pt")},
         "token2text": -wer, "duration_s": 1.5, "log_f0_std": None, "truncated": 0.25,
     }  # fmt: skip
     path = folder / "evaluations" / name / "results.json"
@@ -57,24 +100,24 @@ def test_table_and_plot_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "run", lambda log, command, *more: commands.append((command, *more)))
     compare.main(compare.parse_args(["diffro", "--output_dir", str(tmp_path)]))
 
-    # less the 4 that are there; nothing is evaluated anew
-    wanted = 3 * len(compare.COMPARISONS["diffro"].runs) - 4
-    assert len(commands) == wanted and all(command.startswith("train.py") for command, *_ in commands)
+    # All runs are trained but the 4 that are complete; no evaluation is repeated.
+    missing = 3 * len(compare.COMPARISONS["diffro"].runs) - 4
+    assert len(commands) == missing and all(command.startswith("train.py") for command, *_ in commands)
     assert commands[0][1:] == (
         "--seed", "0", "--output_dir", str(tmp_path / "combined_0"), "--resume_from_checkpoint", "true",
     )  # fmt: skip
     header, _, *rows = [line[2:-2].split(" | ") for line in (tmp_path / "diffro.md").read_text().splitlines()]
     table = [dict(zip(header, row, strict=True)) for row in rows]
-    assert [(row[""], row["step"], row["runs"]) for row in table] == [
+    assert [(row["run"], row["step"], row["seeds"]) for row in table] == [
         ("sft", "0", "1"), ("grpo", "50", "3"), ("diffro", "50", "1"),
     ]  # fmt: skip
-    assert [row["WER by pocketsphinx"] for row in table] == ["50.0", "40.0 ± 10.0", "70.0"]
-    assert table[1]["token-to-text score"] == "-0.40 ± 0.10" and table[1]["log-F0 spread"] == "–"
-    assert table[1]["seconds a step"] == "26.5" and table[0]["seconds a step"] == "–"
+    assert [row["WER, held-out ASR, %"] for row in table] == ["50.0", "40.0 ± 10.0", "70.0"]
+    assert table[1]["token-to-text score"] == "-0.40 ± 0.10" and table[1]["log-F0 std"] == "–"
+    assert table[1]["s/step"] == "26.5" and table[0]["s/step"] == "–"
     assert (tmp_path / "diffro.png").stat().st_size > 10_000
 
 
-def test_longer_runs_go_on_from_the_shorter_ones(tmp_path, monkeypatch):
+def test_longer_runs_resume_from_shorter_ones(tmp_path, monkeypatch):
     finish(tmp_path, "grpo_0", 50, 0.3)
     commands = []
     monkeypatch.setattr(compare, "run", lambda log, command, *more: commands.append((log.name, command)))
@@ -83,15 +126,15 @@ def test_longer_runs_go_on_from_the_shorter_ones(tmp_path, monkeypatch):
     assert [log for log, _ in commands] == ["grpo_0.log"] and "--max_steps 150" in commands[0][1]
 
 
-def test_an_evaluation_that_was_stopped_is_made_again(tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated(tmp_path, monkeypatch):
     comparison = compare.COMPARISONS["diffro"]
 
-    def stopped(log, command, folder, *more):
+    def interrupted(log, command, folder, *more):
         (tmp_path / "evaluations" / "sft.part" / "results.json").write_text('{"rows": []}')
-        raise RuntimeError("stopped")
+        raise RuntimeError("interrupted")
 
-    monkeypatch.setattr(compare, "run", stopped)
-    with pytest.raises(RuntimeError, match="stopped"):
+    monkeypatch.setattr(compare, "run", interrupted)
+    with pytest.raises(RuntimeError, match="interrupted"):
         compare.evaluate(comparison, tmp_path, "sft", comparison.policy)
     rows = {"rows": [{"temperature": 1.0, "metrics": {"duration_s": 1.0}}]}
     monkeypatch.setattr(
@@ -101,7 +144,9 @@ def test_an_evaluation_that_was_stopped_is_made_again(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["sft"]
 
 
-def test_a_failed_script_says_where_to_look(tmp_path):
-    with pytest.raises(RuntimeError, match=r"train.py failed, .*x.log says why"):
-        compare.run(tmp_path / "x.log", "train.py --no_such_flag")
-    assert "no_such_flag" in (tmp_path / "x.log").read_text()
+def test_the_error_of_a_failed_script_names_its_log(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import sys; sys.exit(f'unknown flag {sys.argv[1]}')")
+    with pytest.raises(RuntimeError, match=r"train.py: failed. See .*x.log"):
+        compare.run(tmp_path / "x.log", f"{script} --no_such_flag")
+    assert (tmp_path / "x.log").read_text() == "unknown flag --no_such_flag\n"

@@ -1,16 +1,18 @@
-"""What the small world promises, on texts and recordings that nobody trained on."""
+"""The quality that the toy setup's models promise, on held-out texts and recordings."""
 
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
+import parselmouth
 import pytest
 from transformers import set_seed
 
-from metrics.judges import PocketsphinxJudge
+from metrics.judges import PocketsphinxScorer
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, decode_rollouts
-from speech.error_rate import corpus_error_rate
+from speech.error_rate import error_rate, sum_errors
 from speech.measures import log_f0_std
 from speech.policy import Policy
 from speech.tokens import tts_prompt
@@ -41,21 +43,22 @@ def natural() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def resynthesised(codec, natural) -> list[np.ndarray]:
-    return codec.decode(codec.encode(natural))
+def natural_codes(codec, natural) -> list[list[int]]:
+    return codec.encode(natural)
 
 
-def wer(hyps: list[str], refs: list[str] = TEXTS) -> float:
-    return corpus_error_rate(refs, hyps, "en").rate
+@pytest.fixture(scope="module")
+def resynthesized(codec, natural_codes) -> list[np.ndarray]:
+    return codec.decode(natural_codes)
 
 
-def heard(scorer, wavs: list[np.ndarray]) -> list[str]:
-    return [score.hyp_text for score in scorer.score(wavs, TEXTS, ["en"] * len(TEXTS))]
+def wer(asr, wavs: list[np.ndarray]) -> float:
+    """The corpus WER of clips of TEXTS by an ASR model."""
+    scores = asr.score(wavs, TEXTS, ["en"] * len(TEXTS))
+    return sum_errors([error_rate(text, score.hyp_text, "en") for text, score in zip(TEXTS, scores, strict=True)]).rate
 
 
-def test_nothing_held_out_was_trained_on():
-    import datasets
-
+def test_heldout_texts_are_in_no_training_data():
     trained = set(datasets.Dataset.from_parquet("tiny/speech.parquet")["text"])
     rl = {json.loads(line)["text"] for line in Path("tiny/texts/train.jsonl").read_text().splitlines()}
     heldout = set(Path("tiny/texts/heldout.txt").read_text().splitlines())
@@ -64,72 +67,69 @@ def test_nothing_held_out_was_trained_on():
     assert not rl & trained
 
 
-def test_reward_asr_on_natural_and_resynthesised_clips(whisper, natural, resynthesised):
-    assert wer(heard(whisper, natural)) <= 0.03
-    assert wer(heard(whisper, resynthesised)) <= 0.03
+def test_reward_asr_on_natural_and_resynthesized_clips(whisper, natural, resynthesized):
+    assert wer(whisper, natural) <= 0.03
+    assert wer(whisper, resynthesized) <= 0.03
 
 
-def test_resynthesis_by_a_judge_nobody_trained(natural, resynthesised):
-    judge = PocketsphinxJudge(TEXTS, ["en"] * len(TEXTS))
-    cost = wer(heard(judge, resynthesised)) - wer(heard(judge, natural))
-    assert wer(heard(judge, natural)) <= 0.08
-    assert cost <= 0.06
+def test_resynthesis_by_the_heldout_asr(natural, resynthesized):
+    asr = PocketsphinxScorer(TEXTS, ["en"] * len(TEXTS))
+    wer_natural = wer(asr, natural)
+    assert wer_natural <= 0.08
+    assert wer(asr, resynthesized) - wer_natural <= 0.06
 
 
-def test_reward_falls_with_the_sound(whisper, natural):
-    """Wrong text, noise over it, half of it: each has a higher NLL than the clip itself."""
+def test_nll_rises_as_a_clip_gets_worse(whisper, natural):
+    """Mismatched text, noise, half of the clip: each has a higher NLL than the clip and its text."""
     rng = np.random.default_rng(0)
-    some, texts = natural[:16], TEXTS[:16]
+    wavs, texts = natural[:16], TEXTS[:16]
 
     def nll(wavs, texts):
         return np.mean([score.nll for score in whisper.score(wavs, texts, "en")])
 
-    right = nll(some, texts)
+    right = nll(wavs, texts)
     assert right < 0.2
-    assert nll(some, TEXTS[1:17]) > right + 1
-    assert nll([w + rng.normal(0, 0.2, len(w)).astype(np.float32) for w in some], texts) > right + 0.3
-    assert nll([w[: len(w) // 2] for w in some], texts) > right + 1
+    assert nll(wavs, TEXTS[1:17]) > right + 1
+    assert nll([wav + rng.normal(0, 0.2, len(wav)).astype(np.float32) for wav in wavs], texts) > right + 0.3
+    assert nll([wav[: len(wav) // 2] for wav in wavs], texts) > right + 1
 
 
-def test_policy_stumbles_as_stated(policy, codec, whisper):
-    """WER at temperature 1.0 between 15 % and 60 %: something to learn, and something to start from."""
+def test_the_start_of_rl_can_be_improved_and_learnt_from(policy, codec, whisper):
+    """WER at temperature 1.0 between 15 % and 60 %; in 18 samplings it was 51.7 ± 3.3 % (docs/experiments/grpo.md)."""
     set_seed(0)
-    # 160 tokens: the context that configs/tiny.yaml trains with, 2.2 s of speech. Three samplings: one has ± 5 points.
-    prompts = [tts_prompt(text) for text in TEXTS] * 3
-    samples = policy.sample(prompts, temperature=1.0, max_length=160, batch_size=48)
-    assert np.mean([sample.ended for sample in samples]) > 0.7
-    scores = whisper.score(decode_rollouts(codec, [sample.codes for sample in samples]), TEXTS * 3, "en")
-    assert 0.15 <= wer([score.hyp_text for score in scores], TEXTS * 3) <= 0.60
+    # 160 tokens, as in the evaluations of tiny/compare.py: 2.2 s of speech
+    samples = policy.sample([tts_prompt(text) for text in TEXTS], temperature=1.0, max_length=160, batch_size=48)
+    assert np.mean([sample.truncated for sample in samples]) < 0.3
+    assert 0.15 <= wer(whisper, decode_rollouts(codec, [sample.codes for sample in samples])) <= 0.60
 
 
-def test_a_voice_prompt_selects_the_voice(policy, codec, natural):
-    """rms is a man: with his prompt the median F0 is that of his recordings, with hers that of hers."""
-    import parselmouth
+def test_a_voice_prompt_selects_the_voice(policy, codec, natural, natural_codes):
+    """With a prompt of rms, a male voice, the median F0 is that of his recordings, with one of slt that of hers."""
 
     def f0(wavs) -> float:
         values = [parselmouth.Sound(w.astype(float), 16_000).to_pitch().selected_array["frequency"] for w in wavs]
         return float(np.median(np.concatenate([v[v > 0] for v in values])))
 
-    said, recorded = {}, {}
-    codes = codec.encode(natural[:16])
+    synthesized = {}
+    recorded = {}
     for speaker in ("slt", "rms"):
-        own = [i for i, row in enumerate(ROWS[:16]) if row["speaker"] == speaker]
+        rows = [i for i, row in enumerate(ROWS[:16]) if row["speaker"] == speaker]
         set_seed(0)
-        prompts = [tts_prompt(TEXTS[40 + i], TEXTS[i], codes[i]) for i in own]
+        prompts = [tts_prompt(TEXTS[40 + i], TEXTS[i], natural_codes[i]) for i in rows]
         samples = policy.sample(prompts, temperature=0.7, max_length=300)
         wavs = decode_rollouts(codec, [sample.codes for sample in samples])
-        said[speaker] = f0([wav for wav in wavs if len(wav) > 3_200])
-        recorded[speaker] = f0([natural[i] for i in own])
+        synthesized[speaker] = f0([wav for wav in wavs if len(wav) > 3_200])
+        recorded[speaker] = f0([natural[i] for i in rows])
     assert recorded["slt"] > 1.3 * recorded["rms"]
-    for speaker in said:
-        assert said[speaker] == pytest.approx(recorded[speaker], rel=0.15)
+    for speaker in synthesized:
+        assert synthesized[speaker] == pytest.approx(recorded[speaker], rel=0.15)
 
 
-def test_prosody_is_alive(natural, resynthesised):
-    spread = [log_f0_std(wav) for wav in natural]
-    again = [log_f0_std(wav) for wav in resynthesised]
-    assert np.isfinite(spread).all() and np.isfinite(again).all()
-    assert np.mean(again) == pytest.approx(np.mean(spread), rel=0.5)
+def test_the_codec_keeps_the_spread_of_f0(natural, resynthesized):
+    before = [log_f0_std(wav) for wav in natural]
+    after = [log_f0_std(wav) for wav in resynthesized]
+    assert np.isfinite(before).all() and np.isfinite(after).all()
+    assert np.mean(after) == pytest.approx(np.mean(before), rel=0.5)
 
 
 def test_small_enough_for_git():
@@ -139,11 +139,9 @@ def test_small_enough_for_git():
     assert total <= 25 * 2**20
 
 
-def test_codes_that_ship_are_the_codecs(codec, natural):
-    """tiny/speech.parquet was encoded by tiny/codec, so its codes sound like its texts."""
-    import datasets
-
+def test_codes_that_ship_are_the_codecs(codec, whisper):
+    """tiny/speech.parquet was encoded by tiny/codec: its codes decode to its texts."""
     row = datasets.Dataset.from_parquet("tiny/speech.parquet")[0]
     [wav] = codec.decode([row["audio_codes"]])
-    score = WhisperScorer("tiny/whisper.pt").score([wav], [row["text"]], "en")[0]
+    [score] = whisper.score([wav], [row["text"]], "en")
     assert score.wer == 0

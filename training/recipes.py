@@ -277,7 +277,10 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
             action.help = argparse.SUPPRESS
         if action.nargs != 0 and not action.choices and action.dest != "config":
             action.metavar = "" if action.dest == "debug" else "X"
-        if action.dest in {*ours, *COMMON_FLAGS} and action.default not in (None, False, [], argparse.SUPPRESS):
+        shown = (
+            action.default is not None and action.default is not False and action.default not in ([], argparse.SUPPRESS)
+        )
+        if shown and action.dest in {*ours, *COMMON_FLAGS}:
             action.help += f" (default: {action.default})" if "default:" not in action.help else ""
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
     parser.print_help()

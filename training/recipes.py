@@ -180,7 +180,7 @@ COMMON_FLAGS = {
     "lora_r": "rank of the LoRA adapter",
     "use_vllm": "sample with vLLM (docs/vllm.md)",
     "save_steps": "steps between checkpoints",
-    "report_to": "none, tensorboard, trackio or wandb: curves and audio samples",
+    "report_to": "tensorboard, trackio or wandb: curves and audio samples (default: none)",
     "push_to_hub": "upload model, card and samples to the hub (--hub_model_id)",
     "seed": "random seed",
     "debug": "show the traceback of an input error",
@@ -267,6 +267,8 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these flags; the command line wins")
     parser.add_argument("--help_all", action="store_true", help="show the flags of TRL and transformers too")
     ours = {one.name for one in fields(ScriptArguments)} | {"config", "help", "help_all"}
+    needed = ["help", "config", "model_name_or_path", "dataset", "output_dir"]
+    parser._optionals._group_actions.sort(key=lambda action: action.dest not in needed)  # stable: the others stay put
     for action in parser._actions:
         action.option_strings = action.option_strings[:1]  # --a_b; --a-b is understood too
         if action.option_strings[0].startswith("--no_"):
@@ -275,13 +277,13 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
             action.help = COMMON_FLAGS[action.dest]
         elif action.dest not in ours and not everything:
             action.help = argparse.SUPPRESS
-        if action.nargs != 0 and not action.choices and action.dest != "config":
-            action.metavar = "" if action.dest == "debug" else "X"
-        shown = (
-            action.default is not None and action.default is not False and action.default not in ([], argparse.SUPPRESS)
-        )
-        if shown and action.dest in {*ours, *COMMON_FLAGS}:
-            action.help += f" (default: {action.default})" if "default:" not in action.help else ""
+        if action.dest == "debug":
+            action.nargs = 0
+        elif action.nargs != 0 and not action.choices and action.dest != "config":
+            action.metavar = "X"
+        no_default = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        if action.dest in {*ours, *COMMON_FLAGS} and not no_default and "default:" not in action.help:
+            action.help += f" (default: {action.default})"
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
     parser.print_help()
 

@@ -284,6 +284,8 @@ def claim_hub_repo(name: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("create_dataset")
+    # TF32 has 10 bits of mantissa, as float16: some codes would differ between GPUs, and from a CPU's.
+    torch.backends.cudnn.allow_tf32 = False
     with bad_input_exits():
         check_arguments(args)
         device = pick_device(args.device)

@@ -25,68 +25,30 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run otherwise
 
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
-from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, set_up_logging
+from common.cli import InputError, bad_input_exits, check_writable, set_up_logging
 from common.dataset_io import load_any_dataset
 from common.run_record import plot_curves, write_run
-from reward_models import RewardConfig, build_rewards, load_config, models_needed
+from reward_models import RewardConfig, build_rewards, load_config
 from reward_models.rollouts import SpeechRolloutScorer
-from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
-from speech.codec import SpeechCodec
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
-from speech.tokens import SpeechTokens, prepare_model
-from speech.whisper_scorer import WhisperScorer
+from speech.tokens import SpeechTokens
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver
 from training.checkpoints import find_checkpoint
 from training.diffro import DiffROTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
 from training.model_card import model_card
+from training.models import load_model, load_rollout_scorer
 from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
 from training.rows import grpo_dataset, sft_rows
 
 logger = logging.getLogger("train")
 
 parse_args = partial(recipes.parse_args, description=__doc__)
-
-
-# --- Models ----------------------------------------------------------------------------------------------
-
-
-def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: str) -> AutoModelForCausalLM:
-    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    name = model_args.model_name_or_path
-    with library_errors_are_input(f"--model_name_or_path {name}: cannot be loaded", OSError, ValueError):
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=model_args.model_revision,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-    prepare_model(model, tokenizer, tokens, task)
-    return model
-
-
-def load_rollout_scorer(
-    script_args: ScriptArguments, training_args: GRPORecipe, rewards: RewardConfig, tokenizer, tokens: SpeechTokens
-) -> SpeechRolloutScorer | TranscriptScorer:
-    """What the task's rewards are computed from, with those models that they need; text needs none."""
-    if script_args.task == "asr":
-        return TranscriptScorer(tokenizer, tokens.text_end_id)
-    needed, codec, whisper, token2text = models_needed(rewards, script_args.task), None, None, None
-    device = training_args.device
-    if "diffro" in script_args.method or "token2text" in needed:
-        if not script_args.token2text:
-            raise InputError(f"{script_args.reward_config}: the reward token2text needs --token2text, its model")
-        token2text = Token2Text.from_pretrained(script_args.token2text, device)
-    if "codec" in needed:
-        codec = SpeechCodec.from_pretrained(script_args.codec_id, device=device)
-    if "whisper" in needed:
-        whisper = WhisperScorer(script_args.whisper, device=device)
-    group_size, offload = training_args.num_generations, script_args.offload_rewards
-    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text)
 
 
 # --- Trainers ---------------------------------------------------------------------------------------------
@@ -101,7 +63,8 @@ def grpo_trainer(
     tokens: SpeechTokens,
 ) -> SpeechGRPOTrainer:
     rows, longest = grpo_dataset(script_args, training_args, tokenizer, tokens)
-    rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, tokenizer, tokens)
+    with training_args.main_process_first(desc="reward models"):  # Whisper's download knows no lock
+        rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, tokenizer, tokens)
     reward_functions, training_args.reward_weights = build_rewards(rewards, rollout_scorer, script_args.task)
     allowed_ids = tokens.answer_ids(script_args.task)
     if training_args.use_vllm:
@@ -110,6 +73,8 @@ def grpo_trainer(
         trainer_class = partial(SpeechGRPOTrainer, allowed_ids=allowed_ids)
     else:
         trainer_class = partial(DiffROTrainer, **diffro_settings(script_args, training_args, rollout_scorer))
+    if model_args.model_revision not in (None, "main"):  # the reference model too
+        training_args.model_init_kwargs = {"revision": model_args.model_revision}
     trainer = trainer_class(
         model=load_model(model_args, tokenizer, tokens, script_args.task),
         reward_funcs=reward_functions,
@@ -230,7 +195,7 @@ def main(arguments: recipes.Arguments) -> None:
                 raise InputError(f"--{flag}: is missing. See python train.py --help")
         check_writable(Path(training_args.output_dir))
         checkpoint = find_checkpoint(training_args)
-        tokenizer, tokens = load_tokenizer(policy, script_args.task)
+        tokenizer, tokens = load_tokenizer(policy, script_args.task, model_args.model_revision)
         script_args.codec_id = script_args.codec_id or recorded(policy, "codec_id", DEFAULT_CODEC)
         script_args.whisper = script_args.whisper or recorded(policy, "whisper", DEFAULT_WHISPER)
         if script_args.method == "sft":
@@ -247,6 +212,8 @@ def main(arguments: recipes.Arguments) -> None:
 
     trainer.train(resume_from_checkpoint=checkpoint)
 
+    if trainer.is_fsdp_enabled:  # accelerate's default writes shards, and no model that loads elsewhere
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if trainer.is_world_process_zero():
         output_dir = Path(training_args.output_dir)
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))

@@ -92,6 +92,11 @@ class SpeechCodec:
                 raise InputError(f"{id_or_path}: {len(names)} {problem}: {', '.join(names[:4])} …")
         return cls(model.to(device))
 
+    def drop_encoder(self) -> None:
+        """Free the weights that only `encode` needs: 442 M of the published model's 629 M."""
+        for name in ("semantic_encoder", "semantic_adapter", "acoustic_encoder", "fc_encoder"):
+            delattr(self.model, name)
+
     @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray]) -> list[list[int]]:
         """Waveforms to codec ids, one list per item; equal to encoding each alone.

@@ -187,11 +187,11 @@ class Policy:
         return [answer[: answer.index(end_id) + 1] if end_id in answer else answer for answer in answers]
 
 
-def load_tokenizer(id_or_path: str, task: str = "tts") -> tuple[object, SpeechTokens]:
+def load_tokenizer(id_or_path: str, task: str = "tts", revision: str | None = None) -> tuple[object, SpeechTokens]:
     """A model's tokenizer, ready for a task's prompts, and its speech tokens; InputError if it is not a Llasa's."""
     check_model_exists(id_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(id_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(id_or_path, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
     return tokenizer, prepare_tokenizer(tokenizer, task)

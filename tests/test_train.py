@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from speech.policy import Policy
 from speech.tokens import asr_prompt, prompt_ids, tts_prompt
+from training import models
 from training.grpo_trainer import SpeechGRPOTrainer
 
 SHORT = [
@@ -208,7 +209,7 @@ def logged(folder: Path) -> dict:
 
 def test_diffro_alone_needs_neither_codec_nor_whisper(tmp_path, monkeypatch, caplog):
     for name in ("SpeechCodec", "WhisperScorer"):
-        monkeypatch.setattr(train, name, None)
+        monkeypatch.setattr(models, name, None)
     rewards = ("--reward_config", "reward_models/token2text.json")
     run("--method", "diffro", *DIFFRO, *rewards, "--output_dir", str(tmp_path))
     entry = logged(tmp_path)
@@ -344,6 +345,9 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and one step takes 2 prompts"),
         (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),
         (["--num_generations", "3"], "divisible by num_generations"),
+        (["--load_in_4bit", "true"], "--load_in_4bit: quantized weights are not supported"),
+        (["--load_in_8bit", "true"], "--load_in_8bit: quantized weights are not supported"),
+        (["--use_vllm", "true"], "--use_vllm: vLLM is not installed here"),
         (["--resume_from_checkpoint", str(tmp_path)], "no checkpoint there"),
         (["--method", "diffro"], "--method diffro needs --token2text"),
         (["--method", "diffro", "--token2text", "x", "--task", "asr"], "--method diffro: for --task tts only"),
@@ -356,6 +360,62 @@ def test_bad_input(tmp_path, capsys, caplog):
         assert message in refused(capsys, caplog, *output, *flags), flags
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(capsys, caplog, "--output_dir", str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_zero_3_is_refused_before_anything_is_loaded(method, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--method", method])
+    assert "ZeRO-3: not supported" in caplog.text
+
+
+def test_a_micro_batch_may_be_smaller_than_a_group(tmp_path):
+    """Groups of 4 in micro-batches of 2: a group is scored before the batch is split."""
+    flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--num_generations", "4"]
+    run("--output_dir", str(tmp_path), "--max_steps", "1", "--max_completion_length", "80", *flags)
+    assert logged(tmp_path)["grad_norm"] > 0
+
+
+def test_what_is_left_on_the_disk_and_in_the_model(tmp_path):
+    """Two checkpoints, or 2 TB an epoch of 100,000 texts; no dropout, or sampling and scoring are two models."""
+    _, training_args, _ = train.parse_args(["--dataset", "x", "--model_name_or_path", "y"])
+    assert training_args.save_total_limit == 2 and training_args.disable_dropout
+    assert train.parse_args(["--method", "sft"])[1].save_total_limit == 2
+    flags = ["--config", "configs/tiny.yaml", "--save_total_limit", "1", "--save_steps", "1", "--max_steps", "2"]
+    flags += ["--per_device_train_batch_size", "4", "--num_generations", "2", "--max_completion_length", "20"]
+    train.main(train.parse_args([*flags, "--use_peft", "true", "--sample_steps", "0", "--output_dir", str(tmp_path)]))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_fsdp_saves_a_whole_model_at_the_end(tmp_path, monkeypatch):
+    """accelerate's default for FSDP2 are shards, and transformers then writes no model at all."""
+    from types import SimpleNamespace
+
+    asked = []
+    make = train.grpo_trainer
+
+    def sharded(*args):
+        trainer = make(*args)
+        trainer.is_fsdp_enabled = False
+        train_once = trainer.train
+
+        def train_then_shard(**kwargs):
+            train_once(**kwargs)
+            trainer.is_fsdp_enabled = True
+            plugin = SimpleNamespace(set_state_dict_type=asked.append)
+            monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
+
+        def save_model(output_dir):
+            asked.append("saved")
+            trainer.is_fsdp_enabled = False
+
+        trainer.train, trainer.save_model = train_then_shard, save_model
+        return trainer
+
+    monkeypatch.setattr(train, "grpo_trainer", sharded)
+    run("--output_dir", str(tmp_path), "--max_steps", "1", "--save_strategy", "no")
+    assert asked == ["FULL_STATE_DICT", "saved"]
 
 
 def test_bad_config_file(tmp_path, capsys, caplog):

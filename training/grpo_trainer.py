@@ -40,6 +40,8 @@ class SpeechGRPOTrainer(GRPOTrainer):
                 score_confined(causal_lm(self.accelerator.unwrap_model(model)), self.temperature)
 
     def _generate_single_turn(self, *args, **kwargs):
+        if self.use_vllm:  # it computes by itself, and merges LoRA weights in full precision
+            return super()._generate_single_turn(*args, **kwargs)
         # Autocast keeps its half-precision copies of the weights until its outermost region ends: with a region
         # around all steps they are made once; TRL's regions, one a step, would make them for every code.
         with self.accelerator.autocast(), self._kept_head(), keys_like_values():
@@ -48,7 +50,8 @@ class SpeechGRPOTrainer(GRPOTrainer):
     def _kept_head(self) -> contextlib.AbstractContextManager:
         head = causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings()
         device = self.accelerator.device.type
-        if not (isinstance(head, ConfinedHead) and torch.is_autocast_enabled(device)):
+        sharded = isinstance(head.weight, DTensor)  # FSDP2: its slices cannot be kept outside of a forward
+        if sharded or not (isinstance(head, ConfinedHead) and torch.is_autocast_enabled(device)):
             return contextlib.nullcontext()
         return head.kept_rows(torch.get_autocast_dtype(device))
 
@@ -180,7 +183,8 @@ def shared_prompts(model, inputs: dict, prompt_length: int) -> torch.Tensor | No
 
     Speech of 5 s has 250 tokens and its transcript 20: of 8 rollouts of one clip nine tenths are the same tokens.
     """
-    if set(inputs) != {"input_ids", "attention_mask"} or model.config._attn_implementation != "sdpa":
+    given = {name for name, value in inputs.items() if value is not None}  # PEFT adds arguments that are None
+    if given != {"input_ids", "attention_mask"} or model.config._attn_implementation != "sdpa":
         return None  # packed rows need a mask of their own
     prompts = torch.cat([inputs[name][:, :prompt_length] for name in ("input_ids", "attention_mask")], dim=1)
     unique, groups = torch.unique(prompts, dim=0, return_inverse=True)

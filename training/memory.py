@@ -8,6 +8,7 @@ caches follow from the shapes of a Llama (`loss_bytes` names the tensors that it
 from dataclasses import dataclass
 
 import torch
+from accelerate import DistributedType
 
 GIB = 2**30
 # TRL's fused head works in tiles of so many tokens by so many rows (trl/kernels, trl/trainer/utils.py).
@@ -132,13 +133,20 @@ def scoring_bytes(scorer) -> int:
 
 
 def estimate(
-    policy, reference, reward_models: list, scoring: int, shapes: Shapes, offload_rewards: bool
+    policy,
+    reference,
+    reward_models: list,
+    scoring: int,
+    shapes: Shapes,
+    offload_rewards: bool,
+    ddp: bool = False,
 ) -> dict[str, int]:
     """Bytes by part: what is held, then the three phases, of which the largest counts, then the peak of all.
 
     Args:
         policy: the causal LM, adapters included; reference: another one, or None.
         reward_models: the modules that score; scoring: what they add while they work, in bytes.
+        ddp: whether several GPUs average their gradients by DDP.
         offload_rewards: whether they are on the device only while they score.
     """
     trainable = module_bytes(policy, trainable=True)
@@ -148,6 +156,7 @@ def estimate(
     held = {
         "policy": module_bytes(policy),
         "gradients": trainable,
+        "DDP's buckets": trainable if ddp else 0,  # a second copy of all gradients
         "optimizer (Adam's two moments)": 2 * trainable,
         "reference": 0 if reference is None else module_bytes(reference),
         "reward models": 0 if offload_rewards else rewards,
@@ -176,6 +185,7 @@ def estimate_run(policy, reference, rollout_scorer, training_args, longest: int)
         scoring_bytes(whisper) if whisper else 0,
         shapes_of(policy, training_args, longest),
         bool(codec) and rollout_scorer.offload,
+        ddp=training_args.distributed_state.distributed_type == DistributedType.MULTI_GPU,
     )
 
 

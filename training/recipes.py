@@ -1,6 +1,8 @@
 """The flags of train.py: what is ours, TRL's configs with every value of the experiment stated, and their parsing."""
 
 import argparse
+import importlib.util
+import os
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from common.cli import InputError, bad_input_exits, did_you_mean, library_errors_are_input, show_tracebacks
@@ -120,6 +123,7 @@ class GRPORecipe(GRPOConfig):
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     num_train_epochs: float = 1.0
+    disable_dropout: bool = True  # LoRA's 0.05 would make sampling and scoring two different models
     mask_truncated_completions: bool = False  # a truncated rollout earns 0, and is learnt from
     # Bookkeeping
     bf16: bool = field(default_factory=_on_gpu)
@@ -127,6 +131,7 @@ class GRPORecipe(GRPOConfig):
     dataloader_pin_memory: bool = field(default_factory=_on_gpu)
     logging_steps: float = 1
     save_steps: float = 100
+    save_total_limit: int = 2  # a checkpoint of Llasa-1B is 16 GB
     report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
 
@@ -152,6 +157,7 @@ class SFTRecipe(SFTConfig):
     dataloader_pin_memory: bool = field(default_factory=_on_gpu)
     logging_steps: float = 10
     save_steps: float = 500
+    save_total_limit: int = 2
     report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
 
@@ -208,6 +214,10 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         _check_names(parser, argv, config)
         with library_errors_are_input("train.py", ValueError):
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
+        _check_machine(training_args, model_args)
+        dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
+        if model_args.use_peft and not dtype_given and training_args.bf16:
+            model_args.dtype = "bfloat16"  # autocast would cast the frozen float32 weights anew for every code
         if script_args.method != "sft":
             _fill_in(script_args)
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
@@ -286,6 +296,23 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
             action.help += f" (default: {action.default})"
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
     parser.print_help()
+
+
+def _check_machine(training_args: GRPORecipe | SFTRecipe, model_args: ModelConfig) -> None:
+    """Raises InputError for what TRL accepts and this project does not do, or cannot do on this machine."""
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, bits):
+            raise InputError(
+                f"--{bits}: quantized weights are not supported. Use --use_peft true --dtype bfloat16, which fits a "
+                "policy of 1 B into 12 GiB"
+            )
+    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        raise InputError(
+            "DeepSpeed ZeRO-3: not supported, a policy of 1 B fits on every GPU. Use DDP, or ZeRO-2 or FSDP2 to save "
+            "memory"
+        )
+    if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
+        raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
 
 
 def _fill_in(script_args: ScriptArguments) -> None:

@@ -132,10 +132,11 @@ def prompts_per_step(training_args: GRPORecipe) -> int:
     accumulation = training_args.gradient_accumulation_steps
     if group < 2:
         raise InputError(f"--num_generations: must be >= 2, an advantage needs a group (got {group})")
-    if training_args.generation_batch_size % group or micro_batch % group:
+    local_rollouts = micro_batch * training_args.steps_per_generation
+    if local_rollouts % group:
         raise InputError(
-            f"--per_device_train_batch_size: must be a multiple of --num_generations {group}, since a group is scored "
-            f"together (got {micro_batch})"
+            f"--per_device_train_batch_size {micro_batch} × {training_args.steps_per_generation} micro-batches: must "
+            f"be a multiple of --num_generations {group}, since a group is scored together (got {local_rollouts})"
         )
     # Between these a checkpoint would lose the rollouts not yet used.
     steps_per_batch = max(1, training_args.steps_per_generation * training_args.num_iterations // accumulation)

@@ -82,6 +82,17 @@ def test_encode_never_pads(codec, monkeypatch):
     assert codec.encode(wavs) == [codec.encode([wav])[0] for wav in wavs]
 
 
+def test_without_its_encoder_it_decodes_the_same(native_folder, codec):
+    codes = random_codes([30, 20], codec.codebook_size)
+    lean = SpeechCodec.from_pretrained(str(native_folder))
+    lean.drop_encoder()
+    for ours, whole in zip(lean.decode(codes), codec.decode(codes), strict=True):
+        np.testing.assert_array_equal(ours, whole)
+    assert sum(p.numel() for p in lean.model.parameters()) < sum(p.numel() for p in codec.model.parameters())
+    with pytest.raises(AttributeError):
+        lean.encode([np.zeros(3_200, np.float32)])
+
+
 def test_nothing_in_nothing_out(codec):
     assert codec.encode([]) == [] and codec.decode([]) == []
 

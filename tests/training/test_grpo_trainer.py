@@ -1,5 +1,7 @@
 """Scoring over the confined head: TRL's numbers for less work; what vLLM is given."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_llasa import TEXT, batch
@@ -97,6 +99,60 @@ def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, 
     torch.testing.assert_close(once.entropy, each.entropy)
     for name in each_grads:
         torch.testing.assert_close(once_grads[name], each_grads[name], msg=name)
+
+
+def test_arguments_that_are_none_do_not_stop_the_packing(tokenizer, tokens):
+    """PEFT passes on all arguments of a forward, most of them None."""
+    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+    ids, mask, labels = long_prompts(tokenizer, tokens)
+    prompt_length = int((labels != -100).any(dim=0).int().argmax())
+    inputs = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": None, "output_attentions": None}
+    assert grpo_trainer.shared_prompts(model, inputs, prompt_length) is not None
+    assert grpo_trainer.shared_prompts(model, inputs | {"inputs_embeds": ids}, prompt_length) is None
+
+
+def trainer_with(head, use_vllm: bool = False):
+    """As much of a SpeechGRPOTrainer as sampling asks for."""
+    trainer = object.__new__(grpo_trainer.SpeechGRPOTrainer)
+    trainer.use_vllm, trainer.model = use_vllm, SimpleNamespace(get_output_embeddings=lambda: head)
+    trainer.accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model,
+        device=torch.device("cpu"),
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    )
+    return trainer
+
+
+def test_a_sharded_head_keeps_no_rows(model, tokenizer, tokens):
+    """FSDP2: outside of a forward the weight is a DTensor, whose slices no plain tensor can be multiplied with."""
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    prepare_model(model, tokenizer, tokens)
+    head = model.lm_head
+    with torch.autocast("cpu", dtype=torch.bfloat16), trainer_with(head)._kept_head():
+        assert head._kept is not None
+    torch.distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        head.weight = torch.nn.Parameter(distribute_tensor(head.weight.data, mesh))
+        with torch.autocast("cpu", dtype=torch.bfloat16), trainer_with(head)._kept_head():
+            assert head._kept is None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+def test_vllm_samples_outside_of_autocast(model, tokenizer, tokens, use_vllm, monkeypatch):
+    """Inside, LoRA's merge into vLLM's weights would be rounded, and a compiled engine run in another format."""
+    prepare_model(model, tokenizer, tokens)
+    autocast = []
+    monkeypatch.setattr(
+        grpo_trainer.GRPOTrainer,
+        "_generate_single_turn",
+        lambda self: autocast.append(torch.is_autocast_enabled("cpu")),
+    )
+    trainer_with(model.lm_head, use_vllm)._generate_single_turn()
+    assert autocast == [not use_vllm]
 
 
 def test_short_prompts_are_not_packed(model, tokenizer, tokens):

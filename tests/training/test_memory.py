@@ -71,12 +71,12 @@ def real_sizes():
         policy, reference = (LlamaForCausalLM(LlamaConfig(**LLASA_1B)) for _ in range(2))
         # Not whisper.model.Whisper: it makes a sparse tensor, which cannot be without memory
         parts = AudioEncoder(*astuple(LARGE_V3)[:5]), TextDecoder(*astuple(LARGE_V3)[5:])
-        listener = torch.nn.ModuleList(parts).half()
-        listener.dims = LARGE_V3
+        whisper = torch.nn.ModuleList(parts).half()
+        whisper.dims = LARGE_V3
         codec = Xcodec2Model(Xcodec2Config())
     for model in (policy, reference):
         confine_head(model, [128_261, *range(128_264, 193_800)])
-    return policy, reference, codec, SimpleNamespace(model=listener, batch_size=17, dtype=torch.float16)
+    return policy, reference, codec, SimpleNamespace(model=whisper, batch_size=17, dtype=torch.float16)
 
 
 def test_the_recipe_fits_its_card(real_sizes):
@@ -90,12 +90,16 @@ def test_the_recipe_fits_its_card(real_sizes):
         device=torch.device("cuda"),
     )
     shapes = memory.shapes_of(policy, args, 100 + recipe["max_completion_length"])
-    listening = memory.scoring_bytes(scorer)
+    scoring = memory.scoring_bytes(scorer)
     assert sum(p.numel() for p in policy.parameters()) == pytest.approx(1.37e9, rel=0.01)
-    parts = memory.estimate(policy, reference, [codec, scorer.model], listening, shapes, recipe["offload_rewards"])
+    parts = memory.estimate(policy, reference, [codec, scorer.model], scoring, shapes, recipe["offload_rewards"])
     assert parts["peak"] < 39.4 * memory.GIB
-    kept = memory.estimate(policy, reference, [codec, scorer.model], listening, shapes, False)
+    kept = memory.estimate(policy, reference, [codec, scorer.model], scoring, shapes, False)
     assert kept["peak"] > parts["peak"]
+    # DDP averages gradients in buckets of its own, a second copy of them all.
+    several = memory.estimate(policy, reference, [codec], scoring, shapes, False, ddp=True)
+    one = memory.estimate(policy, reference, [codec], scoring, shapes, False)
+    assert several["peak"] - one["peak"] == pytest.approx(memory.ALLOCATOR_SLACK * one["gradients"], rel=1e-6)
 
 
 def test_adapters_train_little(real_sizes):

@@ -43,6 +43,17 @@ def test_the_length_of_an_answer_is_the_tasks():
         assert train.parse_args(["--task", task])[1].max_completion_length == longest
 
 
+def test_lora_is_in_half_precision_where_autocast_is(tmp_path):
+    """Autocast would cast frozen float32 weights anew for every code."""
+
+    def dtype(*flags: str) -> str:
+        return train.parse_args(["--use_cpu", "true", *flags])[2].dtype
+
+    assert dtype("--bf16", "true", "--use_peft", "true") == "bfloat16"
+    assert dtype("--bf16", "true", "--use_peft", "true", "--dtype", "float32") == "float32"
+    assert dtype("--bf16", "true") == dtype("--use_peft", "true") == "float32"
+
+
 def test_debug_shows_the_traceback_of_an_input_error(caplog):
     with pytest.raises(InputError, match="needs --token2text"):
         train.parse_args(["--method", "diffro", "--debug"])

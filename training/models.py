@@ -1,0 +1,72 @@
+"""Load the policy that train.py trains, and what scores its rollouts."""
+
+import logging
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from common.cli import InputError, library_errors_are_input
+from reward_models import RewardConfig, models_needed
+from reward_models.rollouts import SpeechRolloutScorer
+from reward_models.token2text import Token2Text
+from reward_models.transcripts import TranscriptScorer
+from speech.codec import SpeechCodec
+from speech.tokens import SpeechTokens, prepare_model
+from speech.whisper_scorer import WhisperScorer
+from training.recipes import GRPORecipe, ScriptArguments
+
+logger = logging.getLogger("train")
+
+
+def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: str):
+    """The policy, confined to a task's answers; from a LoRA folder a PeftModel whose adapter is trained further."""
+    name, adapter = model_args.model_name_or_path, None
+    if Path(name, "adapter_config.json").is_file():
+        if model_args.use_peft:
+            raise InputError(
+                f"--use_peft: {name} is a LoRA adapter already, and is trained further as it is. Leave the flag out"
+            )
+        adapter = name
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if model_args.dtype in ("bfloat16", "float16") and not (adapter or model_args.use_peft):
+        logger.warning(
+            "--dtype %s without LoRA: AdamW's steps are smaller than the format resolves, so most weights stay as they "
+            "are (DeepSpeed and FSDP keep float32 copies). Use --dtype float32, or --use_peft true",
+            model_args.dtype,
+        )
+    options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    with library_errors_are_input(f"--model_name_or_path {name}: cannot be loaded", OSError, ValueError):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=None if adapter else model_args.model_revision,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head.weight is not embedding.weight:
+        logger.warning("%s: its config ties head and embeddings, its weights differ; they are kept apart", name)
+        model.config.tie_word_embeddings = False  # or what is saved would load with one of the two
+    prepare_model(model, tokenizer, tokens, task)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model
+
+
+def load_rollout_scorer(
+    script_args: ScriptArguments, training_args: GRPORecipe, rewards: RewardConfig, tokenizer, tokens: SpeechTokens
+) -> SpeechRolloutScorer | TranscriptScorer:
+    """What the task's rewards are computed from, with those models that they need; text needs none."""
+    if script_args.task == "asr":
+        return TranscriptScorer(tokenizer, tokens.text_end_id)
+    needed, codec, whisper, token2text = models_needed(rewards, script_args.task), None, None, None
+    device = training_args.device
+    if "diffro" in script_args.method or "token2text" in needed:
+        if not script_args.token2text:
+            raise InputError(f"{script_args.reward_config}: the reward token2text needs --token2text, its model")
+        token2text = Token2Text.from_pretrained(script_args.token2text, device)
+    if "codec" in needed:
+        codec = SpeechCodec.from_pretrained(script_args.codec_id, device=device)
+        codec.drop_encoder()
+    if "whisper" in needed:
+        whisper = WhisperScorer(script_args.whisper, device=device)
+    group_size, offload = training_args.num_generations, script_args.offload_rewards
+    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text)

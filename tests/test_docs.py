@@ -84,7 +84,8 @@ def test_command_runs(command, clone, monkeypatch):
 
 
 @pytest.mark.parametrize("command", PARSED, ids=lambda command: command[:70])
-def test_flags_of_commands_too_long_to_run_exist(command):
+def test_flags_of_commands_too_long_to_run_exist(command, monkeypatch):
+    monkeypatch.setattr("training.recipes._check_machine", lambda *_: None)  # vLLM need not be installed here
     words = shlex.split(command)
     if "-m" in words:
         module, first = words[words.index("-m") + 1], words.index("-m") + 2

@@ -164,7 +164,7 @@ def benchmark_parser(doc: str, slow_repeats: int | None = None) -> argparse.Argu
     add("--repeats", type=int, default=None if slow else 5, help=f"number of times each variant is timed{slow}")
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch")
     add("--seed", type=int, default=0, help="random seed of the inputs and the random weights")
-    output_help = "folder of the results: a JSON file and, with --growth, a plot"
+    output_help = "folder of the results, a JSON file and plots"
     add("--output_dir", type=Path, default=Path("benchmarks/results"), help=output_help)
     return parser
 

@@ -240,7 +240,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
     parser.usage = "%(prog)s [flags] [flags of train.py]"
     parser.add_argument("--steps", type=int, default=3, help="number of timed steps of each trainer")
-    config_help = "YAML file of train.py (default: configs/tiny.yaml; for the real size llasa_1b_a100_40gb.yaml)"
+    config_help = "YAML file of train.py (default: configs/tiny.yaml; the real size: configs/llasa_1b_a100_40gb.yaml)"
     parser.add_argument("--config", help=config_help)
     args, args.train_flags = parser.parse_known_args(argv)
     args.config = args.config or f"configs/{'tiny' if args.size == 'tiny' else 'llasa_1b_a100_40gb'}.yaml"

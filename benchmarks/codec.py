@@ -19,10 +19,15 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from harness import (
+from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
+
+from benchmarks.harness import (
     BASELINE,
     NOT_COMPARABLE,
     Timing,
@@ -37,8 +42,6 @@ from harness import (
     timing_table,
     write_results,
 )
-from transformers import Wav2Vec2BertConfig, Xcodec2Config, Xcodec2Model
-
 from common.cli import InputError, bad_input_exits, parse_strictly
 from speech.codec import BATCH_CODES, SpeechCodec
 

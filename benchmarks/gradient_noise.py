@@ -12,14 +12,18 @@ Flags of train.py may follow; nothing is trained.
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from harness import silence
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
 
 import train
+from benchmarks.harness import silence
 from common.cli import HelpFormatter, bad_input_exits, check_at_least, set_up_logging
 from common.tables import markdown_table
 from reward_models import load_config

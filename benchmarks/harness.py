@@ -7,7 +7,6 @@ import argparse
 import json
 import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +16,9 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/codec.py` finds the project's files
-
-from common.cli import HelpFormatter, check_at_least, check_writable, pick_device, set_up_logging  # noqa: E402
-from common.run_record import provenance  # noqa: E402
-from common.tables import markdown_table  # noqa: E402
+from common.cli import HelpFormatter, check_at_least, check_writable, pick_device, set_up_logging
+from common.run_record import provenance
+from common.tables import markdown_table
 
 BASELINE = "baseline: one at a time"  # every other variant's ratio is to this one's seconds
 NOT_COMPARABLE = "error: the variants do not give the same results; their times would not be comparable"

@@ -34,7 +34,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import whisper
-from harness import (
+from transformers import Xcodec2Config, Xcodec2Model, set_seed
+from whisper.normalizers import EnglishTextNormalizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
+
+import reward_whisper
+from benchmarks.harness import (
     BASELINE,
     NOT_COMPARABLE,
     benchmark_parser,
@@ -49,10 +55,6 @@ from harness import (
     timing_table,
     write_results,
 )
-from transformers import Xcodec2Config, Xcodec2Model, set_seed
-from whisper.normalizers import EnglishTextNormalizer
-
-import reward_whisper
 from common.cli import InputError, bad_input_exits, parse_strictly
 from common.tables import markdown_table
 from speech import error_rate, whisper_decoding, whisper_scorer

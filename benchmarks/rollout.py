@@ -26,7 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import (
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
+
+from benchmarks.harness import (
     NOT_COMPARABLE,
     Timing,
     benchmark_parser,
@@ -37,8 +41,6 @@ from harness import (
     timing_table,
     write_results,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from common.cli import bad_input_exits, parse_strictly
 from speech.confined_head import confine_head
 from speech.policy import Policy

@@ -23,14 +23,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Timing, benchmark_parser, host_peak_bytes, ratios, set_up, silence, synchronize, write_results
-from reward import one_at_a_time, random_models
-from rollout import BASELINE, LLASA_1B, forbid_by_bias
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
+
 import reward_whisper
 import train
+from benchmarks.harness import (
+    Timing,
+    benchmark_parser,
+    host_peak_bytes,
+    ratios,
+    set_up,
+    silence,
+    synchronize,
+    write_results,
+)
+from benchmarks.reward import one_at_a_time, random_models
+from benchmarks.rollout import BASELINE, LLASA_1B, forbid_by_bias
 from common.cli import InputError, bad_input_exits
 from common.tables import markdown_table
 from reward_models import load_config

@@ -1,16 +1,10 @@
-"""The benchmarks are scripts that import each other: their folder is on sys.path, as in `python benchmarks/X.py`."""
+"""What the tests of the benchmarks share."""
 
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import codec  # noqa: E402
-import harness  # noqa: E402
-import reward  # noqa: E402
+from benchmarks import codec, harness, reward
 
 measured_once = cache(harness.matmul_rate)  # takes a second or two
 

@@ -2,11 +2,12 @@
 
 import json
 
-import codec
 import numpy as np
 import pytest
 import torch
-from harness import BASELINE
+
+from benchmarks import codec
+from benchmarks.harness import BASELINE
 
 
 def run(output_dir, *flags):

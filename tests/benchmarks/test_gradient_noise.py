@@ -1,8 +1,9 @@
 """benchmarks/gradient_noise.py: cosines of known gradients, and batches measured without training."""
 
-import gradient_noise
 import pytest
 import torch
+
+from benchmarks import gradient_noise
 
 
 def test_cosines_of_known_gradients():

@@ -4,8 +4,9 @@ import dataclasses
 import json
 
 import pytest
-import reward
-from harness import BASELINE
+
+from benchmarks import reward
+from benchmarks.harness import BASELINE
 
 
 def run(output_dir, *flags):

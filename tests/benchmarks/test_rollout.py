@@ -3,7 +3,8 @@
 import json
 
 import pytest
-import rollout
+
+from benchmarks import rollout
 
 
 def run(output_dir):

@@ -1,7 +1,8 @@
 """benchmarks/train_step.py: first steps that differ stop it; test_docs.py runs the whole of it."""
 
 import pytest
-import train_step
+
+from benchmarks import train_step
 
 LOG = {"reward": "0.206", "reward_std": "0.1447", "completions/mean_length": "72.38", "grad_norm": "1.211"}
 

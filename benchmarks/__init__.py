@@ -1,0 +1,1 @@
+"""Benchmarks of speed, memory and gradient noise; each is a script, run as `python benchmarks/X.py`."""

@@ -1,6 +1,7 @@
 """Every command of README.md and docs/*.md runs as printed; long ones with flags appended that make them short."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -17,8 +18,9 @@ SHORTER = {  # what a command holds: flags that make it short
     "select_rl_data.py": "--dataset sixty.parquet",
     "train_token2text.py": "--steps 2 --batch_size 4",
     "train.py (?!.*sft)": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
-    "train.py .*sft": "--max_steps 1 --per_device_train_batch_size 8",
-    "evaluation.py --models": "--texts eight.txt --num_players 2",
+    "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
+    "train.py .*multitask_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset sft.parquet",
+    "evaluation.py --models": "--texts eight.txt --references eight.jsonl --num_players 2",
     "evaluation.py --task asr": "--clips sixty.parquet",
     "benchmarks/codec.py": "--threads 1 --repeats 1 --rollouts 8 --no-growth",
     "benchmarks/reward.py": "--threads 1 --repeats 1 --rollouts 8",
@@ -66,8 +68,16 @@ def clone(tmp_path_factory) -> Path:
             (folder / path.name).symlink_to(path)
     lines = (ROOT / "tiny/texts/heldout.txt").read_text().splitlines(keepends=True)
     (folder / "eight.txt").write_text("".join(lines[:8]))
+    readings = (ROOT / "tiny/heldout/metadata.jsonl").read_text().splitlines()[:8]
+    readings = [json.loads(line) for line in readings]
+    for reading in readings:
+        reading["audio"] = str(ROOT / "tiny/heldout" / reading.pop("file_name"))
+    (folder / "eight.jsonl").write_text("".join(json.dumps(reading) + "\n" for reading in readings))
     rows = datasets.Dataset.from_parquet(str(ROOT / "tiny/asr/pool.parquet"))
     rows.select([*range(50), *range(len(rows) - 10, len(rows))]).to_parquet(folder / "sixty.parquet")
+    for name, source in (("speech", "tiny/speech.parquet"), ("sft", "tiny/asr/sft.parquet")):
+        rows = datasets.Dataset.from_parquet(str(ROOT / source))
+        rows.select(range(0, len(rows), len(rows) // 60)).to_parquet(folder / f"{name}.parquet")
     return folder
 
 

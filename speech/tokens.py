@@ -6,8 +6,8 @@ markers. A prompt is a user turn followed by the *opening* of the assistant's tu
     user       Convert the text to speech:<|TEXT_UNDERSTANDING_START|>{text}<|TEXT_UNDERSTANDING_END|>
     assistant  <|SPEECH_GENERATION_START|>{codes of the voice prompt, if any}
 
-and the policy answers with codes and `<|SPEECH_GENERATION_END|>` (Llasa, arXiv 2502.04128). Recognition ("asr", the
-same model the other way round, its §4.3; the paper does not print this prompt, it is the first one mirrored):
+and the policy answers with codes and `<|SPEECH_GENERATION_END|>` (Llasa, arXiv 2502.04128). Speech to text ("asr", by
+the same model, §4.3 there; the paper does not print this prompt, it is the first one mirrored):
 
     user       Convert the speech to text:<|SPEECH_UNDERSTANDING_START|>{codes}<|SPEECH_UNDERSTANDING_END|>
     assistant  <|TEXT_GENERATION_START|>

@@ -157,7 +157,7 @@ def estimate(
         "policy": module_bytes(policy),
         "gradients": trainable,
         "DDP's buckets": trainable if ddp else 0,  # a second copy of all gradients
-        "optimizer (Adam's two moments)": 2 * trainable,
+        "optimizer": 2 * trainable,
         "reference": 0 if reference is None else module_bytes(reference),
         "reward models": 0 if offload_rewards else rewards,
     }
@@ -190,6 +190,6 @@ def estimate_run(policy, reference, rollout_scorer, training_args, longest: int)
 
 
 def report(parts: dict[str, int]) -> str:
-    """One line: the peak and its parts, in GiB."""
+    """Two lines: the peak, and its parts (phases follow each other, so they do not add up), in GiB."""
     pieces = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if name != "peak" and size)
-    return f"memory: about {parts['peak'] / GIB:.1f} GiB at the peak ({pieces})"
+    return f"memory: about {parts['peak'] / GIB:.1f} GiB at the peak\n  {pieces}"

@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fake_codec import build_native
 
 import create_dataset
@@ -70,6 +71,13 @@ def create(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) ->
     create_dataset.main(create_dataset.parse_args(arguments(codec_dir, dataset, output_dir, *more)))
     assert not (output_dir / ".partial").exists()
     return dataset_io.load_any_dataset(str(output_dir))
+
+
+def test_convolutions_are_computed_in_float32_on_a_gpu_too(codec_dir, clips, tmp_path, monkeypatch):
+    """TF32, PyTorch's default there, has the mantissa of float16: codes would differ from GPU to GPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    create(codec_dir, clips / "clips.csv", tmp_path / "out")
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 def refusal(caplog, *args: str) -> str:

@@ -107,6 +107,11 @@ def synthesize(args: argparse.Namespace) -> None:
     with bad_input_exits():
         texts = read_texts(args)
         check_texts(texts)
+        if args.best_of > 1:
+            from speech.error_rate import check_reference_text
+
+            for text in texts:  # Whisper is to score it
+                check_reference_text(text, args.language)
         ref_wav = load_audio(args.ref_audio) if args.ref_audio else None
         paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
         check_writable(paths[0].parent)

@@ -28,7 +28,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
-from common.cli import InputError, bad_input_exits, check_writable, set_up_logging
+from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, set_up_logging
 from common.dataset_io import load_any_dataset
 from common.run_record import plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config
@@ -75,14 +75,16 @@ def grpo_trainer(
         trainer_class = partial(DiffROTrainer, **diffro_settings(script_args, training_args, rollout_scorer))
     if model_args.model_revision not in (None, "main"):  # the reference model too
         training_args.model_init_kwargs = {"revision": model_args.model_revision}
-    trainer = trainer_class(
-        model=load_model(model_args, tokenizer, tokens, script_args.task),
-        reward_funcs=reward_functions,
-        args=training_args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
+    model = load_model(model_args, tokenizer, tokens, script_args.task)
+    with library_errors_are_input("train.py", ValueError, OSError):  # --report_to foo, --lora_target_modules foo …
+        trainer = trainer_class(
+            model=model,
+            reward_funcs=reward_functions,
+            args=training_args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
     reporters = trainer.callback_handler.callbacks
     trainer.add_callback(SampleSaver(rollout_scorer, script_args.sample_steps, script_args.sample_count, reporters))
     if trainer.is_world_process_zero():
@@ -131,13 +133,15 @@ def sft_trainer(
 ) -> SFTTrainer:
     rows = load_any_dataset(script_args.dataset, script_args.split)
     rows = sft_rows(rows, script_args.dataset, tokenizer, tokens, training_args.max_length, script_args.task)
-    return SFTTrainer(
-        model=load_model(model_args, tokenizer, tokens, script_args.task),
-        args=training_args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-    )
+    model = load_model(model_args, tokenizer, tokens, script_args.task)
+    with library_errors_are_input("train.py", ValueError, OSError):
+        return SFTTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+        )
 
 
 # --- The run ----------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def use_own_console_and_card(
     def write_card(*_, **__) -> None:
         if trainer.is_world_process_zero():
             text = model_card(
-                name=args.hub_model_id or args.output_dir,
+                name=getattr(trainer, "hub_model_id", None) or args.hub_model_id or args.output_dir,
                 base_model=model_args.model_name_or_path,
                 method=script_args.method,
                 task=script_args.task,
@@ -218,8 +222,8 @@ def main(arguments: recipes.Arguments) -> None:
         output_dir = Path(training_args.output_dir)
         trainer.state.save_to_json(str(output_dir / "trainer_state.json"))
         plot_curves(trainer.state.log_history, output_dir / "reward_curve.png")
-        trainer.create_model_card()
-    trainer.save_model(training_args.output_dir)  # with --push_to_hub it also uploads the folder
+    trainer.save_model(training_args.output_dir)  # with --push_to_hub it also uploads the folder, with the card
+    trainer.create_model_card()  # after it: PEFT writes its own
     if trainer.is_world_process_zero():
         logger.info("saved to %s", training_args.output_dir)
     # A group that ends while the answer to its last message is still being taken in never ends (gloo, without a word).

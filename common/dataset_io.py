@@ -10,7 +10,7 @@ from datasets import Audio, Dataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, is_offline_mode
 
-from common.cli import InputError
+from common.cli import InputError, library_errors_are_input
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ACCEPTED = (
@@ -55,9 +55,9 @@ def load_any_dataset(name_or_path: str, split: str = "train", config: str | None
     elif (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         _check_split(name_or_path, split, splits)
-        rows = load_from_disk(str(path / split))
+        rows = _load_saved(path / split)
     elif (path / "state.json").is_file():
-        rows = load_from_disk(str(path))
+        rows = _load_saved(path)
         _check_split(name_or_path, split, ["train"] if rows.split is None else [str(rows.split), "train"])
     else:
         rows = _load_folder(path, split)
@@ -183,10 +183,16 @@ def _read_file(path: Path) -> Dataset:
         return Dataset.from_json(str(path))
     except StopIteration:  # datasets 5 on an empty .jsonl
         raise InputError(f"{path}: the file is empty. Use a file with at least one row") from None
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read as {path.suffix}: {error.__cause__ or error}. Repair or export the file again"
         ) from error
+
+
+def _load_saved(path: Path) -> Dataset:
+    """The rows of a folder written by save_to_disk."""
+    with library_errors_are_input(f"{path}: cannot be read as a saved dataset", DatasetsError, OSError, ValueError):
+        return load_from_disk(str(path))
 
 
 def _load_folder(path: Path, split: str) -> Dataset:

@@ -44,6 +44,9 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
         InputError: no such file, not JSON, an unknown reward or parameter, a value out of range.
     """
     path, rewards = Path(path), REWARDS[task]
+    in_project = Path(__file__).parent.parent / path  # from another working directory
+    if not path.is_file() and in_project.is_file():
+        path = in_project
     if not path.is_file():
         shipped = ", ".join(str(p) for p in sorted(Path(__file__).parent.glob("*.json")))
         raise InputError(f"{path}: no such reward config. Use a JSON file, such as {shipped}")

@@ -211,6 +211,8 @@ def test_bad_input_of_asr_exits_2(argv, message, caplog):
         (["--text", "a", "--ref_audio", "{tmp}/no.wav", "--ref_text", "b"], "no.wav: no such audio"),
         (["--text", "a", "--ref_audio", "{tmp}/blank.txt", "--ref_text", "b"], "blank.txt: cannot read as audio"),
         (["--text", "a", "--best_of", "0"], "--best_of: must be >= 1 .got 0"),
+        (["--text", "...", "--best_of", "2"], "reference text '...' is empty"),
+        (["--text", "a", "--best_of", "2", "--language", "xx"], "unknown language 'xx'"),
         (["--text", "a", "--num_samples", "0"], "--num_samples: must be >= 1 .got 0"),
         (["--text", "a", "--temperature", "-1"], "--temperature: must be .* >= 0.*got -1"),
         (["--text", "a", "--temperature", "nan"], "--temperature: must be finite.*got nan"),

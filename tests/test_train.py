@@ -341,6 +341,11 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--dataset", write_rows(tmp_path / "a.jsonl", [{"sentence": "hi"}])], "no column 'text'"),
         (["--dataset", write_rows(tmp_path / "b.jsonl", [*texts, {"text": None}])], "row 9: text is None"),
         (["--dataset", write_rows(tmp_path / "c.jsonl", [*texts, {"text": " "}])], "row 9: text is empty"),
+        (
+            ["--dataset", write_rows(tmp_path / "f.jsonl", [*texts, {"text": "…"}])],
+            "row 9: reference text '…' is empty",
+        ),
+        (["--report_to", "nowhere"], "nowhere is not supported"),
         (["--dataset", write_rows(tmp_path / "d.jsonl", [*texts, {"text": "word " * 600}])], "row 9: the prompt is"),
         (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and one step takes 2 prompts"),
         (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),

@@ -52,14 +52,15 @@ class ConsoleLog(TrainerCallback):
             return
         logger.info(self.header)
         self.times.append((state.global_step, time.monotonic()))
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format="{bar:20} {desc}", leave=True)
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format="{bar:10} {desc}", leave=True)
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "train_runtime" in (logs or {}):
             return
         self.times.append((state.global_step, time.monotonic()))
-        line = step_line(logs, state.global_step, state.max_steps, self._seconds_a_step())
+        terminal = self.bar is not None
+        line = step_line(logs, state.global_step, state.max_steps, self._seconds_a_step(), times_first=terminal)
         if self.bar is None:
             logger.info(line)
         else:
@@ -75,17 +76,26 @@ class ConsoleLog(TrainerCallback):
         return (last_time - first_time) / (last_step - first_step) if last_step > first_step else None
 
 
-def step_line(logs: dict[str, float], step: int, max_steps: int, seconds_a_step: float | None) -> str:
-    """The line of one log entry; see `ConsoleLog`."""
-    parts = [f"step {step:{len(str(max_steps))}}/{max_steps}"]
+def step_line(
+    logs: dict[str, float], step: int, max_steps: int, seconds_a_step: float | None, times_first: bool = False
+) -> str:
+    """The line of one log entry; see `ConsoleLog`.
+
+    Args:
+        times_first: seconds a step and the time left come before the metrics, which a narrow terminal may cut off.
+    """
+    parts, times = [f"step {step:{len(str(max_steps))}}/{max_steps}"], []
+    if seconds_a_step is not None:
+        times = [f"{seconds_a_step:.1f} s/step", f"eta {clock(seconds_a_step * (max_steps - step))}"]
+    if times_first:
+        parts += times
     if logs.get("reward") is not None:
         parts.append(f"reward {logs['reward']:.3f} ± {logs.get('reward_std') or 0.0:.3f}")
     elif logs.get("loss") is not None:
         parts.append(f"loss {float(logs['loss']):.4f}")
     parts += [shown(logs[key]) for key, shown in COLUMNS.items() if logs.get(key) is not None]
-    if seconds_a_step is not None:
-        parts.append(f"{seconds_a_step:.1f} s/step")
-        parts.append(f"eta {clock(seconds_a_step * (max_steps - step))}")
+    if not times_first:
+        parts += times
     return "  ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -18,7 +19,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         InputError: no such checkpoint, or the run would overwrite an earlier one's.
     """
     wanted = training_args.resume_from_checkpoint
-    if wanted in (None, "false", "False"):
+    if wanted in (None, False, "false", "False"):
         if last_complete_checkpoint(training_args.output_dir):
             raise InputError(
                 f"--output_dir {training_args.output_dir}: holds checkpoints of an earlier run. Resume it with "
@@ -37,8 +38,8 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint-N that was written to its end: trainer_state.json is the last file of one."""
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for folder in folders:
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -1,10 +1,11 @@
 """Load the policy that train.py trains, and what scores its rollouts."""
 
 import logging
-from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
 from common.cli import InputError, library_errors_are_input
@@ -19,17 +20,20 @@ from training.recipes import GRPORecipe, ScriptArguments
 
 logger = logging.getLogger("train")
 
+UNREADABLE = (OSError, ValueError, SafetensorError)  # missing, malformed or truncated files
+
 
 def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: str):
     """The policy, confined to a task's answers; from a LoRA folder a PeftModel whose adapter is trained further."""
     name, adapter = model_args.model_name_or_path, None
-    if Path(name, "adapter_config.json").is_file():
-        if model_args.use_peft:
-            raise InputError(
-                f"--use_peft: {name} is a LoRA adapter already, and is trained further as it is. Leave the flag out"
-            )
-        adapter = name
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    with library_errors_are_input(f"--model_name_or_path {name}: its LoRA config cannot be read", *UNREADABLE):
+        if find_adapter_config_file(name, revision=model_args.model_revision):
+            adapter = name
+            name = PeftConfig.from_pretrained(adapter, revision=model_args.model_revision).base_model_name_or_path
+    if adapter and model_args.use_peft:
+        raise InputError(
+            f"--use_peft: {adapter} is a LoRA adapter already, and is trained further as it is. Leave the flag out"
+        )
     if model_args.dtype in ("bfloat16", "float16") and not (adapter or model_args.use_peft):
         logger.warning(
             "--dtype %s without LoRA: AdamW's steps are smaller than the format resolves, so most weights stay as they "
@@ -37,7 +41,8 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
             model_args.dtype,
         )
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    with library_errors_are_input(f"--model_name_or_path {name}: cannot be loaded", OSError, ValueError):
+    what = f"--model_name_or_path {adapter}: its base model {name}" if adapter else f"--model_name_or_path {name}:"
+    with library_errors_are_input(f"{what} cannot be loaded", *UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
             name,
             revision=None if adapter else model_args.model_revision,
@@ -48,7 +53,10 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
         logger.warning("%s: its config ties head and embeddings, its weights differ; they are kept apart", name)
         model.config.tie_word_embeddings = False  # or what is saved would load with one of the two
     prepare_model(model, tokenizer, tokens, task)
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model
+    if adapter is None:
+        return model
+    with library_errors_are_input(f"--model_name_or_path {adapter}: its LoRA weights cannot be loaded", *UNREADABLE):
+        return PeftModel.from_pretrained(model, adapter, revision=model_args.model_revision, is_trainable=True)
 
 
 def load_rollout_scorer(

@@ -242,6 +242,8 @@ def _read_config(argv: list[str]) -> dict:
     if "--config" not in argv:
         return {}
     path = "".join(argv[argv.index("--config") + 1 :][:1])
+    if not path or path.startswith("--"):
+        raise InputError("--config: needs the path of a YAML file, such as configs/tiny.yaml")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -267,9 +269,14 @@ def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
         name = flag.lstrip("-").replace("-", "_")
         if name not in known | {"config"}:
             raise InputError(f"unknown flag {flag}{did_you_mean(name, known) or '.'} See python train.py --help")
+    path = argv[argv.index("--config") + 1] if config else None
     for key in config.keys() - known - {"env"}:
-        path = argv[argv.index("--config") + 1]
         raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, known) or '.'} See python train.py --help")
+    for action in parser._actions:  # TrlParser takes the file's values unchecked
+        if action.choices and action.dest in config and config[action.dest] not in action.choices:
+            raise InputError(
+                f"{path}: {action.dest} must be one of {', '.join(action.choices)} (got {config[action.dest]!r})"
+            )
 
 
 def _print_help(parser: TrlParser, everything: bool) -> None:
@@ -328,4 +335,6 @@ def _fill_in(script_args: ScriptArguments) -> None:
         )
     default = "reward_models/token2text.json" if method == "diffro" else DEFAULT_CONFIG[task]
     script_args.reward_config = script_args.reward_config or default
+    if isinstance(script_args.diffro_labels, str):  # one label in a YAML file
+        script_args.diffro_labels = [script_args.diffro_labels]
     script_args.diffro_filter = script_args.diffro_filter or ("none" if method == "diffro" else "clean")

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.cli import InputError
 from common.dataset_io import load_any_dataset
-from speech.error_rate import normalize_text
+from speech.error_rate import check_reference_text, normalize_text
 from speech.tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
 from training.recipes import GRPORecipe, ScriptArguments
 
@@ -159,6 +159,11 @@ def grpo_rows(
     """
     prompts = _tts_prompts(rows, name, tokenizer, max_completion_length, max_length)
     columns = {"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)}
+    for index, (text, language) in enumerate(zip(columns["text"], columns["language"], strict=True)):
+        try:
+            check_reference_text(text, language)
+        except InputError as error:
+            raise InputError(f"{name}, row {index}: {error}") from None
     for label in labels:
         if label not in rows.column_names:
             raise InputError(f"--diffro_labels: {name} has no column {label!r} (it has {', '.join(rows.column_names)})")

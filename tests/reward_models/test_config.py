@@ -114,3 +114,8 @@ def test_a_reward_of_the_other_task_is_named():
         load_config("reward_models/asr_rules.json")
     with pytest.raises(InputError, match="whisper is a reward of --task tts, this is --task asr"):
         load_config("reward_models/prosody_reward.json", "asr")
+
+
+def test_a_shipped_config_is_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("reward_models/whisper.json")["whisper"]["weight"] == 1.0

@@ -41,6 +41,11 @@ def test_the_line_of_a_supervised_step_and_of_missing_values():
     )
 
 
+def test_a_narrow_terminal_cuts_off_metrics_not_times():
+    line = step_line(GRPO_LOG, step=1, max_steps=75, seconds_a_step=6.1, times_first=True)
+    assert line.startswith("step  1/75  6.1 s/step  eta 7:31  reward 0.248")
+
+
 def test_clock():
     assert [clock(s) for s in (0.9, 61, 3_661)] == ["0:00", "1:01", "1:01:01"]
 

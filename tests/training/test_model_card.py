@@ -55,6 +55,8 @@ def test_the_code_of_an_adapters_card_too(tmp_path):
     folder = trained(tmp_path, "configs/tiny.yaml", "--use_peft", "--lora_r", "4", "--learning_rate", "1e-2")
     scope = {}
     exec(code_of((folder / "README.md").read_text(encoding="utf-8")), scope)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card and "Framework versions" not in card  # PEFT's own card
     policy = Policy.from_pretrained(str(folder))
     set_seed(0)
     [sample] = policy.sample([tts_prompt("Anna found two boxes.")], temperature=0.8, max_length=512)

@@ -68,6 +68,21 @@ def test_a_lora_folder_and_use_peft_are_refused(adapter):
         load(adapter, use_peft=True)
 
 
+@pytest.mark.parametrize("damage", ["no weights", "cut weights", "no JSON"])
+def test_a_broken_lora_folder_is_named(adapter, tmp_path, damage):
+    folder = tmp_path / "broken"
+    shutil.copytree(adapter, folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config.write_text("{")
+    with pytest.raises(InputError, match="--model_name_or_path .*broken: its LoRA"):
+        load(folder)
+
+
 def test_half_precision_without_lora_is_warned_of(caplog):
     load("tiny/llasa", dtype="bfloat16")
     assert "AdamW's steps are smaller than the format resolves" in caplog.text

@@ -70,3 +70,31 @@ def test_a_broken_config_file_is_named_whatever_else_is_given(tmp_path, caplog):
         with pytest.raises(SystemExit):
             train.parse_args(flags)
         assert str(broken) in caplog.text and "cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("task: foo", "task must be one of tts, asr, both (got 'foo')"),
+        ("method: sftt", "method must be one of grpo, diffro, grpo+diffro, sft (got 'sftt')"),
+    ],
+)
+def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_path, caplog):
+    config = tmp_path / "config.yaml"
+    config.write_text(content + "\n")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--config", str(config)])
+    assert f"{config}: {message}" in caplog.text
+
+
+def test_one_label_in_a_config_file_is_a_list_of_one(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("method: diffro\ntoken2text: tiny/token2text\ndiffro_labels: speaker\n")
+    assert train.parse_args(["--config", str(config)])[0].diffro_labels == ["speaker"]
+
+
+@pytest.mark.parametrize("flags", [["--config"], ["--config", "--method", "sft"]])
+def test_config_without_a_file(flags, caplog):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags)
+    assert "--config: needs the path of a YAML file" in caplog.text

@@ -18,7 +18,7 @@ CURVES = (
     ("wer", "WER of the rollouts"),
     ("nll", "NLL per token"),
     ("duration_s", "duration, s"),
-    ("log_f0_std", "spread of ln F0"),
+    ("log_f0_std", "log-F0 std"),
     ("frac_hallucination", "hallucinations"),
     ("insertions", "insertions per word"),
     ("deletions", "deletions per word"),

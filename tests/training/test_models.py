@@ -102,6 +102,8 @@ def test_two_different_matrices_under_a_tied_config_are_saved_as_they_are(tmp_pa
     policy = load(folder)
     assert policy.get_output_embeddings().weight is not policy.get_input_embeddings().weight
     policy.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is False  # vLLM and transformers 4 would take one matrix for both
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again.lm_head.weight, 2 * again.model.embed_tokens.weight)
     # Where both are equal they are one matrix, saved once.

@@ -1,11 +1,14 @@
-"""Open a dataset by name: the rules of `--dataset` in every script."""
+"""Open a dataset by name, and check the types of its columns: the rules of `--dataset` in every script."""
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Audio, Dataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, is_offline_mode
@@ -81,6 +84,128 @@ def find_data_file(name_or_path: str, split: str) -> Path | None:
     stems = [split, f"{split}/metadata"] + (["metadata"] if split == "train" else [])
     files = [path / (stem + suffix) for stem in stems for suffix in FILE_SUFFIXES]
     return next((file for file in files if file.is_file()), None)
+
+
+# --- Types of columns -------------------------------------------------------------------------------------
+
+
+def check_codes(rows: Dataset, column: str, num_codes: int, name: str, optional: bool = False) -> None:
+    """Check that every row of a column such as audio_codes holds speech codes, before any model is loaded.
+
+    A second for a million rows: a batch is checked as Arrow arrays, and only one with a fault value by value.
+
+    Args:
+        num_codes: of the codec; codes are in [0, num_codes).
+        name: of the dataset, for the message.
+        optional: the column may be absent, and a row null or empty; a code never.
+    Raises:
+        InputError: no such column; codes that are strings, floats, booleans, lists, null or out of range; a row that
+            is not a list, or has no codes. The message names the dataset and the row.
+    """
+
+    def are_codes(lists: pa.Array) -> bool:
+        if not (_is_list(lists.type) and pa.types.is_integer(lists.type.value_type)):
+            return False
+        codes = lists.flatten()
+        extremes = pc.min_max(codes).as_py()
+        in_range = len(codes) == 0 or (0 <= extremes["min"] and extremes["max"] < num_codes)
+        missing = lists.null_count or pc.min(pc.list_value_length(lists)).as_py() == 0
+        return in_range and not codes.null_count and (optional or not missing)
+
+    def fault(value: object) -> str | None:
+        if value is None or value == []:
+            return None if optional else repr(value)
+        if not isinstance(value, list):
+            return repr(value)
+        wrong = (code for code in value if type(code) is not int or not 0 <= code < num_codes)  # True is an int too
+        return next((f"{code!r} among them" for code in wrong), None)
+
+    wanted = f"a list of whole numbers from 0 to {num_codes - 1}"
+    _check_column(rows, column, name, optional, are_codes, fault, wanted)
+
+
+def check_texts(rows: Dataset, column: str, name: str, optional: bool = False) -> None:
+    """Check that every row of a column such as text or language is a string; it may be empty.
+
+    Args:
+        name: of the dataset, for the message.
+        optional: the column may be absent, and a row null.
+    Raises:
+        InputError: no such column, or a row that is no string. The message names the dataset and the row.
+    """
+
+    def are_texts(values: pa.Array) -> bool:
+        return _is_string(values.type) and (optional or values.null_count == 0)
+
+    def fault(value: object) -> str | None:
+        return None if isinstance(value, str) or (optional and value is None) else repr(value)
+
+    _check_column(rows, column, name, optional, are_texts, fault, "text")
+
+
+def check_keywords(rows: Dataset, column: str, name: str) -> None:
+    """Check that every row of a column such as keywords is a list of strings, or empty, or null.
+
+    Args:
+        name: of the dataset, for the message. A dataset without the column passes.
+    Raises:
+        InputError: a row that is a string or another type. The message names the dataset and the row.
+    """
+
+    def are_keywords(lists: pa.Array) -> bool:
+        return _is_list(lists.type) and _is_string(lists.type.value_type) and lists.flatten().null_count == 0
+
+    def fault(value: object) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            return repr(value)
+        return next((f"{word!r} among them" for word in value if not isinstance(word, str)), None)
+
+    _check_column(rows, column, name, True, are_keywords, fault, "a list of strings")
+
+
+def _check_column(
+    rows: Dataset,
+    column: str,
+    name: str,
+    optional: bool,
+    batch_passes: Callable[[pa.Array], bool],
+    fault: Callable[[object], str | None],
+    wanted: str,
+) -> None:
+    """Raises InputError at the first row that is not what is `wanted`.
+
+    Args:
+        batch_passes: whether all of a batch is as wanted; only one that does not pass is searched row by row.
+        fault: what a row has instead of what is wanted; None if nothing is wrong.
+    """
+    if column not in rows.column_names:
+        if optional:
+            return
+        raise InputError(f"{name}: no column {column!r} (got {', '.join(rows.column_names)}). Add it")
+    start = 0
+    rows = rows.select_columns([column])
+    for table in rows.with_format("arrow").iter(10_000):
+        if not batch_passes(table[column].combine_chunks()):
+            for index, value in enumerate(rows[start : start + len(table)][column], start):
+                got = fault(value)
+                if got is not None:
+                    raise InputError(
+                        f"{name}, row {index}: {column} must be {wanted} (got {got:.60}). Correct the row, or drop it"
+                    )
+        start += len(table)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+# --- Sources of create_dataset.py -------------------------------------------------------------------------
 
 
 @dataclass

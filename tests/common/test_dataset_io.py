@@ -1,6 +1,7 @@
 """Datasets by name: local files and folders, splits, columns, and errors that list what is accepted."""
 
 import json
+import re
 import time
 
 import datasets
@@ -114,3 +115,116 @@ def test_a_changed_file_is_read_again(tmp_path):
         file.write_text(json.dumps({"text": text}) + "\n")
         assert load_any_dataset(str(file))["text"][:] == [text]
         time.sleep(0.01)
+
+
+# --- Types of columns -------------------------------------------------------------------------------------
+
+
+def rows_of(tmp_path, column: str, values: list) -> datasets.Dataset:
+    """As a user's .jsonl, which may mix types."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"id": str(i), column: value}) + "\n" for i, value in enumerate(values)))
+    return load_any_dataset(str(file))
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "got"),
+    [
+        ([["<|s_1|>"]], 0, "'<|s_1|>' among them"),
+        ([[1], [2, "a"]], 1, "'a' among them"),
+        ([[1.0, 2.0]], 0, "1.0 among them"),
+        ([[True, False]], 0, "True among them"),
+        ([[1], [1, True]], 1, "True among them"),
+        ([[[1, 2]]], 0, "[1, 2] among them"),
+        ([[1], [2, None]], 1, "None among them"),
+        ([[1], None], 1, "None"),
+        ([None], 0, "None"),
+        ([[1], []], 1, "[]"),
+        ([7], 0, "7"),
+        ([[1], 7], 1, "7"),
+        (["[1, 2]"], 0, "'[1, 2]'"),
+        ([[1, 2], [3], [3, 8]], 2, "8 among them"),
+        ([[1], [-1]], 1, "-1 among them"),
+        ([[2**40]], 0, "1099511627776 among them"),
+        (["1" * 1_000], 0, "'" + "1" * 59),
+    ],
+)
+def test_what_are_no_codes(tmp_path, values, row, got):
+    rows = rows_of(tmp_path, "audio_codes", values)
+    message = f"name, row {row}: audio_codes must be a list of whole numbers from 0 to 7 (got {got}). Correct the row"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        dataset_io.check_codes(rows, "audio_codes", 8, "name")
+
+
+def test_codes_of_every_arrow_type_pass():
+    integers, item = datasets.Value("uint16"), datasets.Value("int32")
+    for feature in (datasets.List(integers), datasets.LargeList(item), datasets.List(item, length=2)):
+        features = datasets.Features({"audio_codes": feature})
+        rows = datasets.Dataset.from_dict({"audio_codes": [[0, 7], [3, 3], [7, 1]]}, features)
+        dataset_io.check_codes(rows, "audio_codes", 8, "name")
+        with pytest.raises(InputError, match=r"row 0: .*got 7 among them"):
+            dataset_io.check_codes(rows, "audio_codes", 7, "name")
+        # Rows picked in another order are named by their place in it.
+        with pytest.raises(InputError, match=r"row 1: .*got 7 among them"):
+            dataset_io.check_codes(rows.select([1, 2]), "audio_codes", 7, "name")
+
+
+def test_the_row_is_named_in_a_large_dataset_too():
+    rows = datasets.Dataset.from_dict({"audio_codes": [[i % 8] for i in range(25_000)] + [[8]]})
+    dataset_io.check_codes(rows.select(range(25_000)), "audio_codes", 8, "name")
+    with pytest.raises(InputError, match="row 25000: "):
+        dataset_io.check_codes(rows, "audio_codes", 8, "name")
+
+
+@pytest.mark.parametrize("values", [[None], [[]], [[1], None, []]])
+def test_optional_codes_may_be_missing(tmp_path, values):
+    rows = rows_of(tmp_path, "ref_codes", values)
+    dataset_io.check_codes(rows, "ref_codes", 8, "name", optional=True)
+    with pytest.raises(InputError, match="ref_codes must be a list"):
+        dataset_io.check_codes(rows, "ref_codes", 8, "name")
+    for wrong in (0, "x", False, [None], ["x"]):
+        with pytest.raises(InputError, match=r"row 1: ref_codes must be a list"):
+            dataset_io.check_codes(rows_of(tmp_path, "ref_codes", [[1], wrong]), "ref_codes", 8, "name", optional=True)
+
+
+@pytest.mark.parametrize(("values", "row"), [([7], 0), (["a", 7], 1), ([1.5], 0), ([["a"]], 0), (["a", False], 1)])
+def test_what_is_no_text(tmp_path, values, row):
+    rows = rows_of(tmp_path, "language", values)
+    for optional in (False, True):
+        with pytest.raises(InputError, match=rf"^name, row {row}: language must be text \(got .*{values[row]}"):
+            dataset_io.check_texts(rows, "language", "name", optional)
+
+
+def test_texts(tmp_path):
+    dataset_io.check_texts(rows_of(tmp_path, "text", ["one", ""]), "text", "name")
+    for values in (["one", None], [None]):
+        rows = rows_of(tmp_path, "text", values)
+        dataset_io.check_texts(rows, "text", "name", optional=True)
+        with pytest.raises(InputError, match=rf"row {len(values) - 1}: text must be text \(got None\)"):
+            dataset_io.check_texts(rows, "text", "name")
+
+
+@pytest.mark.parametrize("wrong", ["word", 7, [7], ["word", 7], ["word", None], [["word"]], {"word": 1}])
+def test_what_are_no_keywords(tmp_path, wrong):
+    for values in ([wrong], [["a", "b"], wrong]):
+        rows = rows_of(tmp_path, "keywords", values)
+        with pytest.raises(InputError, match=f"row {len(values) - 1}: keywords must be a list of strings"):
+            dataset_io.check_keywords(rows, "keywords", "name")
+
+
+def test_keywords(tmp_path):
+    for values in ([["a", "b"], [], None], [None], [[]], [["a"]]):
+        dataset_io.check_keywords(rows_of(tmp_path, "keywords", values), "keywords", "name")
+
+
+def test_an_absent_column_is_an_error_unless_it_is_optional(tmp_path):
+    rows = rows_of(tmp_path, "text", ["one"])
+    dataset_io.check_keywords(rows, "keywords", "name")
+    dataset_io.check_texts(rows, "language", "name", optional=True)
+    dataset_io.check_codes(rows, "ref_codes", 8, "name", optional=True)
+    for check in (
+        lambda: dataset_io.check_texts(rows, "language", "name"),
+        lambda: dataset_io.check_codes(rows, "language", 8, "name"),
+    ):
+        with pytest.raises(InputError, match=r"^name: no column 'language' \(got id, text\)"):
+            check()

@@ -109,8 +109,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--judge",
         nargs="+",
         action="extend",
-        help="evaluation ASRs: names or paths of Whispers, and pocketsphinx; default: the reward's Whisper. Those that "
-        "no reward of the models has used are held-out ASRs, and are listed first",
+        help="evaluation ASRs: Whispers (large-v3, a .pt file, a folder or hub id in transformers' format), and "
+        "pocketsphinx; default: the reward's Whisper. Those that no reward of the models has used are held-out ASRs, "
+        "and are listed first",
     )
     tts.add_argument(
         "--whisper",

@@ -109,7 +109,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--audio", required=True, help="the clip: WAV, FLAC, OGG or MP3, any sampling rate, any number of channels")
     add("--text", required=True, help="the reference text of the clip")
     add("--language", default="en", help="language of the text, as Whisper's code or name")
-    add("--whisper", default="large-v3", help="name of an openai-whisper model, or path of a .pt file")
+    add(
+        "--whisper",
+        default="large-v3",
+        help="large-v3 or another openai-whisper name, a .pt file, or a folder or hub id",
+    )
     add("--device", default="auto", help="where Whisper runs: auto (a GPU where there is one), cpu, cuda or cuda:1")
     add("--alpha_wer", type=float, default=ALPHA_WER, help="steepness of R_wer = 1 - tanh(alpha_wer * WER)")
     add("--alpha_nll", type=float, default=ALPHA_NLL, help="scale of R_nll = exp(-NLL / alpha_nll), in nats")

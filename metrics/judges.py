@@ -33,7 +33,7 @@ def asr_roles(names: list[str], reward_whisper: str, models: list[str]) -> dict[
 
     Args:
         names: of the evaluation ASRs.
-        reward_whisper: name or path of the reward's Whisper (--whisper).
+        reward_whisper: name, path or hub id of the reward's Whisper (--whisper).
         models: paths of the checkpoints; the Whisper that their run.json records was used by a reward too.
     """
     used = {_canonical(reward_whisper)}
@@ -46,8 +46,8 @@ def asr_roles(names: list[str], reward_whisper: str, models: list[str]) -> dict[
 
 
 def _canonical(whisper: str) -> str:
-    """One spelling for the same Whisper: a file's real path, or a model's name without its Hub prefix."""
-    return os.path.realpath(whisper) if os.path.isfile(whisper) else whisper.removeprefix("openai/whisper-")
+    """One spelling for the same Whisper: a file's or folder's real path, or a model's name without its Hub prefix."""
+    return os.path.realpath(whisper) if os.path.exists(whisper) else whisper.removeprefix("openai/whisper-")
 
 
 def asr_label(name: str, role: str) -> str:
@@ -58,7 +58,7 @@ def asr_label(name: str, role: str) -> str:
 def load_evaluation_asrs(
     names: list[str], texts: list[str], languages: list[str], device: str
 ) -> dict[str, EvaluationASR]:
-    """Evaluation ASRs by name: "pocketsphinx", or a Whisper's name or path; InputError for one that cannot be used."""
+    """Evaluation ASRs by name: "pocketsphinx", or a Whisper's name, path or hub id; InputError for an unusable one."""
     return {
         name: PocketsphinxScorer(texts, languages) if name == "pocketsphinx" else WhisperScorer(name, device)
         for name in names

@@ -5,15 +5,14 @@ The model is transformers' native `Xcodec2Model`. Two checkpoint layouts are rea
 package (`HKUSTAudio/xcodec2`), whose weights are renamed onto the native model.
 """
 
-import json
-
 import numpy as np
 import torch
 from transformers import SeamlessM4TFeatureExtractor, Xcodec2Model
 
 from common.cli import InputError
+from speech.checkpoint_files import find_checkpoint, load_weights, read_json
 from speech.codec_batching import decode_ragged
-from speech.codec_checkpoint import find_checkpoint, load_weights, original_config, rename_original
+from speech.codec_checkpoint import ACCEPTED, original_config, rename_original
 from speech.tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 
 # How clips are put into forward passes, from the shortest to the longest: the next one joins if the pass stays within
@@ -67,8 +66,8 @@ class SpeechCodec:
             OSError: no such folder or hub model, or it lacks config.json or weights.
             ValueError: not an XCodec2, or its weights do not fit.
         """
-        folder = find_checkpoint(id_or_path)
-        config = json.loads((folder / "config.json").read_text())
+        folder = find_checkpoint(str(id_or_path), ACCEPTED)
+        config = read_json(folder / "config.json")
         if "codec_decoder_hidden_size" in config:
             state = rename_original(load_weights(folder))
             try:

@@ -1,51 +1,13 @@
 """XCodec2's weights in the layouts they are published in, as transformers' native model wants them."""
 
 import re
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from transformers import Wav2Vec2BertConfig, Xcodec2Config
 
-from common.cli import InputError
-
+ACCEPTED = "a folder with config.json and weights, 'HKUSTAudio/xcodec2' or 'HKUSTAudio/xcodec2-hf'"
 SEMANTIC_LAYERS = 16  # the original reads hidden_states[16] of w2v-bert-2.0's 24 layers
 HEAD_DIM = 64  # of the original's decoder: not to be seen in its weights
-
-
-def find_checkpoint(id_or_path: str) -> Path:
-    """The local folder of a checkpoint, downloaded if it is a hub id."""
-    folder = Path(id_or_path)
-    if not folder.is_dir():
-        try:
-            # Only what is read: repositories also hold training checkpoints, samples, code.
-            names = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
-            folder = Path(snapshot_download(str(id_or_path), allow_patterns=names))
-            if not any(folder.glob("model*.safetensors")):
-                snapshot_download(str(id_or_path), allow_patterns=["pytorch_model*"])
-        except (OSError, ValueError) as error:  # offline, unknown, or malformed id
-            raise InputError(
-                f"{id_or_path}: no such folder, and the hub gave no such model "
-                f"({type(error).__name__}). Accepted: a folder with config.json and weights, "
-                "'HKUSTAudio/xcodec2' or 'HKUSTAudio/xcodec2-hf'"
-            ) from None
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{id_or_path}: holds no config.json; is it the folder of a checkpoint?")
-    return folder
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder; pickled ones only if there are no safetensors."""
-    state = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        state |= load_file(file)
-    for file in [] if state else sorted(folder.glob("pytorch_model*.bin")):
-        state |= torch.load(file, map_location="cpu", weights_only=True)
-    if not state:
-        raise InputError(f"{folder}: holds neither model*.safetensors nor pytorch_model*.bin")
-    return state
-
 
 # The original's names → the native model's, every substitution tried in this order. The original
 # counts its first convolution as block 0 and its residual units from 0.

@@ -1,7 +1,6 @@
 """Whisper on batches of clips: the transcript and the NLL of a reference text from one encoder pass."""
 
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +17,7 @@ from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 from common.cli import InputError
 from speech.audio import audio_failure, split_at_pauses
 from speech.error_rate import SPACELESS_LANGUAGES, error_rate, language_code, split_reference
+from speech.whisper_checkpoint import load_whisper
 from speech.whisper_decoding import Reading, WindowReader
 
 MAX_NLL = 20.0  # nats per token, the worst score: a uniform guess over Whisper's vocabulary is ln 51,866 = 10.9
@@ -45,25 +45,9 @@ class Score:
     failure: str | None = None  # 'empty', 'silent', 'non_finite': scored without Whisper, WER 1 and MAX_NLL
 
 
-def load_whisper(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
-    """An openai-whisper model by name ('large-v3', also 'openai/whisper-large-v3') or from a .pt file.
-
-    Raises:
-        InputError: no such name or file, not an openai-whisper checkpoint, or the download failed.
-    """
-    name = os.fspath(model_id_or_path).removeprefix("openai/whisper-")
-    if name not in whisper.available_models() and not os.path.isfile(name):
-        raise InputError(
-            f"{name}: no such Whisper model. Use the path of an openai-whisper .pt file, or one of: "
-            + ", ".join(whisper.available_models())
-        )
-    try:
-        model = whisper.load_model(name, device="cpu")
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(
-            f"{name}: cannot be loaded as an openai-whisper model ({reason}). Use a .pt file in OpenAI's format"
-        ) from error
+def load_model(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
+    """`load_whisper`'s model, ready to score on a device."""
+    model = load_whisper(model_id_or_path)
     for module in model.modules():
         # Whisper casts weights on the fly but computes its LayerNorms in float32: model.half() would break those.
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Embedding)):
@@ -92,7 +76,7 @@ class WhisperScorer:
     """Transcripts and NLLs from one encoder pass, in batches; equal to scoring each clip alone.
 
     Args:
-        model_id_or_path: see `load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
+        model_id_or_path: see `whisper_checkpoint.load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
         device: None is CUDA if there is one; 'cuda' is the process's current device.
         dtype: float16 or float32; None is float16 on a GPU and float32 elsewhere.
         batch_size: windows per forward pass; None is as many as BATCH_BYTES and MAX_BATCH_SIZE allow.
@@ -116,7 +100,7 @@ class WhisperScorer:
             raise ValueError(f"dtype: openai-whisper decodes in float16 or float32 (got {self.dtype})")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: must be >= 1 (got {batch_size})")
-        self.model = load_whisper(model_id_or_path, self.device, self.dtype)
+        self.model = load_model(model_id_or_path, self.device, self.dtype)
         dims = self.model.dims
         window_bytes = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * self.dtype.itemsize
         self.batch_size = batch_size or max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))

@@ -53,7 +53,10 @@ class ScriptArguments:
         default=None, metadata={"help": "XCodec2, hub id or folder (default: the policy's run.json, else the hub's)"}
     )
     whisper: str = field(
-        default=None, metadata={"help": "Whisper of the reward (default: the policy's run.json, else large-v3)"}
+        default=None,
+        metadata={
+            "help": "Whisper of the reward, as in docs/rewards.md (default: the policy's run.json, else large-v3)"
+        },
     )
     token2text: str = field(
         default=None, metadata={"help": "folder of DiffRO's reward model, from train_token2text.py"}

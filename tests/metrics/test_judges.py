@@ -35,6 +35,8 @@ def test_a_file_is_the_same_asr_by_any_path(tmp_path, monkeypatch):
     model = save_run(tmp_path / "run", whisper=str(tmp_path / "whisper.pt"))
     for name in ("whisper.pt", "./whisper.pt", "link.pt"):
         assert asr_roles([name], "large-v3", [f"{model}/checkpoint-5"]) == {name: REWARD_ASR}
+    (tmp_path / "folder").mkdir()  # in transformers' format
+    assert asr_roles(["./folder"], str(tmp_path / "folder"), []) == {"./folder": REWARD_ASR}
 
 
 def test_dictionary_words():

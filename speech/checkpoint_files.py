@@ -83,7 +83,7 @@ def _load(file: Path, load) -> dict[str, torch.Tensor]:
         state = load(file)
     except UNREADABLE as error:
         raise InputError(f"{file}: the weights are broken ({first_line(error)}). Download or save it again") from error
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(weight, torch.Tensor) for weight in state.values()):
         raise InputError(f"{file}: holds no weights by name (got {type(state).__name__}). Download or save it again")
     return state
 

@@ -10,9 +10,8 @@ import torch
 from transformers import SeamlessM4TFeatureExtractor, Xcodec2Model
 
 from common.cli import InputError
-from speech.checkpoint_files import find_checkpoint, load_weights, read_json
 from speech.codec_batching import decode_ragged
-from speech.codec_checkpoint import ACCEPTED, original_config, rename_original
+from speech.codec_checkpoint import load_model
 from speech.tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 
 # How clips are put into forward passes, from the shortest to the longest: the next one joins if the pass stays within
@@ -63,33 +62,9 @@ class SpeechCodec:
             dtype: of the weights; audio is float32 with any. Half precision moves some codes across a rounding
                 boundary: encode data sets in float32.
         Raises:
-            OSError: no such folder or hub model, or it lacks config.json or weights.
-            ValueError: not an XCodec2, or its weights do not fit.
+            InputError: no such folder or hub model, not an XCodec2, a broken file, or weights that do not fit.
         """
-        folder = find_checkpoint(str(id_or_path), ACCEPTED)
-        config = read_json(folder / "config.json")
-        if "codec_decoder_hidden_size" in config:
-            state = rename_original(load_weights(folder))
-            try:
-                options = {"config": original_config(state), "state_dict": state}
-            except KeyError as error:
-                raise InputError(f"{id_or_path}: the checkpoint lacks {error}") from None
-            folder = None  # all is in the options
-        elif config.get("model_type") == "xcodec2":
-            options = {}
-        else:
-            raise InputError(
-                f"{id_or_path}: model_type {config.get('model_type')!r} is no XCodec2; accepted: "
-                "'xcodec2' of transformers, or a checkpoint of the xcodec2 package"
-            )
-        model, info = Xcodec2Model.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[problem]:  # transformers would only warn, and fill in random weights
-                names = sorted(map(str, info[problem]))
-                raise InputError(f"{id_or_path}: {len(names)} {problem}: {', '.join(names[:4])} …")
-        return cls(model.to(device))
+        return cls(load_model(id_or_path, dtype).to(device))
 
     def drop_encoder(self) -> None:
         """Free the weights that only `encode` needs: 442 M of the published model's 629 M."""

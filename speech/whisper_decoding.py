@@ -113,6 +113,9 @@ class WindowReader:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(positions, n_state) to float32 (positions, n_vocab)."""
         weight = self.model.decoder.token_embedding.weight.to(hidden.dtype)
+        if hidden.device.type == "cuda" and hidden.dtype != torch.float32:
+            # Summed in float32 and left there: in float16 a logit of 16 to 32 is a multiple of 1/64.
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         pieces = weight.split(VOCABULARY_PIECE if hidden.device.type == "cpu" else len(weight))
         return torch.cat([F.linear(hidden, piece) for piece in pieces], dim=1).float()
 

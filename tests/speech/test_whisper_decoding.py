@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,34 @@ def test_nll_keeps_the_tail_of_the_vocabulary(tiny, monkeypatch):
     monkeypatch.setattr(WindowReader, "_logits", logits)
     [reading] = WindowReader(scorer.model, "en").read(features[:1], [[440]], [0])
     assert reading.nll == pytest.approx(0.002619 + 16.8 + 0.002619, abs=4e-6)
+
+
+class OnAGPU(torch.Tensor):
+    """A CPU's tensor whose device is said to be a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_of_half_precision_leave_a_gpu_s_product_in_float32(dtype, monkeypatch):
+    """PyTorch has `out_dtype` on GPUs alone, so here a stand-in computes what it is documented to."""
+    products = []
+
+    def mm(a, b, *, out_dtype):
+        products.append((a.dtype, b.dtype, out_dtype))
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, embedding = torch.randn(3, 512).to(dtype), torch.randn(70, 512)
+    reader = SimpleNamespace(model=SimpleNamespace(decoder=SimpleNamespace(token_embedding=SimpleNamespace())))
+    reader.model.decoder.token_embedding.weight = embedding
+    logits = WindowReader._logits(reader, hidden.as_subclass(OnAGPU))
+    assert products == ([] if dtype is torch.float32 else [(dtype, dtype, torch.float32)])
+    assert logits.shape == (3, 70) and logits.dtype == torch.float32
+    exact = hidden.double() @ embedding.to(dtype).double().T
+    assert (logits - exact).abs().max() < 1e-4
+    rounded = WindowReader._logits(reader, hidden)  # as before, on a CPU
+    assert len(products) <= 1 and (dtype is torch.float32 or (rounded - exact).abs().max() > 1e-3)
 
 
 def test_finished_windows_leave_the_batch(tiny, monkeypatch):

@@ -11,10 +11,10 @@ that training used), and the codes of the voice prompt are never decoded, so the
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,8 @@ from common.cli import (
     pick_device,
     read_text,
     set_up_logging,
-    write_whole,
 )
+from common.run_record import weights_digest
 from speech.audio import load_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
@@ -45,6 +45,10 @@ from speech.policy import (
     reward_parameters,
 )
 from speech.tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
+from speech.transcript_file import TranscriptFile
+
+# Arguments that do not change the transcripts: a resumed run may have other values of them
+FREE_ARGUMENTS = ("output", "overwrite", "debug")
 
 logger = logging.getLogger("inference")
 
@@ -84,6 +88,12 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
     ]
 
 
+def check_no_folders(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"--output {path}: is a folder. Use another name, or remove the folder")
+
+
 def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs: list[np.ndarray]) -> int:
     """Write every clip with samples, warn of truncated and empty ones; the number written."""
     written = 0
@@ -114,6 +124,7 @@ def synthesize(args: argparse.Namespace) -> None:
                 check_reference_text(text, args.language)
         ref_wav = load_audio(args.ref_audio) if args.ref_audio else None
         paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
+        check_no_folders(paths)
         check_writable(paths[0].parent)
 
         device = pick_device(args.device)
@@ -183,12 +194,15 @@ def load_clips(args: argparse.Namespace, codec_id: str, device: str) -> tuple[li
 def transcribe(args: argparse.Namespace) -> None:
     """Transcripts to the terminal (of --audio) and to --output, one line of JSON per clip."""
     with bad_input_exits():
-        output = Path(args.output) if args.output else None
-        if output is not None:
-            check_writable(output.parent)
+        if args.output:
+            check_writable(Path(args.output).parent)
         device = pick_device(args.device)
         codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
         ids, codes = load_clips(args, codec_id, device)
+        output = open_output(args, device, ids, codes) if args.output else None
+        if output is not None and output.finished:
+            logger.info("%s: complete already, nothing to do", output.path)
+            return
         policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr")
         for clip_codes in codes:
             policy.tokens.ids(clip_codes)  # raises for the codes of another codec
@@ -196,7 +210,8 @@ def transcribe(args: argparse.Namespace) -> None:
         policy.encode(prompts, args.max_length)  # raises for a clip too long
 
     set_seed(args.seed)
-    transcripts = policy.transcribe(
+    done = output.resume() if output is not None else []
+    batches = policy.transcripts_by_batch(
         [prompt for prompt in prompts for _ in range(args.num_samples)],
         temperature=args.temperature,
         top_p=args.top_p,
@@ -204,12 +219,31 @@ def transcribe(args: argparse.Namespace) -> None:
         max_completion_length=args.max_completion_length,
         batch_size=args.batch_size,
         progress="transcribing",
+        first_batch=len(done),
     )
-    by_clip = [transcripts[start : start + args.num_samples] for start in range(0, len(transcripts), args.num_samples)]
+    for batch in batches:
+        done.append(batch)
+        if output is not None:
+            output.add(batch)
+    rollouts = {i: transcript for batch in done for i, transcript in batch.items()}
+    by_clip = [[rollouts[clip * args.num_samples + k] for k in range(args.num_samples)] for clip in range(len(ids))]
     if args.audio is not None:
         log_transcripts(args.audio, by_clip)
     if output is not None:
-        write_transcripts(output, ids, by_clip)
+        output.finish(transcript_records(ids, by_clip))
+        logger.info("%d clips, %d transcripts each: %s", len(ids), args.num_samples, output.path)
+
+
+def open_output(args: argparse.Namespace, device: str, ids: list[dict], codes: list[list[int]]) -> TranscriptFile:
+    """--output; InputError if it has transcripts of other settings, of another model or of other clips."""
+    run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    run["device"] = device
+    run["weights"] = weights_digest(args.model_name_or_path)
+    digest = hashlib.sha256()
+    for row in zip(ids, codes, strict=True):
+        digest.update(json.dumps(row).encode())
+    run["clips"] = digest.hexdigest()
+    return TranscriptFile(Path(args.output), run, device, args.overwrite)
 
 
 def log_transcripts(audio: list[str], by_clip: list[list[Transcript]]) -> None:
@@ -218,25 +252,23 @@ def log_transcripts(audio: list[str], by_clip: list[list[Transcript]]) -> None:
             logger.info("%s  %r%s", path, transcript.text, "  (truncated)" if transcript.truncated else "")
 
 
-def write_transcripts(output: Path, ids: list[dict], by_clip: list[list[Transcript]]) -> None:
-    """One line of JSON per clip, as select_rl_data.py reads them."""
-    lines = []
-    for clip_id, transcripts in zip(ids, by_clip, strict=True):
-        record = {
+def transcript_records(ids: list[dict], by_clip: list[list[Transcript]]) -> list[dict]:
+    """One record per clip, as select_rl_data.py reads them."""
+    return [
+        {
             **clip_id,
             "transcripts": [transcript.text for transcript in transcripts],
             "truncated": [transcript.truncated for transcript in transcripts],
         }
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_whole(output, partial(Path.write_text, data="".join(lines), encoding="utf-8"))
-    logger.info("%d clips, %d transcripts each: %s", len(ids), len(by_clip[0]), output)
+        for clip_id, transcripts in zip(ids, by_clip, strict=True)
+    ]
 
 
 # --- The script -------------------------------------------------------------------------------------------
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1)
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1, seed=0)
     check_sampling([args.temperature], args.top_p)
     has_text = args.text is not None or args.text_file is not None
     if has_text != (args.task == "tts"):
@@ -254,6 +286,8 @@ def check_transcripts_path(args: argparse.Namespace) -> None:
         raise InputError("--dataset: no file for the transcripts. Add --output with a .jsonl file")
     if args.output is not None and Path(args.output).suffix != ".jsonl":
         raise InputError(f"--output {args.output}: not a .jsonl file, which transcripts are written to. Rename it")
+    if args.output is not None:
+        check_no_folders([Path(args.output)])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -279,8 +313,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output",
         help="tts: a .wav file (default sample.wav); several clips are numbered from it, text by text: "
         "sample_000.wav, sample_001.wav, with --num_samples sample_000_0.wav, sample_000_1.wav. Anything else is a "
-        "folder for such clips. asr: a .jsonl file of transcripts, one line per clip, which select_rl_data.py reads",
+        "folder for such clips. asr: a .jsonl file of transcripts, one line per clip, which select_rl_data.py reads; "
+        "the same command again resumes an interrupted run",
     )
+    add("--overwrite", action="store_true", help="asr: replace an --output of other settings or other clips")
     add("--split", default="train", help="asr: split of --dataset")
     add("--ref_audio", help="tts: voice prompt, a clip whose voice is to be continued (wav, flac, ogg, mp3)")
     add("--ref_text", help="tts: transcript of --ref_audio")

@@ -1,5 +1,6 @@
 """What a run leaves beside its checkpoint: run.json and reward_curve.png."""
 
+import hashlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")  # of a model's folder
 # What the reward curve shows where it was logged: (log key, label)
 CURVES = (
     ("reward", "reward"),
@@ -61,6 +63,23 @@ def write_run(output_dir: str, **facts) -> None:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n")
+
+
+def weights_digest(name_or_path: str) -> str | None:
+    """SHA-256 of a model's weights, a file's or those of a folder; None for what is not on this disk, as a hub id."""
+    path = Path(name_or_path)
+    files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
+    digest = hashlib.sha256()
+    for name in files:
+        with name.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def changed_settings(earlier: dict, now: dict) -> str:
+    """The settings in which two runs differ, for an error message; "" if in none."""
+    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    return ", ".join(f"{name} ({earlier.get(name)!r:.80}, now {now.get(name)!r:.80})" for name in names)
 
 
 def running_mean(values: list[float], window: int) -> list[float]:

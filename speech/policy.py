@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.cli import InputError, first_line, pick_device
@@ -119,12 +120,26 @@ class Policy:
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
     ) -> list[Transcript]:
         """One ASR rollout per prompt of `asr_prompt`; arguments and errors as for `answer`."""
-        assert self.task == "asr", "call turn_to('asr') first"
-        answers = self.answer(prompts, temperature=temperature, **options)
-        return [Transcript(*written_text(self.tokenizer, ids, self.tokens.text_end_id)) for ids in answers]
+        batches = self.transcripts_by_batch(prompts, temperature=temperature, **options)
+        transcripts = {i: transcript for batch in batches for i, transcript in batch.items()}
+        return [transcripts[i] for i in range(len(prompts))]
 
-    @torch.inference_mode()
-    def answer(
+    def transcripts_by_batch(
+        self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
+    ) -> Iterator[dict[int, Transcript]]:
+        """As `transcribe`, by the index of the prompt, one batch after the other; arguments of `answers_by_batch`."""
+        assert self.task == "asr", "call turn_to('asr') first"
+        for batch in self.answers_by_batch(prompts, temperature=temperature, **options):
+            yield {
+                i: Transcript(*written_text(self.tokenizer, ids, self.tokens.text_end_id)) for i, ids in batch.items()
+            }
+
+    def answer(self, prompts: list[list[dict[str, str]]], **options) -> list[list[int]]:
+        """A completion of each prompt, in their order; arguments and errors of `answers_by_batch`."""
+        answers = {i: ids for batch in self.answers_by_batch(prompts, **options) for i, ids in batch.items()}
+        return [answers[i] for i in range(len(prompts))]
+
+    def answers_by_batch(
         self,
         prompts: list[list[dict[str, str]]],
         *,
@@ -134,10 +149,12 @@ class Policy:
         max_completion_length: int | None = None,
         batch_size: int = 16,
         progress: str | None = None,
-    ) -> list[list[int]]:
-        """A completion of each prompt, in their order: token ids, END included where it came.
+        first_batch: int = 0,
+    ) -> Iterator[dict[int, list[int]]]:
+        """A completion of each prompt by its index, one batch after the other: token ids, END included where it came.
 
-        Random where the temperature is not 0: call `transformers.set_seed` before.
+        Random where the temperature is not 0: call `transformers.set_seed` before. When a batch is yielded nothing has
+        been drawn for the next one.
 
         Args:
             prompts: one may be repeated, for several rollouts of it.
@@ -145,24 +162,24 @@ class Policy:
             max_length: maximum number of tokens of prompt and answer together, at most the model's context.
             max_completion_length: maximum number of tokens of the answer alone; None: as many as fit.
             progress: label of a progress bar, which a terminal gets and a log file does not; None: no bar.
+            first_batch: where to begin; the batches are the same in every run with the same prompts.
         Raises:
             InputError: a prompt too long for the context; nothing has been sampled then.
         """
         ids, limit = self.encode(prompts, max_length), self._limit(max_length)
         limits = [min(limit, len(row) + (max_completion_length or limit)) for row in ids]
-        answers = [None] * len(ids)
         # Neighbours in length end at about the same step, so little is spent on padding.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        for start in trange(0, len(ids), batch_size, desc=progress, disable=None if progress else True):
-            batch = by_length[start : start + batch_size]
+        batches = [by_length[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        bar = {"desc": progress, "disable": None if progress else True, "initial": first_batch, "total": len(batches)}
+        for batch in tqdm(batches[first_batch:], **bar):
             completions = self._generate([ids[i] for i in batch], [limits[i] for i in batch], temperature, top_p)
-            for i, completion in zip(batch, completions, strict=True):
-                answers[i] = completion
-        return answers
+            yield dict(zip(batch, completions, strict=True))
 
     def _limit(self, max_length: int) -> int:
         return min(max_length, self.model.config.max_position_embeddings)
 
+    @torch.inference_mode()
     def _generate(self, ids: list[list[int]], limits: list[int], temperature: float, top_p: float) -> list[list[int]]:
         """Completion ids (END included, padding not) of one left-padded batch, prompt and completion within limits."""
         rows = [torch.tensor(row) for row in ids]

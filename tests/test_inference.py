@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fake_policy import ToneCodec, save_policy
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 import inference
 from reward_models.whisper import best_of_n
@@ -21,7 +21,7 @@ from speech import codec as speech_codec
 from speech import whisper_scorer
 from speech.audio import load_audio, save_audio
 from speech.policy import Policy, Sample
-from speech.tokens import tts_prompt
+from speech.tokens import asr_prompt, tts_prompt
 from speech.whisper_scorer import Score
 
 MULTITASK_MODEL = "tiny/llasa_asr"
@@ -180,6 +180,87 @@ def test_transcripts_of_a_dataset_are_what_select_rl_data_reads(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Nine clips of one to nine codes: with two transcripts each and batches of five, clips straddle batches."""
+    path = tmp_path_factory.mktemp("clips") / "rows.parquet"
+    lengths = [4, 9, 1, 7, 3, 8, 2, 6, 5]
+    rows = {"audio_codes": [list(range(length)) for length in lengths], "text": [""] * 9, "id": list("abcdefghi")}
+    datasets.Dataset.from_dict(rows).to_parquet(path)
+    return str(path)
+
+
+def transcripts(policy_path, clips, output, *options) -> list[dict]:
+    """What `--output` holds after the command."""
+    flags = ["--num_samples", "2", "--batch_size", "5", "--max_completion_length", "6", "--max_length", "200"]
+    argv = ["--task", "asr", "--model_name_or_path", policy_path, "--dataset", clips, "--output", str(output)]
+    inference.main(inference.parse_args([*argv, *flags, *options]))
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+def stop_after(monkeypatch, num_batches: int) -> None:
+    """Have sampling fail in a later batch."""
+    generate, calls = Policy._generate, []
+
+    def counted(*args):
+        if len(calls) == num_batches:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return generate(*args)
+
+    monkeypatch.setattr(Policy, "_generate", counted)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_an_interrupted_run_resumes_as_if_it_had_not_stopped(policy_path, clips, tmp_path, monkeypatch, temperature):
+    options = ("--temperature", temperature, "--seed", "3")
+    whole = transcripts(policy_path, clips, tmp_path / "whole.jsonl", *options)
+    assert [line["index"] for line in whole] == list(range(9)) and [line["id"] for line in whole] == list("abcdefghi")
+    # The transcripts are those of one call of the library, in one stream of random numbers
+    policy = Policy.from_pretrained(policy_path, "cpu", task="asr")
+    prompts = [asr_prompt(codes) for codes in datasets.Dataset.from_parquet(clips)["audio_codes"] for _ in range(2)]
+    set_seed(3)
+    sampling = {"temperature": float(temperature), "batch_size": 5, "max_completion_length": 6, "max_length": 200}
+    texts = [transcript.text for transcript in policy.transcribe(prompts, **sampling)]
+    assert [text for line in whole for text in line["transcripts"]] == texts and len(set(texts)) > 5
+
+    output = tmp_path / "t.jsonl"
+    for _ in range(2):  # interrupted twice
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_after(patch, 1)
+            transcripts(policy_path, clips, output, *options)
+        assert not output.exists()  # what is there is whole
+    sampled = []
+    generate = Policy._generate
+    monkeypatch.setattr(
+        Policy, "_generate", lambda self, ids, *args: sampled.append(len(ids)) or generate(self, ids, *args)
+    )
+    assert transcripts(policy_path, clips, output, *options) == whole
+    assert sampled == [5, 3]  # of 18: two batches were there
+    assert transcripts(policy_path, clips, output, *options) == whole and sampled == [5, 3]  # complete already
+
+
+def test_transcripts_of_another_run_are_not_overwritten(policy_path, clips, tmp_path, monkeypatch, caplog):
+    output = tmp_path / "t.jsonl"
+    greedy = transcripts(policy_path, clips, output)
+    other = save_policy(tmp_path / "policy", seed=1)
+    shuffled = tmp_path / "rows.parquet"
+    datasets.Dataset.from_parquet(clips).select(range(8, -1, -1)).to_parquet(shuffled)
+    monkeypatch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("a policy was loaded"))
+    for model, dataset, options, changed in (
+        (policy_path, clips, ("--temperature", "1"), "temperature (0.0, now 1.0)"),
+        (other, clips, (), "weights ("),
+        (policy_path, str(shuffled), (), "clips ("),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            transcripts(model, dataset, output, *options)
+        assert stop.value.code == 2 and changed in caplog.records[-1].message
+        assert "--overwrite" in caplog.records[-1].message and "\n" not in caplog.records[-1].message
+    monkeypatch.undo()
+    assert transcripts(policy_path, clips, output) == greedy
+    assert transcripts(other, clips, output, "--overwrite") != greedy
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -187,9 +268,12 @@ def test_transcripts_of_a_dataset_are_what_select_rl_data_reads(tmp_path):
         (["--dataset", "tiny/asr/heldout.parquet"], "Add --output with a .jsonl file"),
         (["--audio", "nowhere.wav"], "nowhere.wav"),
         (["--audio", "tiny/heldout/slt_000.flac", "--output", "a.wav"], "--output a.wav: not a .jsonl file"),
+        (["--audio", "tiny/heldout/slt_000.flac", "--output", "{tmp}/a.jsonl"], "a.jsonl: is a folder"),
     ],
 )
-def test_bad_input_of_asr_exits_2(argv, message, caplog):
+def test_bad_input_of_asr_exits_2(argv, message, tmp_path, caplog):
+    (tmp_path / "a.jsonl").mkdir()
+    argv = [word.replace("{tmp}", str(tmp_path)) for word in argv]
     with pytest.raises(SystemExit) as stop:
         transcribe(*argv)
     assert stop.value.code == 2 and message in caplog.text
@@ -218,6 +302,8 @@ def test_bad_input_of_asr_exits_2(argv, message, caplog):
         (["--text", "a", "--temperature", "nan"], "--temperature: must be finite.*got nan"),
         (["--text", "a", "--top_p", "0"], "--top_p: must be in .*got 0"),
         (["--text", "a", "--output", "{tmp}/blank.txt/a.wav"], "cannot write into .*blank.txt"),
+        (["--text", "a", "--output", "{tmp}/folder.wav"], "folder.wav: is a folder"),
+        (["--text", "a", "--seed", "-1"], "--seed: must be >= 0 .got -1"),
         (["--text", "a", "--model_name_or_path", "no-such-run"], "no such model: 'no-such-run'"),
         (["--text", "a", "--model_name_or_path", "{tmp}"], "no model in this folder"),
         (["--text", "a", "--device", "gpu"], "--device gpu"),
@@ -225,6 +311,7 @@ def test_bad_input_of_asr_exits_2(argv, message, caplog):
 )
 def test_bad_input_exits_2_before_any_model_is_loaded(options, message, tmp_path, monkeypatch, caplog):
     (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "folder.wav").mkdir()
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
     save_audio(tmp_path / "ref.wav", np.sin(np.arange(4_000) * 0.1))
     for loader in ("AutoTokenizer", "AutoModelForCausalLM"):

@@ -83,7 +83,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", required=True, metavar="[NAME=]PATH", help="checkpoints; the first is the baseline")
     add("--task", choices=TASKS, default="tts", help="tts: text to speech; asr: speech to text")
-    add("--output_dir", default="evaluation", help="folder of results.json, results.md and report.html")
+    add(
+        "--output_dir",
+        default="evaluation",
+        help="folder of results.json, results.md and report.html; the same command again resumes an interrupted run",
+    )
+    add("--overwrite", action="store_true", help="replace the results of other settings in --output_dir")
     add(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="sampling seeds; each text or clip is sampled with each"
     )

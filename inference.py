@@ -11,8 +11,6 @@ that training used), and the codes of the voice prompt are never decoded, so the
 """
 
 import argparse
-import hashlib
-import json
 import logging
 import sys
 from pathlib import Path
@@ -32,7 +30,7 @@ from common.cli import (
     read_text,
     set_up_logging,
 )
-from common.run_record import weights_digest
+from common.run_record import content_digest, short_digest
 from speech.audio import load_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
@@ -238,11 +236,8 @@ def open_output(args: argparse.Namespace, device: str, ids: list[dict], codes: l
     """--output; InputError if it has transcripts of other settings, of another model or of other clips."""
     run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
     run["device"] = device
-    run["weights"] = weights_digest(args.model_name_or_path)
-    digest = hashlib.sha256()
-    for row in zip(ids, codes, strict=True):
-        digest.update(json.dumps(row).encode())
-    run["clips"] = digest.hexdigest()
+    run["weights"] = content_digest(args.model_name_or_path)
+    run["clips"] = short_digest(zip(ids, codes, strict=True))
     return TranscriptFile(Path(args.output), run, device, args.overwrite)
 
 

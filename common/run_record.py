@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -65,15 +66,23 @@ def write_run(output_dir: str, **facts) -> None:
     (folder / "run.json").write_text(json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n")
 
 
-def weights_digest(name_or_path: str) -> str | None:
-    """SHA-256 of a model's weights, a file's or those of a folder; None for what is not on this disk, as a hub id."""
+def content_digest(name_or_path: str) -> str | None:
+    """A digest of a file, or of the weights in a model's folder; None for what is not on this disk, as a hub id."""
     path = Path(name_or_path)
     files = [path] if path.is_file() else sorted(file for pattern in WEIGHTS for file in path.glob(pattern))
-    digest = hashlib.sha256()
+    digests = []
     for name in files:
         with name.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return short_digest(digests) if files else None
+
+
+def short_digest(items: Iterable) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of JSON values."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item).encode())
+    return digest.hexdigest()[:16]
 
 
 def changed_settings(earlier: dict, now: dict) -> str:

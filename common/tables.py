@@ -15,5 +15,6 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
 
 
 def _line(cells: list) -> str:
-    escaped = (str(cell).replace("|", r"\|") for cell in cells)  # a bare | would start another column
+    # A bare | would start another column, and a line break another row
+    escaped = (" ".join(str(cell).replace("|", r"\|").splitlines()) for cell in cells)
     return f"| {' | '.join(escaped)} |"

@@ -17,12 +17,13 @@ from transformers import set_seed
 
 from common.cli import InputError, bad_input_exits
 from common.dataset_io import AUDIO_COLUMNS, load_any_dataset
-from common.run_record import provenance
+from common.run_record import content_digest, short_digest
 from metrics.bootstrap import interval, paired_change, resampled_sums
 from metrics.comparison import asr_comparison
 from metrics.formatting import percent
 from metrics.html_page import evenly_spaced
 from metrics.recognition_report import write_reports
+from metrics.result_files import open_results
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, decode_rollouts
@@ -234,8 +235,21 @@ def transcribed_clips(
     return [transcript_entry(clip, transcript, seed) for clip, transcript in zip(clips, transcripts, strict=True)]
 
 
+def row_summary(row: dict) -> str:
+    """One line for the terminal."""
+    return f"{row['name']}: {len(row['clips'])} transcripts, WER {percent(row['metrics']['all']['wer'])}"
+
+
+def digests_of(models: dict[str, str], codec_id: str, clips: list[Clip]) -> dict:
+    """What tells the models and clips from others of the same names; see `result_files.open_results`."""
+    contents = {f"content of {name}": content_digest(name) for name in sorted({*models.values(), codec_id})}
+    return {"clips": short_digest(vars(clip) for clip in clips), **contents}
+
+
 def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
     """Rows of checkpoints x temperatures, written anew after each; returns what results.json holds.
+
+    Rows that an earlier run of the same settings has left are kept.
 
     Args:
         args: of evaluation.py, checked.
@@ -250,24 +264,30 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
 
     with bad_input_exits():
         clips = load_clips(args, models, codec)
+        results = open_results(Path(args.output_dir), vars(args), digests_of(models, codec_id, clips), args.overwrite)
         listened = evenly_spaced(clips, args.num_players)
         wavs = decode_rollouts(codec(), [clip.codes for clip in listened]) if listened else []
     sounds = {clip.id: wav for clip, wav in zip(listened, wavs, strict=True)}
-    results = {**provenance(), "arguments": vars(args), "models": models, "num_clips": len(clips), "rows": []}
-    for name, path in models.items():
-        with bad_input_exits():
-            policy = Policy.from_pretrained(path, args.device, task="asr")
-            policy.encode([asr_prompt(clip.codes) for clip in clips], args.max_length)  # raises for a clip too long
-        for temperature in args.temperature:
-            seeds = args.seeds if temperature > 0 else [None]  # greedy decoding is the same for all seeds
-            label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
-            row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "clips": []}
-            for seed in seeds:
-                row["clips"] += transcribed_clips(policy, args, clips, temperature, seed, label)
-            results["rows"].append(row)
-            row["metrics"] = summarize(row, results["rows"][0], args.long_s)
-            write_reports(Path(args.output_dir), results, sounds)
-            logger.info("%s: %d transcripts, WER %s", label, len(row["clips"]), percent(row["metrics"]["all"]["wer"]))
+    rows = results.pop("rows")
+    results |= {"models": models, "num_clips": len(clips), "rows": rows}
+    for row in rows:
+        logger.info("%s (done before)", row_summary(row))
+    planned = [(name, path, temperature) for name, path in models.items() for temperature in args.temperature]
+    policy, loaded = None, None
+    for name, path, temperature in planned[len(rows) :]:
+        if path != loaded:
+            with bad_input_exits():
+                policy, loaded = Policy.from_pretrained(path, args.device, task="asr"), path
+                policy.encode([asr_prompt(clip.codes) for clip in clips], args.max_length)  # raises for one too long
+        seeds = args.seeds if temperature > 0 else [None]  # greedy decoding is the same for all seeds
+        label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
+        row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "clips": []}
+        for seed in seeds:
+            row["clips"] += transcribed_clips(policy, args, clips, temperature, seed, label)
+        rows.append(row)
+        row["metrics"] = summarize(row, rows[0], args.long_s)
+        write_reports(Path(args.output_dir), results, sounds)
+        logger.info(row_summary(row))
     for line in asr_comparison(results):
         logger.info(line)
     logger.info("Listen: %s", (Path(args.output_dir) / "report.html").resolve())

@@ -3,10 +3,9 @@
 import argparse
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from common.cli import InputError, bad_input_exits
-from common.run_record import provenance
+from common.run_record import content_digest, short_digest
 from metrics.clip_measures import (
     SynthesizedSpeech,
     add_round_trip_errors,
@@ -27,6 +26,7 @@ from metrics.formatting import percent
 from metrics.html_page import evenly_spaced
 from metrics.judges import ROUND_TRIP, EvaluationASR, asr_roles, load_evaluation_asrs
 from metrics.report import Player, error_unit, summarize, write_reports
+from metrics.result_files import open_results, read_sounds, write_sounds
 from metrics.texts import Item, read_items, units_of
 from reward_models.token2text import Token2Text
 from reward_models.whisper import best_of_n
@@ -93,6 +93,28 @@ def load_texts(args: argparse.Namespace) -> EvaluationTexts:
     return EvaluationTexts(items, references, natural_wavs, units_of(items + references))
 
 
+def reward_whisper_of(args: argparse.Namespace, models: dict[str, str]) -> str:
+    return args.whisper or recorded(next(iter(models.values())), "whisper", DEFAULT_WHISPER)
+
+
+def codec_of(args: argparse.Namespace, models: dict[str, str]) -> str:
+    return args.codec_id or recorded(next(iter(models.values())), "codec_id", DEFAULT_CODEC)
+
+
+def digests_of(args: argparse.Namespace, models: dict[str, str], texts: EvaluationTexts) -> dict:
+    """What tells the models and texts from others of the same names; see `result_files.open_results`."""
+    items = [*texts.items, *texts.references]
+    recordings = {path for item in items for path in (item.ref_audio, item.audio) if path}
+    names = {*models.values(), *(args.judge or []), reward_whisper_of(args, models), codec_of(args, models)}
+    if args.token2text:
+        names.add(args.token2text)
+    return {
+        "texts": short_digest(vars(item) for item in items),
+        "reward parameters": reward_parameters(next(iter(models.values()))),
+        **{f"content of {name}": content_digest(name) for name in sorted({*names, *recordings})},
+    }
+
+
 def load_models(args: argparse.Namespace, models: dict[str, str], items: list[Item]) -> EvaluationModels:
     """Load all but the checkpoints, and check that the checkpoints' tokenizers fit the codec.
 
@@ -101,15 +123,14 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
         items: all that is to be scored.
     """
     checkpoint_tokens = [load_tokenizer(path)[1] for path in models.values()]
-    first = next(iter(models.values()))
-    reward_whisper = args.whisper or recorded(first, "whisper", DEFAULT_WHISPER)
+    reward_whisper = reward_whisper_of(args, models)
     roles = asr_roles(args.judge or [reward_whisper], reward_whisper, list(models.values()))
     texts, languages = [item.text for item in items], [item.language for item in items]
     evaluation_asrs = load_evaluation_asrs(list(roles), texts, languages, args.device)
     reward_scorer = None
     if args.best_of > 1:
         reward_scorer = evaluation_asrs.get(reward_whisper) or WhisperScorer(reward_whisper, args.device)
-    codec = SpeechCodec.from_pretrained(args.codec_id or recorded(first, "codec_id", DEFAULT_CODEC), args.device)
+    codec = SpeechCodec.from_pretrained(codec_of(args, models), args.device)
     token2text = Token2Text.from_pretrained(args.token2text, args.device) if args.token2text else None
     for tokens in checkpoint_tokens:
         check_codebook(codec, tokens)
@@ -117,7 +138,8 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
             token2text.check_codebook(tokens.num_codes)
     if args.cycle:
         roles[ROUND_TRIP] = ROUND_TRIP
-    return EvaluationModels(args, codec, evaluation_asrs, roles, reward_scorer, reward_parameters(first), token2text)
+    parameters = reward_parameters(next(iter(models.values())))
+    return EvaluationModels(args, codec, evaluation_asrs, roles, reward_scorer, parameters, token2text)
 
 
 def prompts_of(items: list[Item], codec: SpeechCodec) -> list[list[dict[str, str]]]:
@@ -210,33 +232,60 @@ def evaluated_row(
     return EvaluatedRow(row, first_wavs)
 
 
-def checkpoint_rows(
-    models: EvaluationModels, checkpoints: dict[str, str], items: list[Item], prompts: list
-) -> Iterator[EvaluatedRow]:
-    """Checkpoints x temperatures, and best-of-N of the first checkpoint at the first temperature."""
+def planned_rows(
+    models: EvaluationModels, checkpoints: dict[str, str], texts: EvaluationTexts, prompts: list
+) -> list[Callable[[], EvaluatedRow]]:
+    """What computes each row.
+
+    Checkpoints x temperatures; best-of-N of the first checkpoint at the first temperature; natural readings as recorded
+    and after the codec, the best that a checkpoint could reach.
+    """
     args = models.args
-    for number, (name, path) in enumerate(checkpoints.items()):
+
+    @lru_cache(maxsize=1)
+    def load_policy(path: str) -> Policy:
         with bad_input_exits():
             policy = Policy.from_pretrained(path, args.device)
             policy.encode(prompts, args.max_length)  # raises for a text too long
+        return policy
+
+    rows = []
+    for name, path in checkpoints.items():
         for temperature in args.temperature:
             label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
-            about = {"seeds": args.seeds, "model": path, "temperature": temperature}
-            about["own_asr"] = policy if args.cycle else None
-            synthesis = partial(synthesize, models, policy, prompts, temperature, label)
-            yield evaluated_row(models, label, items, synthesis, best_of=1, **about)
-            if number == 0 and temperature == args.temperature[0] and args.best_of > 1:
-                label = f"{label}, best of {args.best_of}"
-                synthesis = partial(synthesize_best_of_n, models, policy, prompts, items, temperature, label)
-                yield evaluated_row(models, label, items, synthesis, best_of=args.best_of, **about)
+            about = {"model": path, "temperature": temperature}
+            rows.append(partial(checkpoint_row, models, load_policy, label, texts.items, prompts, best_of=1, **about))
+            if len(rows) == 1 and args.best_of > 1:
+                label, about["best_of"] = f"{label}, best of {args.best_of}", args.best_of
+                rows.append(partial(checkpoint_row, models, load_policy, label, texts.items, prompts, **about))
+    if texts.references:
+        about = {"model": None, "temperature": None, "best_of": 1}
+        recordings = SynthesizedSpeech([None] * len(texts.references), texts.natural_wavs)
+        resynthesis = partial(resynthesize, models.codec, texts.natural_wavs)
+        rows.append(partial(evaluated_row, models, "natural", texts.references, lambda: recordings, **about))
+        rows.append(partial(evaluated_row, models, "codec resynthesis", texts.references, resynthesis, **about))
+    return rows
 
 
-def reference_rows(models: EvaluationModels, items: list[Item], wavs: list[np.ndarray]) -> Iterator[EvaluatedRow]:
-    """Natural readings as recorded, and after the codec: the best that a checkpoint could reach."""
-    about = {"model": None, "temperature": None, "best_of": 1}
-    recordings = SynthesizedSpeech([None] * len(wavs), wavs)
-    yield evaluated_row(models, "natural", items, lambda: recordings, **about)
-    yield evaluated_row(models, "codec resynthesis", items, partial(resynthesize, models.codec, wavs), **about)
+def checkpoint_row(
+    models: EvaluationModels,
+    load_policy: Callable[[str], Policy],
+    label: str,
+    items: list[Item],
+    prompts: list,
+    model: str,
+    temperature: float,
+    best_of: int,
+) -> EvaluatedRow:
+    """A checkpoint at one temperature, as it samples or the best of several rollouts."""
+    policy = load_policy(model)
+    if best_of > 1:
+        synthesis = partial(synthesize_best_of_n, models, policy, prompts, items, temperature, label)
+    else:
+        synthesis = partial(synthesize, models, policy, prompts, temperature, label)
+    about = {"model": model, "temperature": temperature, "best_of": best_of}
+    own_asr = policy if models.args.cycle else None
+    return evaluated_row(models, label, items, synthesis, models.args.seeds, own_asr, **about)
 
 
 def row_summary(row: dict, units: str) -> str:
@@ -245,40 +294,52 @@ def row_summary(row: dict, units: str) -> str:
     return f"{row['name']}: {len(row['clips'])} clips, {error_unit(units)} {', '.join(rates)}"
 
 
+def players_of(rows: list[dict], sounds: dict[str, np.ndarray], listened: set[str]) -> dict[str, list[Player]]:
+    """Text -> the clips of it to listen to, one per row."""
+    players = {}
+    for number, row in enumerate(rows):
+        for i, clip in first_clips(row, listened):
+            players.setdefault(clip["text"], []).append((row["name"], clip, sounds[f"{number}_{i}"]))
+    return players
+
+
+def first_clips(row: dict, listened: set[str]) -> list[tuple[int, dict]]:
+    """The first seed's clips of the texts to listen to, each with its number."""
+    clips = row["clips"][: len(row["clips"]) // len(row["seeds"])]
+    return [(i, clip) for i, clip in enumerate(clips) if clip["text"] in listened]
+
+
 def evaluate(args: argparse.Namespace, checkpoints: dict[str, str]) -> dict:
     """All rows, written anew after each; returns what results.json holds.
+
+    Rows that an earlier run of the same settings has left are kept.
 
     Args:
         args: of evaluation.py, checked.
         checkpoints: name -> path.
     """
+    folder = Path(args.output_dir)
     with bad_input_exits():
         texts = load_texts(args)
+        results = open_results(folder, vars(args), digests_of(args, checkpoints, texts), args.overwrite)
+        sounds = read_sounds(folder) if results["rows"] else {}
         models = load_models(args, checkpoints, texts.items + texts.references)
         prompts = prompts_of(texts.items, models.codec)
-    results = {
-        **provenance(),
-        "arguments": vars(args),
-        "units": texts.units,
-        "asr_roles": models.asr_roles,
-        "models": checkpoints,
-        "num_texts": len(texts.items),
-        "rows": [],
-    }
+    rows = results.pop("rows")
+    results |= {"units": texts.units, "asr_roles": models.asr_roles, "models": checkpoints}
+    results |= {"num_texts": len(texts.items), "rows": rows}
     listened = {item.text for item in evenly_spaced(texts.items, args.num_players)}
-    players: dict[str, list[Player]] = {}
-    rows = checkpoint_rows(models, checkpoints, texts.items, prompts)
-    if texts.references:
-        rows = chain(rows, reference_rows(models, texts.references, texts.natural_wavs))
-    for row, first_wavs in rows:
-        results["rows"].append(row)
-        row["metrics"] = summarize(row, results["rows"][0])
-        for clip, wav in zip(row["clips"], first_wavs, strict=False):  # the first seed's clips come first
-            if clip["text"] in listened:
-                players.setdefault(clip["text"], []).append((row["name"], clip, wav))
-        write_reports(Path(args.output_dir), results, players)
+    for row in rows:
+        logger.info("%s (done before)", row_summary(row, texts.units))
+    for compute in planned_rows(models, checkpoints, texts, prompts)[len(rows) :]:
+        row, first_wavs = compute()
+        sounds |= {f"{len(rows)}_{i}": first_wavs[i] for i, _ in first_clips(row, listened)}
+        rows.append(row)
+        row["metrics"] = summarize(row, rows[0])
+        write_sounds(folder, sounds)
+        write_reports(folder, results, players_of(rows, sounds, listened))
         logger.info(row_summary(row, texts.units))
     for line in speech_comparison(results):
         logger.info(line)
-    logger.info("Listen: %s", (Path(args.output_dir) / "report.html").resolve())
+    logger.info("Listen: %s", (folder / "report.html").resolve())
     return results

@@ -13,7 +13,7 @@ from fake_policy import NUM_CODES, FirstWordLostASR, ToneCodec, save_policy
 from fake_token2text import small
 
 import evaluation
-from metrics import judges, synthesis
+from metrics import judges, recognition, synthesis
 from metrics.formatting import relative_change
 from speech.audio import save_audio
 from speech.policy import Policy
@@ -78,7 +78,8 @@ def test_best_of_n_has_the_highest_reward(policy_paths, fakes, tmp_path):
 
 
 def test_same_seeds_give_the_same_clips(policy_paths, fakes, tmp_path):
-    runs = [evaluate(tmp_path, [policy_paths[0]], "--seeds", "0", "1")["rows"][0]["clips"] for _ in range(2)]
+    options = ("--seeds", "0", "1", "--overwrite")
+    runs = [evaluate(tmp_path, [policy_paths[0]], *options)["rows"][0]["clips"] for _ in range(2)]
     assert runs[0] == runs[1]
 
 
@@ -91,6 +92,91 @@ def test_results_survive_a_later_failure(policy_paths, fakes, tmp_path, monkeypa
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def without_times(row: dict) -> dict:
+    metrics = {name: value for name, value in row["metrics"].items() if name != "speech_per_compute_s"}
+    return {**row, "metrics": metrics, "compute_s": None}
+
+
+def page_below_the_heading(folder: Path) -> list[str]:
+    """Without the date and the command, and the table, which has a speed."""
+    page = (folder / "report.html").read_text().partition("</code>")[2]
+    return [line for line in page.split("\n") if "<h2>Metrics" not in line]
+
+
+def test_an_interrupted_evaluation_resumes(policy_paths, fakes, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="metrics")
+    save_audio(tmp_path / "n.wav", 0.1 * np.sin(np.arange(8_000) * 0.1))
+    (tmp_path / "natural.jsonl").write_text(json.dumps({"text": "red hats", "audio": "n.wav"}))
+    models = [f"A={policy_paths[0]}", f"B={policy_paths[1]}"]
+    options = ["--seeds", "0", "1", "--best_of", "2", "--references", str(tmp_path / "natural.jsonl")]
+    whole = evaluate(tmp_path, models, *options)
+    page = page_below_the_heading(tmp_path / "out")
+    assert "<audio" in "".join(page)
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    sampled = []
+    sample = Policy.sample
+
+    def spy(self, prompts, **sampling):
+        if len(sampled) == 4:  # A and its best of 2, at two seeds; then B begins
+            raise KeyboardInterrupt
+        sampled.append(len(prompts))
+        return sample(self, prompts, **sampling)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Policy, "sample", spy)
+        evaluate(tmp_path, models, *options)
+    begun = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["name"] for row in begun["rows"]] == ["A", "A, best of 2"]
+    loaded, load = [], Policy.from_pretrained
+    monkeypatch.setattr(Policy, "from_pretrained", lambda path, *_: loaded.append(path) or load(path))
+    for _ in range(2):  # resumed, and then complete
+        caplog.clear()
+        resumed = evaluate(tmp_path, models, *options)
+        assert loaded == [policy_paths[1]]
+        assert resumed == json.loads((tmp_path / "out" / "results.json").read_text())
+        assert resumed["date"] == begun["date"] and resumed["rows"][:2] == begun["rows"]
+        assert list(map(without_times, resumed["rows"])) == list(
+            map(without_times, json.loads(json.dumps(whole))["rows"])
+        )
+        assert page_below_the_heading(tmp_path / "out") == page
+        assert terminal(caplog)[0].startswith("A: 4 clips") and terminal(caplog)[0].endswith("(done before)")
+        assert terminal(caplog)[-1].startswith("Listen: ")
+    assert "B: 4 clips" in terminal(caplog)[2] and terminal(caplog)[2].endswith("(done before)")
+
+
+def test_results_of_other_settings_are_not_overwritten(policy_paths, fakes, tmp_path, monkeypatch, caplog):
+    model = save_policy(tmp_path / "policy", seed=2)
+    evaluate(tmp_path, [model], "--seeds", "0")
+    before = (tmp_path / "out" / "results.json").read_bytes()
+
+    def refused(message, *options, texts="red hats\nbig blue shoes\n"):
+        with pytest.raises(SystemExit) as stop:
+            evaluate(tmp_path, [model], *options, texts=texts)
+        assert stop.value.code == 2 and message in caplog.records[-1].message, caplog.text
+        assert "--overwrite" in caplog.records[-1].message and "\n" not in caplog.records[-1].message
+        assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "load_models", lambda *_: pytest.fail("models were loaded"))
+        refused("other seeds ([0], now [0, 1])", "--seeds", "0", "1")
+        refused("other texts (", "--seeds", "0", texts="red hats\n")
+        save_policy(tmp_path / "policy", seed=3)
+        refused(f"other content of {model} (", "--seeds", "0")
+    evaluate(tmp_path, [model], "--seeds", "0", "--overwrite")
+    assert (tmp_path / "out" / "results.json").read_bytes() != before
+
+    sounds, results = tmp_path / "out" / "sounds.npz", tmp_path / "out" / "results.json"
+    before = results.read_bytes()
+    for content in (sounds.read_bytes()[:-9], b"garbage", b""):
+        sounds.write_bytes(content)
+        refused("sounds.npz of its rows is missing or broken", "--seeds", "0")
+    for broken in ("{", "[]", '{"rows": []}', '{"rows": 1, "arguments": {}, "digests": {}}'):
+        results.write_text(broken)
+        before = results.read_bytes()
+        refused("its results.json does not tell what settings", "--seeds", "0")
+
+
 def test_token_to_text_score_is_a_column(policy_paths, fakes, tmp_path, caplog):
     small(num_codes=NUM_CODES).save_pretrained(tmp_path / "token2text")
     options = ("--seeds", "0", "--token2text", str(tmp_path / "token2text"))
@@ -101,7 +187,7 @@ def test_token_to_text_score_is_a_column(policy_paths, fakes, tmp_path, caplog):
 
     small(num_codes=NUM_CODES + 1).save_pretrained(tmp_path / "token2text")
     with pytest.raises(SystemExit):
-        evaluate(tmp_path, [policy_paths[0]], *options)
+        evaluate(tmp_path, [policy_paths[0]], *options, "--overwrite")
     assert "the token-to-text model has 65 codes and the policy has 64" in caplog.text
 
 
@@ -117,7 +203,8 @@ def test_page_is_self_contained_and_escaped(policy_paths, fakes, tmp_path):
 
 def test_num_players(policy_paths, fakes, tmp_path):
     for asked, shown in (("0", 0), ("1", 1), ("9", 3)):
-        evaluate(tmp_path, [policy_paths[0]], "--seeds", "0", "1", "--num_players", asked, texts="a\nb\nc\n")
+        options = ("--seeds", "0", "1", "--num_players", asked, "--overwrite")
+        evaluate(tmp_path, [policy_paths[0]], *options, texts="a\nb\nc\n")
         assert (tmp_path / "out" / "report.html").read_text().count("<p class=reference>") == shown
 
 
@@ -166,7 +253,15 @@ def test_a_log_file_gets_few_short_lines(tmp_path):
 # --- ASR --------------------------------------------------------------------------------------------------
 
 
-def test_reports_of_asr(tmp_path, caplog):
+def seeds_only(transcribed_clips):
+    def checked(policy, args, clips, temperature, seed, label):
+        assert seed is not None, "the greedy row was computed again"
+        return transcribed_clips(policy, args, clips, temperature, seed, label)
+
+    return checked
+
+
+def test_reports_of_asr(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="metrics")
     rows = datasets.Dataset.from_parquet("tiny/asr/heldout.parquet")
     with_speech, non_speech = (
@@ -187,6 +282,13 @@ def test_reports_of_asr(tmp_path, caplog):
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<audio") == 3 and page.count("class=card>") == 6 and page.count("<i>non-speech</i>") == 1
     comparison = terminal(caplog)[2:]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(written | {"rows": written["rows"][:1]}))
+    with monkeypatch.context() as patch:  # the greedy row is kept
+        patch.setattr(recognition, "transcribed_clips", seeds_only(recognition.transcribed_clips))
+        assert evaluation.main(evaluation.parse_args(argv)) == written
+    with pytest.raises(SystemExit):
+        evaluation.main(evaluation.parse_args([*argv, "--long_s", "2"]))
+    assert "other long_s (3.0, now 2.0)" in caplog.records[-1].message
     assert comparison[0].split("  ")[0] == "3 clips" and comparison[1].startswith("  WER  ")
     assert comparison[-1].endswith("report.html") and max(map(len, comparison[:-1])) <= 100
 

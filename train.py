@@ -29,7 +29,6 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, set_up_logging
-from common.dataset_io import load_any_dataset
 from common.run_record import plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config
 from reward_models.rollouts import SpeechRolloutScorer
@@ -41,10 +40,11 @@ from training.callbacks import ConsoleLog, SampleSaver
 from training.checkpoints import find_checkpoint
 from training.diffro import DiffROTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
+from training.held_out import HeldOutEvaluation
 from training.model_card import model_card
 from training.models import load_model, load_rollout_scorer
 from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
-from training.rows import grpo_dataset, sft_rows
+from training.rows import grpo_dataset, sft_datasets
 
 logger = logging.getLogger("train")
 
@@ -62,10 +62,12 @@ def grpo_trainer(
     tokenizer,
     tokens: SpeechTokens,
 ) -> SpeechGRPOTrainer:
-    rows, longest = grpo_dataset(script_args, training_args, tokenizer, tokens)
+    rows = grpo_dataset(script_args, training_args, tokenizer, tokens)
     with training_args.main_process_first(desc="reward models"):  # Whisper's download knows no lock
         rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, tokenizer, tokens)
     reward_functions, training_args.reward_weights = build_rewards(rewards, rollout_scorer, script_args.task)
+    held_out = HeldOutEvaluation(rollout_scorer, script_args.eval_temperature)
+    held_out.check_metric(training_args, tokens.answer_end_id(script_args.task))
     allowed_ids = tokens.answer_ids(script_args.task)
     if training_args.use_vllm:
         prepare_vllm(training_args, allowed_ids, tokens.answer_end_id(script_args.task), training_args.max_length)
@@ -81,14 +83,17 @@ def grpo_trainer(
             model=model,
             reward_funcs=reward_functions,
             args=training_args,
-            train_dataset=rows,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
+            held_out=held_out,
         )
     reporters = trainer.callback_handler.callbacks
     trainer.add_callback(SampleSaver(rollout_scorer, script_args.sample_steps, script_args.sample_count, reporters))
     if trainer.is_world_process_zero():
-        report_memory(trainer, rollout_scorer, longest)
+        logger.info("an epoch of %s is %d steps", script_args.dataset, rows.epoch_steps)
+        report_memory(trainer, rollout_scorer, rows.longest)
     return trainer
 
 
@@ -131,14 +136,14 @@ def report_memory(
 def sft_trainer(
     script_args: ScriptArguments, training_args: SFTRecipe, model_args: ModelConfig, tokenizer, tokens: SpeechTokens
 ) -> SFTTrainer:
-    rows = load_any_dataset(script_args.dataset, script_args.split)
-    rows = sft_rows(rows, script_args.dataset, tokenizer, tokens, training_args.max_length, script_args.task)
+    train_rows, held_out_rows = sft_datasets(script_args, training_args, tokenizer, tokens)
     model = load_model(model_args, tokenizer, tokens, script_args.task)
     with library_errors_are_input("train.py", ValueError, OSError):
         return SFTTrainer(
             model=model,
             args=training_args,
-            train_dataset=rows,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows,
             processing_class=tokenizer,
             peft_config=get_peft_config(model_args),
         )

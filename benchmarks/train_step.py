@@ -114,7 +114,7 @@ def baseline(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:
     script_args, training_args, model_args = train_arguments(args, folder, steps)
     training_args.cache_implementation = None
     tokenizer, tokens = load_tokenizer(model_args.model_name_or_path)
-    rows, _ = grpo_dataset(script_args, training_args, tokenizer, tokens)
+    rows = grpo_dataset(script_args, training_args, tokenizer, tokens).train
     codec = SpeechCodec.from_pretrained(script_args.codec_id, training_args.device)
     scorer = WhisperScorer(script_args.whisper, training_args.device, torch.float32)
 

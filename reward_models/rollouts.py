@@ -93,6 +93,11 @@ class Rollouts:
         """One value per rollout as an array of shape (prompts, group_size)."""
         return np.asarray(values, dtype=np.float64).reshape(-1, self.group_size)
 
+    def edits_and_ref_length(self) -> tuple[int, int]:
+        """Of the whole batch, by the reward's Whisper, in words (or characters); (0, 0) without one."""
+        scores = self.scores if self.models.whisper is not None else []
+        return sum(score.edits for score in scores), sum(score.ref_length for score in scores)
+
     def metrics(self) -> dict[str, float]:
         """The batch's metrics besides its rewards; means over the rollouts (F0: over the first of each group)."""
         failures, models = self.failures, self.models
@@ -183,18 +188,29 @@ class SpeechRolloutScorer:
             log_metric: called once per batch with each metric's name and value; None logs nothing.
         """
         if completion_ids is not self._completion_ids:
-            languages = language or ["en"] * len(text)
-            self.rollouts = Rollouts(self, completion_ids, text, languages, self.group_size)
+            self.rollouts, metrics = self._scored(completion_ids, text, language, self.group_size)
             self._completion_ids = completion_ids
-            if self.offload:
-                self._move(self.device)
-            metrics = self.rollouts.metrics()  # runs codec and Whisper
-            if self.offload:
-                self._move(torch.device("cpu"))
             if log_metric is not None:
                 for name, value in metrics.items():
                     log_metric(name, value)
         return self.rollouts
+
+    def score_held_out(
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None = None
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """One rollout of each prompt and their metrics; the batch of the rewards stays the one scored last."""
+        return self._scored(completion_ids, text, language, group_size=1)
+
+    def _scored(
+        self, completion_ids, text: list[str], language: list[str] | None, group_size: int
+    ) -> tuple[Rollouts, dict[str, float]]:
+        rollouts = Rollouts(self, completion_ids, text, language or ["en"] * len(text), group_size)
+        if self.offload:
+            self._move(self.device)
+        metrics = rollouts.metrics()  # runs codec and Whisper
+        if self.offload:
+            self._move(torch.device("cpu"))
+        return rollouts, metrics
 
     def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:
         """The first rollouts of the batch scored last: a record of each, and its waveform if it has one."""

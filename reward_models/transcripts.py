@@ -26,6 +26,11 @@ class Transcripts:
     errors: list[ErrorRate]
     rules: list[str | None]
 
+    def edits_and_ref_length(self) -> tuple[int, int]:
+        """Of the whole batch, in words (or characters)."""
+        total = sum_errors(self.errors)
+        return total.edits, total.ref_length
+
     def metrics(self) -> dict[str, float]:
         """The batch's metrics besides its rewards.
 
@@ -73,6 +78,13 @@ class TranscriptScorer:
                 for name, value in self.transcripts.metrics().items():
                     log_metric(name, value)
         return self.transcripts
+
+    def score_held_out(
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None = None
+    ) -> tuple[Transcripts, dict[str, float]]:
+        """One completion of each prompt and their metrics; the batch of the rewards stays the one scored last."""
+        transcripts = self._transcripts(completion_ids, text, language or ["en"] * len(text))
+        return transcripts, transcripts.metrics()
 
     def _transcripts(self, completion_ids: list[list[int]], texts: list[str], languages: list[str]) -> Transcripts:
         decoded = [written_text(self.tokenizer, ids, self.end_id) for ids in completion_ids]

@@ -339,7 +339,10 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--codec_id", "./nowhere"], "nowhere"),
         (["--whisper", "nowhere.pt"], "nowhere.pt"),
         (["--dataset", write_rows(tmp_path / "a.jsonl", [{"sentence": "hi"}])], "no column 'text'"),
-        (["--dataset", write_rows(tmp_path / "b.jsonl", [*texts, {"text": None}])], "row 9: text is None"),
+        (
+            ["--dataset", write_rows(tmp_path / "b.jsonl", [*texts, {"text": None}])],
+            "row 9: text must be text (got None)",
+        ),
         (["--dataset", write_rows(tmp_path / "c.jsonl", [*texts, {"text": " "}])], "row 9: text is empty"),
         (
             ["--dataset", write_rows(tmp_path / "f.jsonl", [*texts, {"text": "…"}])],

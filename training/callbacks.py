@@ -58,6 +58,10 @@ class ConsoleLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "train_runtime" in (logs or {}):
             return
+        if any(name.startswith("eval_") for name in logs):
+            held_out = held_out_line(logs, state.global_step, state.max_steps)
+            logger.info(held_out) if self.bar is None else self.bar.write(held_out)
+            return
         self.times.append((state.global_step, time.monotonic()))
         terminal = self.bar is not None
         line = step_line(logs, state.global_step, state.max_steps, self._seconds_a_step(), times_first=terminal)
@@ -97,6 +101,16 @@ def step_line(
     if not times_first:
         parts += times
     return "  ".join(parts)
+
+
+def held_out_line(logs: dict[str, float], step: int, max_steps: int) -> str:
+    """The line of an evaluation while training: COLUMNS of the held-out rows."""
+    held_out = {name.removeprefix("eval_"): value for name, value in logs.items()}
+    parts = [f"step {step:{len(str(max_steps))}}/{max_steps}", "held out:"]
+    if "loss" in held_out:
+        parts.append(f"loss {held_out['loss']:.4f}")
+    parts += [shown(held_out[key]) for key, shown in COLUMNS.items() if held_out.get(key) is not None]
+    return "  ".join([*parts, f"{held_out.get('runtime', 0.0):.1f} s"])
 
 
 def clock(seconds: float) -> str:

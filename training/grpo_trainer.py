@@ -9,11 +9,13 @@
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers.cache_utils import StaticLayer
 from trl import GRPOConfig, GRPOTrainer
@@ -22,6 +24,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, 
 
 from common.cli import InputError
 from speech.confined_head import ConfinedHead, confine_head
+from training.held_out import HeldOutEvaluation
 
 
 class SpeechGRPOTrainer(GRPOTrainer):
@@ -29,10 +32,12 @@ class SpeechGRPOTrainer(GRPOTrainer):
 
     Args:
         allowed_ids: what that policy may say; the reference model, which TRL loads anew, is confined likewise.
+        held_out: how `evaluate` measures; None: as TRL does, by the loss of rollouts at the training's temperature.
     """
 
-    def __init__(self, *args, allowed_ids: list[int], **kwargs):
+    def __init__(self, *args, allowed_ids: list[int], held_out: HeldOutEvaluation | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.held_out = held_out
         if self.ref_model is not None:
             confine_head(self.accelerator.unwrap_model(self.ref_model), allowed_ids)
         for model in (self.model, self.ref_model):
@@ -46,6 +51,20 @@ class SpeechGRPOTrainer(GRPOTrainer):
         # around all steps they are made once; TRL's regions, one a step, would make them for every code.
         with self.accelerator.autocast(), self._kept_head(), keys_like_values():
             return super()._generate_single_turn(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """Log and return the metrics of `held_out`, each with the prefix, and the seconds that they took."""
+        if self.held_out is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start, training = time.perf_counter(), self.model.training
+        self.model.eval()  # also: TRL's log() does not mix what the training has gathered into this entry
+        metrics = self.held_out(self, self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics["runtime"] = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.model.train(training)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _kept_head(self) -> contextlib.AbstractContextManager:
         head = causal_lm(self.accelerator.unwrap_model(self.model)).get_output_embeddings()

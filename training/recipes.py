@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -17,6 +18,8 @@ from common.cli import InputError, bad_input_exits, did_you_mean, library_errors
 from reward_models import DEFAULT_CONFIG
 from training.diffro import FILTERS, METHODS
 
+# Of the held-out metrics; of all others lower is better
+HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact")
 # Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s
 MAX_COMPLETION_LENGTH = {"tts": 1500, "asr": 256}
 
@@ -29,6 +32,14 @@ class ScriptArguments:
         default=None, metadata={"help": "training rows: hub id, saved folder, or a .json/.jsonl/.csv/.parquet file"}
     )
     split: str = field(default="train", metadata={"help": "split of --dataset to train on"})
+    eval_dataset: str = field(
+        default=None,
+        metadata={"help": "held-out rows, in any form of --dataset, evaluated at every --eval_steps"},
+    )
+    eval_split: str = field(default="train", metadata={"help": "split of --eval_dataset"})
+    eval_temperature: float = field(
+        default=0.3, metadata={"help": "sampling temperature of the held-out rows; 0 is greedy"}
+    )
     method: str = field(
         default="grpo",
         metadata={
@@ -128,6 +139,10 @@ class GRPORecipe(GRPOConfig):
     num_train_epochs: float = 1.0
     disable_dropout: bool = True  # LoRA's 0.05 would make sampling and scoring two different models
     mask_truncated_completions: bool = False  # a truncated rollout earns 0, and is learnt from
+    # Held-out rows (held_out.py): each is sampled once, so many at a time
+    num_generations_eval: int = 1
+    per_device_eval_batch_size: int = 64
+    eval_steps: float = 100
     # Bookkeeping
     bf16: bool = field(default_factory=_on_gpu)
     use_cpu: bool = field(default_factory=lambda: not _on_gpu())
@@ -137,6 +152,13 @@ class GRPORecipe(GRPOConfig):
     save_total_limit: int = 2  # a checkpoint of Llasa-1B is 16 GB
     report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
+
+    def __post_init__(self):
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            self.metric_for_best_model = self.metric_for_best_model or "wer"
+            if self.greater_is_better is None:
+                self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in HIGHER_IS_BETTER
+        super().__post_init__()
 
 
 @dataclass
@@ -160,6 +182,7 @@ class SFTRecipe(SFTConfig):
     dataloader_pin_memory: bool = field(default_factory=_on_gpu)
     logging_steps: float = 10
     save_steps: float = 500
+    eval_steps: float = 500
     save_total_limit: int = 2
     report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
@@ -189,6 +212,9 @@ COMMON_FLAGS = {
     "lora_r": "rank of the LoRA adapter",
     "use_vllm": "sample with vLLM (docs/vllm.md)",
     "save_steps": "steps between checkpoints",
+    "eval_strategy": "steps: evaluate --eval_dataset while training (docs/metrics.md)",
+    "eval_steps": "steps between evaluations",
+    "load_best_model_at_end": "end with the best evaluated checkpoint, by --metric_for_best_model (wer)",
     "report_to": "tensorboard, trackio or wandb: curves and audio samples (default: none)",
     "push_to_hub": "upload model, card and samples to the hub (--hub_model_id)",
     "seed": "random seed",
@@ -221,6 +247,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
         if model_args.use_peft and not dtype_given and training_args.bf16:
             model_args.dtype = "bfloat16"  # autocast would cast the frozen float32 weights anew for every code
+        _check_evaluation(script_args, training_args)
         if script_args.method != "sft":
             _fill_in(script_args)
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
@@ -323,6 +350,19 @@ def _check_machine(training_args: GRPORecipe | SFTRecipe, model_args: ModelConfi
         )
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
+
+
+def _check_evaluation(script_args: ScriptArguments, training_args: GRPORecipe | SFTRecipe) -> None:
+    """Raises InputError for held-out rows that would not be used, and for an evaluation without them."""
+    evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
+    if evaluates and not script_args.eval_dataset:
+        raise InputError("--eval_strategy: needs --eval_dataset, the held-out rows to evaluate")
+    if script_args.eval_dataset and not evaluates:
+        raise InputError("--eval_dataset: is not used without --eval_strategy. Add --eval_strategy steps")
+    if not 0 <= script_args.eval_temperature < math.inf:
+        raise InputError(
+            f"--eval_temperature: must be finite and >= 0, 0 is greedy (got {script_args.eval_temperature})"
+        )
 
 
 def _fill_in(script_args: ScriptArguments) -> None:

@@ -2,16 +2,20 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
 
 from common.cli import InputError
-from common.dataset_io import load_any_dataset
-from speech.error_rate import check_reference_text, normalize_text
+from common.dataset_io import check_codes, check_keywords, check_texts, load_any_dataset
+from speech.error_rate import check_reference_text
 from speech.tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
-from training.recipes import GRPORecipe, ScriptArguments
+from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
+from training.row_cache import cache_folder, map_rows
 
 logger = logging.getLogger("train")
 
@@ -19,111 +23,118 @@ SPEECH_COLUMN = "audio_codes"
 REFERENCE_COLUMNS = ("ref_text", "ref_codes")
 KEYWORDS_COLUMN = "keywords"
 TASK_COLUMN = "task"
+LENGTH_COLUMN = "prompt_length"  # tokens; not for the trainer
+TEXT, CODES = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+PROMPT = datasets.List({"role": TEXT, "content": TEXT, "opening": TEXT})
 
 
-# --- One row ----------------------------------------------------------------------------------------------
+# --- Checks and prompts -----------------------------------------------------------------------------------
 
 
-def _tts_prompts(rows: datasets.Dataset, name: str, tokenizer, room: int, max_length: int) -> list[list[dict]]:
-    """A prompt per row; InputError names the first row that no prompt can be made of.
-
-    Args:
-        room: tokens to leave for the answer, of the `max_length` tokens of prompt and answer.
-    """
-    if "text" not in rows.column_names:
-        raise InputError(
-            f"{name}: no column 'text' (it has {', '.join(rows.column_names)}). Each row needs the text to synthesize"
-        )
-    columns = [c for c in ("text", *REFERENCE_COLUMNS) if c in rows.column_names]
-    prompts = []
-    for index, row in enumerate(rows.select_columns(columns)):
-        if not isinstance(row["text"], str):
-            raise InputError(f"{name}, row {index}: text is {row['text']!r}. Each row needs the text to synthesize")
-        try:
-            prompt = _tts_prompt(row)
-        except InputError as error:
-            raise InputError(f"{name}, row {index}: {error}") from None
-        length = len(prompt_ids(tokenizer, prompt))
-        if length + room > max_length:
-            raise InputError(
-                f"{name}, row {index}: the prompt is {length} tokens and its speech may take {room}, more than the "
-                f"{max_length} of the context. Shorten the text ({row['text'][:60]!r}…), drop the row, or lower "
-                "--max_completion_length"
-            )
-        prompts.append(prompt)
-    return prompts
+def check_tts_columns(rows: datasets.Dataset, name: str, num_codes: int) -> None:
+    """Raises InputError for a text, language or voice prompt of a wrong type."""
+    check_texts(rows, "text", name)
+    check_texts(rows, "language", name, optional=True)
+    check_texts(rows, "ref_text", name, optional=True)
+    check_codes(rows, "ref_codes", num_codes, name, optional=True)
 
 
-def _tts_prompt(row: dict) -> list[dict]:
-    ref_codes = row.get("ref_codes")
-    # An absent voice prompt is null in a column that others fill; parquet may make it an empty list.
-    if ref_codes is None or len(ref_codes) == 0:
-        return tts_prompt(row["text"])
-    return tts_prompt(row["text"], row["ref_text"], ref_codes)
-
-
-def _speech(rows: datasets.Dataset, name: str, tokens: SpeechTokens) -> list[list[int]]:
-    """The rows' codes; InputError names the first row whose codes are missing or another codec's."""
+def check_asr_columns(rows: datasets.Dataset, name: str, num_codes: int) -> None:
+    """Raises InputError for codes, a text ("" for a clip without speech), a language or keywords of a wrong type."""
     if SPEECH_COLUMN not in rows.column_names:
         raise InputError(f"{name}: no column {SPEECH_COLUMN!r}. Encode the recordings with create_dataset.py first")
-    speech = list(rows[SPEECH_COLUMN])
-    for index, codes in enumerate(speech):
-        if not codes:
-            raise InputError(f"{name}, row {index}: no {SPEECH_COLUMN}. Drop the row or encode it again")
-        try:
-            tokens.ids(codes)
-        except InputError as error:
-            raise InputError(f"{name}, row {index}: {error}") from None
-    return speech
+    check_codes(rows, SPEECH_COLUMN, num_codes, name)
+    check_texts(rows, "text", name)
+    check_texts(rows, "language", name, optional=True)
+    check_keywords(rows, KEYWORDS_COLUMN, name)
 
 
-def _transcripts(rows: datasets.Dataset, name: str) -> list[str]:
-    """The rows' texts, "" for clips without speech; InputError names the first row without one."""
-    if "text" not in rows.column_names:
+def prompt_of_row(row: dict) -> list[dict[str, str]]:
+    """The prompt of TTS; one of ref_text and ref_codes without the other is an InputError."""
+    # An absent voice prompt is null in a column that others fill; parquet may make it an empty list.
+    return tts_prompt(row["text"], row.get("ref_text") or None, row.get("ref_codes") or None)
+
+
+def length_that_fits(tokenizer, prompt: list[dict], max_completion_length: int, max_length: int, text: str) -> int:
+    """Tokens of the prompt; InputError where prompt and answer may be longer than the context."""
+    length = len(prompt_ids(tokenizer, prompt))
+    if length + max_completion_length > max_length:
         raise InputError(
-            f"{name}: no column 'text' (it has {', '.join(rows.column_names)}). Each row needs its transcript"
+            f"the prompt is {length} tokens and its answer may take {max_completion_length}, more than the "
+            f"{max_length} of the context. Shorten the row ({text[:60]!r}…) or drop it, or lower "
+            "--max_completion_length"
         )
-    texts = list(rows["text"])
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(
-                f"{name}, row {index}: text is {text!r}. Use the clip's transcript, '' for a clip without speech"
-            )
-    return texts
+    return length
 
 
-def _languages(rows: datasets.Dataset) -> list[str]:
-    if "language" not in rows.column_names:
-        return ["en"] * len(rows)
-    return [language or "en" for language in rows["language"]]
+def columns_of(rows: datasets.Dataset, *names: str) -> datasets.Dataset:
+    """Those of the columns that there are: others may hold audio, which would be decoded."""
+    return rows.select_columns([name for name in names if name in rows.column_names])
 
 
 # --- RL ---------------------------------------------------------------------------------------------------
 
 
-def grpo_dataset(
-    script_args: ScriptArguments, training_args: GRPORecipe, tokenizer, tokens: SpeechTokens
-) -> tuple[datasets.Dataset, int]:
-    """The run's rows in the order they are used, and the tokens of its longest prompt and completion together."""
-    rows = load_any_dataset(script_args.dataset, script_args.split)
-    lengths = training_args.max_completion_length, training_args.max_length
-    if script_args.task == "asr":
-        rows = grpo_asr_rows(rows, script_args.dataset, tokenizer, tokens, *lengths)
-    else:
-        rows = grpo_rows(rows, script_args.dataset, tokenizer, *lengths, script_args.diffro_labels)
+@dataclass
+class GRPORows:
+    """What GRPO trains on.
+
+    Attributes:
+        train: the run's rows in the order they are used.
+        held_out: those of --eval_dataset, or None.
+        longest: tokens of the longest prompt and completion together.
+        epoch_steps: optimizer steps of one pass over the data set.
+    """
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    longest: int
+    epoch_steps: int
+
+
+def grpo_dataset(script_args: ScriptArguments, training_args: GRPORecipe, tokenizer, tokens: SpeechTokens) -> GRPORows:
+    """The rows of --dataset and --eval_dataset, checked; fills in the run's number of steps."""
+    with training_args.main_process_first(desc="rows"):
+        cache = cache_folder(training_args)
+        make = partial(_grpo_rows, script_args, training_args, tokenizer, tokens)
+        train, held_out = make(script_args.dataset, script_args.split, cache / "train.arrow"), None
+        if script_args.eval_dataset:
+            held_out = make(script_args.eval_dataset, script_args.eval_split, cache / "held_out.arrow")
     per_step = prompts_per_step(training_args)
-    if len(rows) < per_step:
+    if len(train) < per_step:
         raise InputError(
-            f"--dataset {script_args.dataset}: has {len(rows)} rows and one step takes {per_step} prompts "
+            f"--dataset {script_args.dataset}: has {len(train)} rows and one step takes {per_step} prompts "
             "(per_device_train_batch_size × gradient_accumulation_steps × processes / num_generations). "
             "Add texts or lower the batch size"
         )
-    epoch_steps = math.ceil(training_args.num_train_epochs * (len(rows) // per_step))
-    steps = training_args.max_steps if training_args.max_steps > 0 else epoch_steps
+    epoch_steps = len(train) // per_step
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = math.ceil(training_args.num_train_epochs * epoch_steps)
     training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
-    longest_prompt = max(len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"])
-    rows = one_long_epoch(rows, steps * per_step, training_args.seed)
-    return rows, longest_prompt + training_args.max_completion_length
+    longest = max(max(rows[LENGTH_COLUMN]) for rows in (train, held_out) if rows is not None)
+    return GRPORows(
+        one_long_epoch(train.remove_columns(LENGTH_COLUMN), steps * per_step, training_args.seed),
+        held_out and held_out.remove_columns(LENGTH_COLUMN),
+        longest + training_args.max_completion_length,
+        epoch_steps,
+    )
+
+
+def _grpo_rows(
+    script_args: ScriptArguments,
+    training_args: GRPORecipe,
+    tokenizer,
+    tokens: SpeechTokens,
+    name: str,
+    split: str,
+    cache: Path,
+) -> datasets.Dataset:
+    rows = load_any_dataset(name, split)
+    lengths = training_args.max_completion_length, training_args.max_length
+    if script_args.task == "asr":
+        return grpo_asr_rows(rows, name, tokenizer, tokens, *lengths, cache)
+    return grpo_rows(rows, name, tokenizer, tokens, *lengths, script_args.diffro_labels, cache)
 
 
 def prompts_per_step(training_args: GRPORecipe) -> int:
@@ -150,54 +161,67 @@ def prompts_per_step(training_args: GRPORecipe) -> int:
 
 
 def grpo_rows(
-    rows: datasets.Dataset, name: str, tokenizer, max_completion_length: int, max_length: int, labels: list[str] = ()
+    rows: datasets.Dataset,
+    name: str,
+    tokenizer,
+    tokens: SpeechTokens,
+    max_completion_length: int,
+    max_length: int,
+    labels: list[str] = (),
+    cache: Path | None = None,
 ) -> datasets.Dataset:
-    """Rows of RL for TTS: `prompt`, `text`, `language`, and the columns `labels`; recorded codes are not used.
+    """Rows of RL for TTS: `prompt`, its length, `text`, `language`, and the columns `labels`.
 
     Raises:
         InputError: a row that no prompt can be made of, or too long for the context; a missing column.
     """
-    prompts = _tts_prompts(rows, name, tokenizer, max_completion_length, max_length)
-    columns = {"prompt": prompts, "text": list(rows["text"]), "language": _languages(rows)}
-    for index, (text, language) in enumerate(zip(columns["text"], columns["language"], strict=True)):
-        try:
-            check_reference_text(text, language)
-        except InputError as error:
-            raise InputError(f"{name}, row {index}: {error}") from None
+    check_tts_columns(rows, name, tokens.num_codes)
     for label in labels:
         if label not in rows.column_names:
-            raise InputError(f"--diffro_labels: {name} has no column {label!r} (it has {', '.join(rows.column_names)})")
-        columns[label] = list(rows[label])
-    return datasets.Dataset.from_dict(columns)
+            raise InputError(f"--diffro_labels: {name} has no column {label!r} (got {', '.join(rows.column_names)})")
+
+    def make(row: dict) -> dict:
+        text, language, prompt = row["text"], row.get("language") or "en", prompt_of_row(row)
+        check_reference_text(text, language)
+        length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, text)
+        columns = {"prompt": prompt, LENGTH_COLUMN: length, "text": text, "language": language}
+        return columns | {label: row[label] for label in labels}
+
+    features = {"prompt": PROMPT, LENGTH_COLUMN: datasets.Value("int32"), "text": TEXT, "language": TEXT}
+    features |= {label: rows.features[label] for label in labels}
+    rows = columns_of(rows, "text", "language", *REFERENCE_COLUMNS, *labels)
+    return map_rows(rows, name, make, datasets.Features(features), cache)
 
 
 def grpo_asr_rows(
-    rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens, max_completion_length: int, max_length: int
+    rows: datasets.Dataset,
+    name: str,
+    tokenizer,
+    tokens: SpeechTokens,
+    max_completion_length: int,
+    max_length: int,
+    cache: Path | None = None,
 ) -> datasets.Dataset:
-    """Rows of RL for ASR: `prompt`, `text` (the reference), `language`, and `keywords` where there are any.
+    """Rows of RL for ASR: `prompt`, its length, `text` (the reference), `language`, `keywords` where there are any.
 
     Raises:
         InputError: a row without codes, whose text cannot be scored, or too long for the context.
     """
-    speech, texts, languages = _speech(rows, name, tokens), _transcripts(rows, name), _languages(rows)
-    prompts = [asr_prompt(codes) for codes in speech]
-    for index, (prompt, text, language) in enumerate(zip(prompts, texts, languages, strict=True)):
-        if text.strip() and not normalize_text(text, language):
-            raise InputError(
-                f"{name}, row {index}: the text {text!r} has no word in it, so no error rate can be computed. Use '' "
-                "for a clip without speech, or drop the row"
-            )
-        length = len(prompt_ids(tokenizer, prompt))
-        if length + max_completion_length > max_length:
-            raise InputError(
-                f"{name}, row {index}: the clip's prompt is {length} tokens and its text may take "
-                f"{max_completion_length}, more than the {max_length} of the context. Drop the row, or lower "
-                "--max_completion_length"
-            )
-    columns = {"prompt": prompts, "text": texts, "language": languages}
-    if KEYWORDS_COLUMN in rows.column_names:
-        columns[KEYWORDS_COLUMN] = [list(words or []) for words in rows[KEYWORDS_COLUMN]]
-    return datasets.Dataset.from_dict(columns)
+    check_asr_columns(rows, name, tokens.num_codes)
+    has_keywords = KEYWORDS_COLUMN in rows.column_names
+
+    def make(row: dict) -> dict:
+        text, language, prompt = row["text"], row.get("language") or "en", asr_prompt(row[SPEECH_COLUMN])
+        if text.strip():  # "" is a clip without speech
+            check_reference_text(text, language)
+        length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, text)
+        columns = {"prompt": prompt, LENGTH_COLUMN: length, "text": text, "language": language}
+        return columns | ({KEYWORDS_COLUMN: row[KEYWORDS_COLUMN] or []} if has_keywords else {})
+
+    features = {"prompt": PROMPT, LENGTH_COLUMN: datasets.Value("int32"), "text": TEXT, "language": TEXT}
+    features |= {KEYWORDS_COLUMN: datasets.List(TEXT)} if has_keywords else {}
+    rows = columns_of(rows, "text", "language", SPEECH_COLUMN, KEYWORDS_COLUMN)
+    return map_rows(rows, name, make, datasets.Features(features), cache)
 
 
 def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
@@ -214,8 +238,32 @@ def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Da
 # --- SFT --------------------------------------------------------------------------------------------------
 
 
+def sft_datasets(
+    script_args: ScriptArguments, training_args: SFTRecipe, tokenizer, tokens: SpeechTokens
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The examples of --dataset and of --eval_dataset, None without one."""
+    with training_args.main_process_first(desc="rows"):
+        cache, parts = cache_folder(training_args), []
+        for name, split in (
+            (script_args.dataset, script_args.split),
+            (script_args.eval_dataset, script_args.eval_split),
+        ):
+            if name is None:
+                parts.append(None)
+                continue
+            rows, file = load_any_dataset(name, split), cache / f"{len(parts)}.arrow"
+            parts.append(sft_rows(rows, name, tokenizer, tokens, training_args.max_length, script_args.task, file))
+    return tuple(parts)
+
+
 def sft_rows(
-    rows: datasets.Dataset, name: str, tokenizer, tokens: SpeechTokens, max_length: int, task: str = "tts"
+    rows: datasets.Dataset,
+    name: str,
+    tokenizer,
+    tokens: SpeechTokens,
+    max_length: int,
+    task: str = "tts",
+    cache: Path | None = None,
 ) -> datasets.Dataset:
     """Rows of SFT: token ids of prompt + answer + END, and a mask that is 1 on the answer and END.
 
@@ -223,20 +271,39 @@ def sft_rows(
         task: "tts" answers with the speech, "asr" with the text; "both" makes an example of each of every row, or
             of the one that the row's column `task` names: noisy speech is good to transcribe and bad to synthesize.
     """
-    examples, total = {"input_ids": [], "completion_mask": []}, 0
-    for answer_task, answers in (("tts", _tts_examples), ("asr", _asr_examples)):
+    check_asr_columns(rows, name, tokens.num_codes)
+    if task != "asr":
+        check_tts_columns(rows, name, tokens.num_codes)
+
+    def tts_example(row: dict) -> tuple[list[int], list[int]]:
+        return prompt_ids(tokenizer, prompt_of_row(row)), [*tokens.ids(row[SPEECH_COLUMN]), tokens.end_id]
+
+    def asr_example(row: dict) -> tuple[list[int], list[int]]:
+        text_ids = tokenizer(row["text"].strip(), add_special_tokens=False)["input_ids"]
+        return prompt_ids(tokenizer, asr_prompt(row[SPEECH_COLUMN])), [*text_ids, tokens.text_end_id]
+
+    def fitting(example: Callable, row: dict) -> dict | None:
+        prompt, answer = example(row)
+        if len(prompt) + len(answer) > max_length:
+            return None
+        return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
+
+    features = datasets.Features({"input_ids": CODES, "completion_mask": datasets.List(datasets.Value("int8"))})
+    parts, total = [], 0
+    for answer_task, example in (("tts", tts_example), ("asr", asr_example)):
         chosen = _rows_of_task(rows, name, task, answer_task)
         total += len(chosen)
-        for prompt, answer in answers(chosen, name, tokenizer, tokens, max_length) if len(chosen) else ():
-            if len(prompt) + len(answer) <= max_length:
-                examples["input_ids"].append(prompt + answer)
-                examples["completion_mask"].append([0] * len(prompt) + [1] * len(answer))
-    too_long = total - len(examples["input_ids"])
-    if too_long == total:
+        if len(chosen):
+            chosen = columns_of(chosen, "text", SPEECH_COLUMN, *REFERENCE_COLUMNS)
+            file = cache and cache.with_stem(f"{cache.stem}-{answer_task}")
+            parts.append(map_rows(chosen, name, partial(fitting, example), features, file))
+    examples = datasets.concatenate_datasets(parts)
+    if len(examples) == 0:
         raise InputError(f"{name}: none of the {len(rows)} rows fits into --max_length {max_length} tokens")
-    if too_long:
+    if len(examples) < total:
+        too_long = total - len(examples)
         logger.warning("%s: %d of %d examples are longer than %d tokens, left out", name, too_long, total, max_length)
-    return datasets.Dataset.from_dict(examples)
+    return examples
 
 
 def _rows_of_task(rows: datasets.Dataset, name: str, task: str, answer_task: str) -> datasets.Dataset:
@@ -252,18 +319,3 @@ def _rows_of_task(rows: datasets.Dataset, name: str, task: str, answer_task: str
                 f"{name}, row {index}: {TASK_COLUMN} must be one of {', '.join(TASKS)}, or null (got {value!r})"
             )
     return rows.select([index for index, value in enumerate(named) if value in (None, answer_task)])
-
-
-Example = tuple[list[int], list[int]]  # ids of the prompt, and of the answer with END
-
-
-def _tts_examples(rows, name: str, tokenizer, tokens: SpeechTokens, max_length: int) -> Iterator[Example]:
-    speech = _speech(rows, name, tokens)
-    for prompt, codes in zip(_tts_prompts(rows, name, tokenizer, 0, max_length), speech, strict=True):
-        yield prompt_ids(tokenizer, prompt), [*tokens.ids(codes), tokens.end_id]
-
-
-def _asr_examples(rows, name: str, tokenizer, tokens: SpeechTokens, max_length: int) -> Iterator[Example]:
-    for codes, text in zip(_speech(rows, name, tokens), _transcripts(rows, name), strict=True):
-        text_ids = tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-        yield prompt_ids(tokenizer, asr_prompt(codes)), [*text_ids, tokens.text_end_id]

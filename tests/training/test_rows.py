@@ -59,11 +59,11 @@ def test_rows_of_rl_for_asr(llasa):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": ["?!"]}, r"row 0: the text '\?!' has no word in it"),
-        ({"text": [None]}, "row 0: text is None"),
-        ({"audio_codes": [[]]}, "row 0: no audio_codes"),
-        ({"audio_codes": [[4096]]}, "row 0: code 4096 is not in"),
-        ({"audio_codes": [[1] * 500]}, "row 0: the clip's prompt is 5.. tokens and its text may take 50"),
+        ({"text": ["?!"]}, r"row 0: reference text '\?!' is empty after"),
+        ({"text": [None]}, "row 0: text must be text .got None"),
+        ({"audio_codes": [[]]}, "row 0: audio_codes must be a list of whole numbers from 0 to 4095 .got \\[\\]"),
+        ({"audio_codes": [[4096]]}, "row 0: audio_codes must be .* .got 4096 among them"),
+        ({"audio_codes": [[1] * 500]}, "row 0: the prompt is 5.. tokens and its answer may take 50"),
     ],
 )
 def test_rows_that_cannot_be_transcribed(llasa, columns, message):

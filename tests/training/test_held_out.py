@@ -1,4 +1,4 @@
-"""Held-out rows while training: what is measured, that the training does not notice, and that the best model is kept."""
+"""Held-out rows while training: what is measured, that training does not notice, and that the best model is kept."""
 
 import json
 import math

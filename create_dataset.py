@@ -32,6 +32,7 @@ from common.cli import (
     library_errors_are_input,
     parse_strictly,
     pick_device,
+    run_script,
     set_up_logging,
     write_whole,
 )
@@ -333,4 +334,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

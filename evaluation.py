@@ -25,6 +25,7 @@ comparison of the rows on the terminal. Formats of --texts:
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from common.cli import (
@@ -32,10 +33,13 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_ranges,
     check_sampling,
+    check_seed,
     check_writable,
     parse_strictly,
     pick_device,
+    run_script,
     set_up_logging,
 )
 from metrics import recognition, synthesis
@@ -59,6 +63,9 @@ def named_models(models: list[str]) -> dict[str, str]:
 def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, best_of=1, batch_size=1, max_length=1, max_completion_length=1, num_players=0)
     check_sampling(args.temperature, args.top_p)
+    check_ranges(args, {"long_s": (0, True, math.inf, False)})
+    for seed in args.seeds:
+        check_seed(seed)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
         raise InputError("--task tts needs --texts (and no --clips), --task asr needs --clips (and no --texts)")
     for name in ("seeds", "temperature", "judge"):
@@ -161,4 +168,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     set_up_logging("metrics")
-    main(parse_args())
+    run_script(main, parse_args)

@@ -24,10 +24,12 @@ from common.cli import (
     bad_input_exits,
     check_at_least,
     check_sampling,
+    check_seed,
     check_writable,
     parse_strictly,
     pick_device,
     read_text,
+    run_script,
     set_up_logging,
 )
 from common.run_record import content_digest, short_digest
@@ -265,6 +267,7 @@ def transcript_records(ids: list[dict], by_clip: list[list[Transcript]]) -> list
 def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1, seed=0)
     check_sampling([args.temperature], args.top_p)
+    check_seed(args.seed)
     has_text = args.text is not None or args.text_file is not None
     if has_text != (args.task == "tts"):
         flags = "--text or --text_file" if has_text else "--audio or --dataset"
@@ -344,4 +347,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     set_up_logging("inference")
-    main(parse_args())
+    run_script(main, parse_args)

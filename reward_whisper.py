@@ -13,7 +13,15 @@ as here (with a sum exp(-NLL / 3) is about 0 for any sentence). The authors' rew
 import argparse
 import math
 
-from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, pick_device, set_up_logging
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    parse_strictly,
+    pick_device,
+    run_script,
+    set_up_logging,
+)
 from speech.audio import load_audio
 from speech.error_rate import CER_LANGUAGES, check_reference_text, language_code
 from speech.tokens import SAMPLE_RATE
@@ -143,4 +151,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

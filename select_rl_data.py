@@ -50,6 +50,7 @@ from common.cli import (
     check_writable,
     parse_strictly,
     read_text,
+    run_script,
     set_up_logging,
     write_whole,
 )
@@ -517,4 +518,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

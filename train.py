@@ -28,7 +28,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
-from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, set_up_logging
+from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, run_script, set_up_logging
 from common.run_record import plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config
 from reward_models.rollouts import SpeechRolloutScorer
@@ -237,4 +237,4 @@ def main(arguments: recipes.Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

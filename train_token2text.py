@@ -37,15 +37,17 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_seed,
     check_writable,
     parse_strictly,
     pick_device,
+    run_script,
     set_up_logging,
     write_whole,
 )
 from common.dataset_io import load_any_dataset
 from common.run_record import write_run
-from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, Token2Text, new_text_tokenizer
+from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
 
 logger = logging.getLogger("train_token2text")
@@ -105,9 +107,9 @@ def split_by_text(rows: datasets.Dataset, heldout_frac: float, seed: int) -> tup
     """
     texts = sorted(set(rows["text"]))
     count = max(1, round(heldout_frac * len(texts)))
-    if not 0 < heldout_frac < 1 or count == len(texts):
+    if count == len(texts):
         raise InputError(
-            f"--heldout_frac: must be in (0, 1) and leave texts to train on (got {heldout_frac} of {len(texts)} "
+            f"--heldout_frac: must leave texts to train on (got {heldout_frac} of {len(texts)} "
             "distinct texts). Lower it, add texts, or use --heldout_dataset"
         )
     heldout_texts = {texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]}
@@ -275,6 +277,10 @@ def check_resumable(args: argparse.Namespace) -> None:
     """Raises InputError where --output_dir has a checkpoint that is not to be resumed, or of other settings."""
     path = Path(args.output_dir) / CHECKPOINT
     if not path.exists():
+        if (Path(args.output_dir) / WEIGHTS_FILE).exists():
+            raise InputError(
+                f"--output_dir: {args.output_dir} holds a finished model. Use another folder, or delete it"
+            )
         return
     if args.resume_from_checkpoint == "false":
         raise InputError(
@@ -375,6 +381,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises InputError for arguments out of range."""
     layers = {"num_heads": 1, "encoder_layers": 1, "decoder_layers": 1}
     check_at_least(args, num_codes=1, vocab_size=258, hidden_size=1, **layers)
+    check_seed(args.seed)
     check_at_least(args, steps=1, batch_size=1, logging_steps=1, save_steps=1)
     if args.hidden_size % args.num_heads:
         raise InputError(f"--hidden_size: must be a multiple of --num_heads {args.num_heads} (got {args.hidden_size})")
@@ -386,6 +393,8 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise InputError(f"--{name}: must be finite and >= 0 (got {value})")
+    if not 0 < args.heldout_frac < 1:
+        raise InputError(f"--heldout_frac: must be in (0, 1) (got {args.heldout_frac})")
     if not 0 < args.learning_rate < math.inf:
         raise InputError(f"--learning_rate: must be finite and > 0 (got {args.learning_rate})")
 
@@ -432,4 +441,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 logger = logging.getLogger(Path(sys.argv[0]).name)
 
 _debug = False  # set by --debug
+NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 class InputError(ValueError):
@@ -46,6 +48,20 @@ def library_errors_are_input(what: str, *kinds: type[Exception]) -> Iterator[Non
         raise
     except kinds as error:
         raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def run_script(main: Callable, parse_args: Callable) -> None:
+    """`main(parse_args())` of a script; what is nobody's bug ends in one line: Ctrl-C (130) and a full disk (1)."""
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        logger.error("interrupted. Long work that can be resumed is, by the same command (see --help)")
+        sys.exit(130)
+    except Exception as error:
+        if _debug or NO_SPACE not in str(error):  # an OSError, or what safetensors, torch and libsndfile make of it
+            raise
+        logger.error("error: the disk is full: %s. Free some space; what is complete is kept", first_line(error))
+        sys.exit(1)
 
 
 def set_up_logging(*loggers: str, timestamps: bool = False) -> None:
@@ -116,6 +132,32 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise InputError(f"--{name}: must be >= {number} (got {getattr(args, name)})")
 
 
+Range = tuple[float, bool, float, bool]  # least, whether it is allowed, most, whether it is allowed
+
+
+def check_ranges(values: object, ranges: dict[str, Range]) -> None:
+    """Raises InputError for a number that is NaN or out of its range.
+
+    Args:
+        values: an object with the numbers as attributes; None is no number, and passes.
+    """
+    for name, (low, low_allowed, high, high_allowed) in ranges.items():
+        value = getattr(values, name)
+        if value is None:
+            continue
+        above = value >= low if low_allowed else value > low
+        below = value <= high if high_allowed else value < high
+        if not (above and below):
+            interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if high_allowed else ')'}"
+            raise InputError(f"--{name}: must be in {interval} (got {value})")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that numpy does not take."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed: must be in [0, {2**32 - 1}] (got {seed})")
+
+
 def check_sampling(temperatures: list[float], top_p: float) -> None:
     """Raises InputError for a temperature or a top_p that cannot be sampled with."""
     for temperature in temperatures:
@@ -154,16 +196,27 @@ def read_text(path: str) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` and try it, before the work that it is to hold."""
+    """Try to make and write into `folder`, before the work that it is to hold; leaves no empty folder behind."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if existing.is_dir():
+            tempfile.TemporaryFile(dir=existing).close()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)  # raises: a file is in the way
     except OSError as error:
         raise InputError(f"cannot write into {folder}: {error.strerror}. Use another output folder") from error
 
 
+def check_file_path(path: Path) -> None:
+    """Raises InputError where `path` is a folder, or its own folder cannot be written into."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, and a file is to be written there. Use another name")
+    check_writable(path.parent)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then rename it: `path` is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

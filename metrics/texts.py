@@ -40,7 +40,7 @@ def read_items(path: str, language: str) -> list[Item]:
         accepted = ", ".join(parsers)
         raise InputError(f"{path}: not a file of texts (got {suffix!r}). Use {accepted}; see evaluation.py --help")
     items = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -74,6 +74,9 @@ def _parse_meta(line: str) -> dict[str, str]:
 def _item(fields: dict[str, str], default_id: str, language: str, folder: Path) -> Item:
     if not isinstance(fields.get("text"), str):
         raise InputError(f'no text in this row (got {", ".join(fields) or "nothing"}). Add a "text"')
+    for name in ("language", "ref_text", "ref_audio", "audio", "file_name"):
+        if not isinstance(fields.get(name), str | None):
+            raise InputError(f"{name} must be text (got {fields[name]!r}). Correct the row")
     audio = fields.get("audio") or fields.get("file_name")  # an audiofolder's metadata.jsonl calls it file_name
     ref_audio = fields.get("ref_audio")
     return Item(

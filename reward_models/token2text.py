@@ -24,9 +24,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from common.cli import InputError
+from common.cli import InputError, library_errors_are_input
 from reward_whisper import nll_reward
 from speech.error_rate import check_reference_text, normalize_text
+from speech.weights import UNREADABLE, check_finite
 from speech.whisper_scorer import MAX_NLL
 
 PAD, END = 0, 1  # ids in the text vocabulary; PAD is also the decoder's start token, and CTC's blank
@@ -53,6 +54,13 @@ def new_text_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"{file}: cannot be read as a tokenizer: {error}. Use train_token2text.py's own") from error
 
 
 class Token2Text(nn.Module):
@@ -90,9 +98,14 @@ class Token2Text(nn.Module):
                 f"{folder}: not a token-to-text model, it lacks {', '.join(missing)}. Train one with "
                 "train_token2text.py, or use tiny/token2text"
             )
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        model = cls(config, Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
-        load_model(model, folder / WEIGHTS_FILE)
+        with library_errors_are_input(f"{folder}: the token-to-text model cannot be loaded", *UNREADABLE):
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            missing = [key for key in ("num_codes", "labels", "t5") if key not in config]
+            if missing:
+                raise InputError(f"{folder / CONFIG_FILE}: lacks {', '.join(missing)}. Use train_token2text.py's own")
+            model = cls(config, _read_tokenizer(folder / TOKENIZER_FILE))
+            load_model(model, folder / WEIGHTS_FILE)  # strict: all weights, and no others
+        check_finite(str(folder), model)
         return model.to(device).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:

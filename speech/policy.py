@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
-from common.cli import InputError, first_line, pick_device
+from common.cli import InputError, first_line, library_errors_are_input, pick_device
 from speech.tokens import (
     CODES_PER_SECOND,
     TEXT_UNDERSTANDING_END,
@@ -22,6 +23,7 @@ from speech.tokens import (
     prompt_ids,
     written_text,
 )
+from speech.weights import UNREADABLE, load_causal_lm
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2"
 DEFAULT_WHISPER = "large-v3"
@@ -70,10 +72,7 @@ class Policy:
         if dtype == "auto":
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         tokenizer, tokens = load_tokenizer(id_or_path, task)  # before the weights: a wrong model is known at once
-        try:
-            model = AutoModelForCausalLM.from_pretrained(id_or_path, dtype=dtype)
-        except (OSError, ValueError) as error:  # what transformers raises for missing and for other files
-            raise InputError(f"cannot load the model {id_or_path!r}: {first_line(error)}") from error
+        model = load_causal_lm(id_or_path, dtype=dtype)
         # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
         model.generation_config = GenerationConfig()
         prepare_model(model, tokenizer, tokens, task)
@@ -207,11 +206,9 @@ class Policy:
 def load_tokenizer(id_or_path: str, task: str = "tts", revision: str | None = None) -> tuple[object, SpeechTokens]:
     """A model's tokenizer, ready for a task's prompts, and its speech tokens; InputError if it is not a Llasa's."""
     check_model_exists(id_or_path)
-    try:
+    with library_errors_are_input(f"{id_or_path}: the tokenizer cannot be loaded", *UNREADABLE, TemplateError):
         tokenizer = AutoTokenizer.from_pretrained(id_or_path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the tokenizer of {id_or_path!r}: {first_line(error)}") from error
-    return tokenizer, prepare_tokenizer(tokenizer, task)
+        return tokenizer, prepare_tokenizer(tokenizer, task)
 
 
 def check_model_exists(id_or_path: str) -> None:
@@ -237,13 +234,24 @@ def recorded(model: str, key: str, default=None):
     """
     for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
         if (folder / "run.json").is_file():
-            value = json.loads((folder / "run.json").read_text(encoding="utf-8")).get(key)
+            value = read_run(folder / "run.json").get(key)
             if isinstance(value, str):
                 in_project = Path(__file__).parent.parent / value
                 return str(in_project) if in_project.exists() and not Path(value).exists() else value
             if value:
                 return value
     return default
+
+
+def read_run(path: Path) -> dict:
+    """The content of a run.json; InputError names one that cannot be read."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {first_line(error)}. Repair or delete it") from error
+    if not isinstance(run, dict):
+        raise InputError(f"{path}: expected an object (got {type(run).__name__}). Repair or delete it")
+    return run
 
 
 def reward_parameters(model: str) -> dict[str, float]:

@@ -11,6 +11,10 @@ from common.cli import InputError
 
 logger = logging.getLogger("train")
 
+TRAINED_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+# Of one process, of FSDP's shards, of DeepSpeed
+CHECKPOINT_WEIGHTS = ("*.safetensors", "pytorch_model_fsdp_*", "global_step*")
+
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint of --resume_from_checkpoint: a folder, or true for the last complete one; None to start anew.
@@ -25,25 +29,45 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
                 f"--output_dir {training_args.output_dir}: holds checkpoints of an earlier run. Resume it with "
                 "--resume_from_checkpoint true, or use another --output_dir"
             )
+        check_no_model(training_args.output_dir)
         return None
     if wanted in ("true", "True", True):
         last = last_complete_checkpoint(training_args.output_dir)
         if last:
             logger.info("resuming from %s", last)
+        else:
+            check_no_model(training_args.output_dir)
         return last
-    if not Path(wanted, "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint there. Use a checkpoint-N folder, or true")
+    if not is_complete(Path(wanted)):
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: no complete checkpoint there. Use a checkpoint-N folder, or true"
+        )
     return wanted
 
 
+def check_no_model(output_dir: str) -> None:
+    """Raises InputError where a trained model would be overwritten."""
+    present = [name for name in TRAINED_WEIGHTS if Path(output_dir, name).is_file()]
+    if present:
+        raise InputError(
+            f"--output_dir {output_dir}: holds a trained model ({present[0]}). Use another --output_dir, or delete it"
+        )
+
+
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint-N that was written to its end: trainer_state.json is the last file of one."""
+    """The newest checkpoint-N that was written to its end."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete (the run was interrupted while writing it); using the one before", folder)
-            continue
-        return str(folder)
+        if is_complete(folder):
+            return str(folder)
+        logger.warning("%s is incomplete (the run was interrupted while writing it); using the one before", folder)
     return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint has weights and, as the last file of one, a whole trainer_state.json."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(next(folder.glob(pattern), None) is not None for pattern in CHECKPOINT_WEIGHTS)

@@ -3,8 +3,6 @@
 import logging
 
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
@@ -15,12 +13,11 @@ from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
 from speech.codec import SpeechCodec
 from speech.tokens import SpeechTokens, prepare_model
+from speech.weights import UNREADABLE, check_adapter, check_finite, load_causal_lm
 from speech.whisper_scorer import WhisperScorer
 from training.recipes import GRPORecipe, ScriptArguments
 
 logger = logging.getLogger("train")
-
-UNREADABLE = (OSError, ValueError, SafetensorError)  # missing, malformed or truncated files
 
 
 def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: str):
@@ -41,13 +38,14 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
             model_args.dtype,
         )
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
-    what = f"--model_name_or_path {adapter}: its base model {name}" if adapter else f"--model_name_or_path {name}:"
-    with library_errors_are_input(f"{what} cannot be loaded", *UNREADABLE):
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=None if adapter else model_args.model_revision,
-            **{key: value for key, value in options.items() if value is not None},
-        )
+    options = {key: value for key, value in options.items() if value is not None}
+    if adapter is None:
+        model = load_causal_lm(name, revision=model_args.model_revision, **options)
+    else:
+        try:
+            model = load_causal_lm(name, **options)
+        except InputError as error:
+            raise InputError(f"--model_name_or_path {adapter}: its base model {error}") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.tie_word_embeddings and head.weight is not embedding.weight:
         logger.warning("%s: its config ties head and embeddings, its weights differ; they are kept apart", name)
@@ -56,7 +54,10 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
     if adapter is None:
         return model
     with library_errors_are_input(f"--model_name_or_path {adapter}: its LoRA weights cannot be loaded", *UNREADABLE):
-        return PeftModel.from_pretrained(model, adapter, revision=model_args.model_revision, is_trainable=True)
+        model = PeftModel.from_pretrained(model, adapter, revision=model_args.model_revision, is_trainable=True)
+    check_adapter(adapter, model)
+    check_finite(adapter, model)
+    return model
 
 
 def load_rollout_scorer(

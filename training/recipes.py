@@ -11,15 +11,69 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
-from common.cli import InputError, bad_input_exits, did_you_mean, library_errors_are_input, show_tracebacks
+from common.cli import (
+    InputError,
+    bad_input_exits,
+    check_ranges,
+    did_you_mean,
+    library_errors_are_input,
+    show_tracebacks,
+)
 from reward_models import DEFAULT_CONFIG
 from training.diffro import FILTERS, METHODS
 
+LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]  # TRL's
 # Of the held-out metrics; of all others lower is better
 HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact")
+# Ranges of numbers that transformers and TRL take unchecked: a NaN among them trains to NaN weights without a word
+POSITIVE, NOT_NEGATIVE, COUNT = (0, False, math.inf, False), (0, True, math.inf, False), (1, True, math.inf, False)
+FRACTION = (0, True, 1, False)
+TRAINING_RANGES = {
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "adam_beta1": FRACTION,
+    "adam_beta2": FRACTION,
+    "adam_epsilon": POSITIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "num_train_epochs": POSITIVE,
+    "per_device_train_batch_size": COUNT,
+    "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "max_length": COUNT,
+    "save_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "logging_steps": POSITIVE,
+    "save_total_limit": COUNT,
+    "seed": (0, True, 2**32 - 1, True),
+}
+GRPO_RANGES = TRAINING_RANGES | {
+    "beta": NOT_NEGATIVE,
+    "epsilon": POSITIVE,
+    "temperature": POSITIVE,
+    "top_p": (0, False, 1, True),
+    "top_k": (-1, True, math.inf, False),  # −1 is vLLM's 0
+    "min_p": (0, True, 1, True),
+    "repetition_penalty": POSITIVE,
+    "num_iterations": COUNT,
+    "num_generations": (2, True, math.inf, False),  # an advantage needs a group
+    "max_completion_length": COUNT,
+    "vllm_gpu_memory_utilization": (0, False, 1, True),
+}
+SCRIPT_RANGES = {
+    "diffro_weight": NOT_NEGATIVE,
+    "gumbel_temperature": POSITIVE,
+    "gumbel_temperature_end": POSITIVE,
+    "gumbel_draws": COUNT,
+    "sample_steps": NOT_NEGATIVE,
+    "sample_count": NOT_NEGATIVE,
+    "eval_temperature": NOT_NEGATIVE,  # 0 is greedy
+}
+LORA_RANGES = {"lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": FRACTION}
 # Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s
 MAX_COMPLETION_LENGTH = {"tts": 1500, "asr": 256}
 
@@ -116,8 +170,19 @@ class GRPORecipe(GRPOConfig):
     beta: float = 0.1
     learning_rate: float = 1e-5
     lr_scheduler_type: str = "constant"
-    loss_type: str = "grpo"
-    scale_rewards: str = "group"
+    loss_type: str = field(default="grpo", metadata={"help": "the loss over tokens", "choices": LOSSES})
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "by whose standard deviation advantages are divided", "choices": ["group", "batch", "none"]},
+    )
+    # Of several rewards: their weighted sum is normalised in its group; normalize_then_sum is GDPO (arXiv 2601.05242)
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={
+            "help": "several rewards: normalise their sum in the group, or each reward, then sum (GDPO)",
+            "choices": ["sum_then_normalize", "normalize_then_sum"],
+        },
+    )
     use_bias_correction_kl: bool = False
     # One distribution for sampling and training: temperature only
     temperature: float = 1.0
@@ -154,6 +219,7 @@ class GRPORecipe(GRPOConfig):
     seed: int = 0
 
     def __post_init__(self):
+        check_training(self, GRPO_RANGES)
         if self.load_best_model_at_end or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or "wer"
             if self.greater_is_better is None:
@@ -187,6 +253,17 @@ class SFTRecipe(SFTConfig):
     report_to: list[str] = field(default_factory=lambda: ["none"])
     seed: int = 0
 
+    def __post_init__(self):
+        check_training(self, TRAINING_RANGES)
+        super().__post_init__()
+
+
+def check_training(args: TrainingArguments, ranges: dict) -> None:
+    """Raises InputError for numbers that nothing can be trained with."""
+    check_ranges(args, ranges)
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise InputError(f"--max_steps: must be >= 1, or -1 for --num_train_epochs (got {args.max_steps})")
+
 
 Arguments = tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig]
 
@@ -204,6 +281,7 @@ COMMON_FLAGS = {
     "max_length": "tokens of prompt and answer together",
     "max_completion_length": "tokens of an answer (default: 1500 for tts, 30 s; 256 for asr)",
     "temperature": "sampling temperature of the rollouts",
+    "multi_objective_aggregation": "normalize_then_sum: each reward is normalised in its group before the sum (GDPO)",
     "beta": "weight of the KL to the reference policy; 0 drops the reference",
     "bf16": "bfloat16 autocast (default: true on a GPU)",
     "dtype": "dtype of the weights, float32 or (with LoRA) bfloat16",
@@ -247,6 +325,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
         if model_args.use_peft and not dtype_given and training_args.bf16:
             model_args.dtype = "bfloat16"  # autocast would cast the frozen float32 weights anew for every code
+        check_ranges(script_args, SCRIPT_RANGES)
+        check_ranges(model_args, LORA_RANGES)
         _check_evaluation(script_args, training_args)
         if script_args.method != "sft":
             _fill_in(script_args)
@@ -359,10 +439,6 @@ def _check_evaluation(script_args: ScriptArguments, training_args: GRPORecipe | 
         raise InputError("--eval_strategy: needs --eval_dataset, the held-out rows to evaluate")
     if script_args.eval_dataset and not evaluates:
         raise InputError("--eval_dataset: is not used without --eval_strategy. Add --eval_strategy steps")
-    if not 0 <= script_args.eval_temperature < math.inf:
-        raise InputError(
-            f"--eval_temperature: must be finite and >= 0, 0 is greedy (got {script_args.eval_temperature})"
-        )
 
 
 def _fill_in(script_args: ScriptArguments) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 from datasets.fingerprint import generate_random_fingerprint
 
-from common.cli import InputError, check_writable
+from common.cli import InputError
 
 
 def map_rows(
@@ -61,6 +61,6 @@ def cache_folder(training_args) -> Path:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "llasa-grpo" / f"{socket.gethostname()}-{run}"
     if training_args.local_process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        check_writable(folder)
+        folder.mkdir(parents=True)
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

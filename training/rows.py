@@ -141,8 +141,6 @@ def prompts_per_step(training_args: GRPORecipe) -> int:
     """Different prompts behind one optimizer step; InputError for a run that could not resume or learn."""
     group, micro_batch = training_args.num_generations, training_args.per_device_train_batch_size
     accumulation = training_args.gradient_accumulation_steps
-    if group < 2:
-        raise InputError(f"--num_generations: must be >= 2, an advantage needs a group (got {group})")
     local_rollouts = micro_batch * training_args.steps_per_generation
     if local_rollouts % group:
         raise InputError(

@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 import train
 from common.cli import InputError
+from speech import weights
 from speech.policy import Policy, load_tokenizer
 from training import models
 
@@ -125,7 +126,7 @@ def test_the_revision_is_that_of_policy_tokenizer_and_reference(tmp_path, monkey
 
     monkeypatch.setattr("speech.policy.AutoTokenizer.from_pretrained", record("tokenizer", models_tokenizer()))
     monkeypatch.setattr(
-        models.AutoModelForCausalLM, "from_pretrained", record("policy", AutoModelForCausalLM.from_pretrained)
+        weights.AutoModelForCausalLM, "from_pretrained", record("policy", AutoModelForCausalLM.from_pretrained)
     )
     from trl.trainer import grpo_trainer
 

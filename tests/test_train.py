@@ -356,7 +356,7 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--load_in_4bit", "true"], "--load_in_4bit: quantized weights are not supported"),
         (["--load_in_8bit", "true"], "--load_in_8bit: quantized weights are not supported"),
         (["--use_vllm", "true"], "--use_vllm: vLLM is not installed here"),
-        (["--resume_from_checkpoint", str(tmp_path)], "no checkpoint there"),
+        (["--resume_from_checkpoint", str(tmp_path)], "no complete checkpoint there"),
         (["--method", "diffro"], "--method diffro needs --token2text"),
         (["--method", "diffro", "--token2text", "x", "--task", "asr"], "--method diffro: for --task tts only"),
         (["--method", "grpo+diffro", "--token2text", "nowhere"], "nowhere"),
@@ -458,3 +458,33 @@ def test_an_earlier_run_is_not_overwritten(trained, capsys, caplog):
 def test_every_shipped_config_loads(config):
     script, _, _ = train.parse_args(["--config", str(config)])
     assert script.dataset is None or Path(script.dataset).exists() or "/" in script.dataset
+
+
+def test_each_reward_normalised_in_its_group_before_the_sum(tmp_path, monkeypatch):
+    """--multi_objective_aggregation normalize_then_sum: GDPO, arXiv 2601.05242, eqs. 4 to 6."""
+    config = {"token2text": {"weight": 1.0}, "duration": {"weight": 0.5}}
+    (tmp_path / "two.json").write_text(json.dumps(config))
+    batches = []
+
+    class Recording(SpeechGRPOTrainer):
+        def _calculate_rewards(self, *args):
+            batches.append([super()._calculate_rewards(*args)])
+            return batches[-1][0]
+
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            batches[-1].append(output["advantages"])
+            return output
+
+    monkeypatch.setattr(train, "SpeechGRPOTrainer", Recording)
+    flags = ["--reward_config", str(tmp_path / "two.json"), *DIFFRO, "--max_steps", "1", "--save_strategy", "no"]
+    gdpo = ["--multi_objective_aggregation", "normalize_then_sum", "--max_completion_length", "80"]
+    run("--output_dir", str(tmp_path / "run"), *flags, *gdpo)
+    for rewards, advantages in batches:
+        groups = rewards.view(-1, 4, 2)
+        each = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        total = each[..., 0] + 0.5 * each[..., 1]
+        expected = (total - total.mean()) / (total.std() + 1e-4)
+        assert torch.allclose(advantages, expected.flatten(), atol=1e-5)
+        assert groups.std(1).min() > 0, "both rewards differ within each group"
+    assert batches

@@ -265,7 +265,7 @@ def transcript_records(ids: list[dict], by_clip: list[list[Transcript]]) -> list
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1, seed=0)
+    check_at_least(args, num_samples=1, best_of=1, batch_size=1, max_length=1, max_completion_length=1)
     check_sampling([args.temperature], args.top_p)
     check_seed(args.seed)
     has_text = args.text is not None or args.text_file is not None

@@ -207,13 +207,6 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}. Use another output folder") from error
 
 
-def check_file_path(path: Path) -> None:
-    """Raises InputError where `path` is a folder, or its own folder cannot be written into."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, and a file is to be written there. Use another name")
-    check_writable(path.parent)
-
-
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then rename it: `path` is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,10 @@ def write_results(folder: Path, results: dict, about: str, table: list[list[str]
 def write_sounds(folder: Path, sounds: dict[str, np.ndarray]) -> None:
     """Write sounds.npz: the waveforms on the page, to the 16 bits that the page has of them."""
     # Rounded as soundfile rounds
-    steps = {name: np.floor(np.nan_to_num(wav) * FULL_SCALE).clip(-FULL_SCALE, FULL_SCALE - 1) for name, wav in sounds.items()}
+    steps = {
+        name: np.floor(np.nan_to_num(wav) * FULL_SCALE).clip(-FULL_SCALE, FULL_SCALE - 1)
+        for name, wav in sounds.items()
+    }
     samples = {name: step.astype(np.int16) for name, step in steps.items()}
 
     def write(path: Path) -> None:

@@ -268,14 +268,6 @@ def test_a_checkpoint_without_weights_is_none(tmp_path):
     assert find_checkpoint(Args) is None
 
 
-def test_a_folder_where_a_file_is_to_be_written(tmp_path, caplog):
-    (tmp_path / "x.wav").mkdir()
-    with pytest.raises(InputError, match="x.wav: is a folder"):
-        cli.check_file_path(tmp_path / "x.wav")
-    cli.check_file_path(tmp_path / "new" / "y.wav")
-    assert not (tmp_path / "new").exists()
-
-
 # --- Interruptions ----------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def llasa_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_policy(folder: Path, seed: int = 0) -> str:
+def save_policy(folder: Path, seed: int = 0, initializer_range: float = 0.3) -> str:
     """A small random Llasa, saved as train.py saves one, run.json included."""
     tokenizer = llasa_tokenizer()
     torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def save_policy(folder: Path, seed: int = 0) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
-        initializer_range=0.3,  # logits with a spread, so that a wrong position or mask shows
+        initializer_range=initializer_range,  # logits with a spread, so that a wrong position or mask shows
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 import train
 from speech.policy import Policy
-from speech.tokens import asr_prompt, prompt_ids, tts_prompt
+from speech.tokens import asr_prompt, tts_prompt
 from training import models
-from training.grpo_trainer import SpeechGRPOTrainer
 
 SHORT = [
     "--config",
@@ -222,52 +221,6 @@ def test_grpo_and_diffro_together(tmp_path):
     run("--method", "grpo+diffro", "--diffro_filter", "positive", *DIFFRO, "--output_dir", str(tmp_path))
     entry = logged(tmp_path)
     assert 0 < entry["diffro_frac_kept"] < 1 and {"wer", "text_log_prob", "diffro_reward"} <= entry.keys()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
-def test_a_step_in_the_number_format_of_a_gpu(tmp_path, dtype, lora):
-    """bfloat16 autocast, which is the default on every GPU, with the static cache, which is the default everywhere."""
-    flags = ["--bf16", "true", "--use_cpu", "true", "--max_steps", "1", "--max_completion_length", "80"]
-    flags += ["--dtype", dtype, "--beta", "0.1"]
-    flags += ["--use_peft", "--lora_r", "4", "--lora_dropout", "0"] if lora else []
-    run("--output_dir", str(tmp_path), *flags)
-    entry = logged(tmp_path)
-    assert entry["grad_norm"] > 0 and entry["reward_std"] > 0
-    assert abs(entry["kl"]) < 1e-3  # policy and reference are one model before the first update
-
-
-def test_sampled_and_scored_log_probs_agree_under_autocast(tmp_path, monkeypatch):
-    """What the sampler drew from, with its cache of keys and values, is what the loss scores: within 0.02 nats."""
-    trainer = None
-
-    def keep_trainer(*args, **kwargs):
-        nonlocal trainer
-        trainer = SpeechGRPOTrainer(*args, **kwargs)
-        return trainer
-
-    monkeypatch.setattr(train, "SpeechGRPOTrainer", keep_trainer)
-    run("--output_dir", str(tmp_path), "--bf16", "true", "--use_cpu", "true", "--max_steps", "1")
-    prompts = [tts_prompt(text) for text in ("Anna found two boxes.", "Peter bought six hats.")]
-    trainer.generation_config.update(output_logits=True, return_dict_in_generate=True)
-    generate, outputs = trainer.model.generate, []
-
-    def recorded(*args, **kwargs):
-        outputs.append(generate(*args, **kwargs))
-        return outputs[-1].sequences
-
-    monkeypatch.setattr(trainer.model, "generate", recorded)
-    trainer._generate_single_turn([prompt_ids(trainer.processing_class, prompt) for prompt in prompts], None, {}, 1)
-    [output] = outputs
-    length = len(output.logits)
-    completion, logits = output.sequences[:, -length:], torch.stack(output.logits, dim=1).float()
-    sampled = logits.log_softmax(-1).gather(2, completion[..., None])[..., 0]
-    mask = (output.sequences != trainer.processing_class.pad_token_id).long()
-    with trainer.accelerator.autocast():
-        scored, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, output.sequences, mask, length)
-    spoken = completion != trainer.processing_class.pad_token_id
-    assert output.past_key_values.layers[0].keys.dtype == torch.bfloat16
-    assert (sampled - scored)[spoken].abs().mean() < 0.02
 
 
 def test_sft_trains_on_speech_alone(tmp_path):

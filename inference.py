@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from transformers import set_seed
 
 from common.cli import (
@@ -51,6 +52,22 @@ from speech.transcript_file import TranscriptFile
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
 
 logger = logging.getLogger("inference")
+
+
+def load_short_audio(path: str, max_length: int) -> np.ndarray:
+    """A clip whose codes are fewer than `max_length` tokens; InputError, before a longer one is read."""
+    try:
+        duration_s = soundfile.info(path).duration
+    except soundfile.SoundFileError:
+        return load_audio(path)  # which says what is wrong
+    if duration_s * CODES_PER_SECOND > max_length:
+        raise InputError(
+            f"{path}: too long (got {duration_s:.1f} s), --max_length {max_length} holds less than "
+            f"{max_length / CODES_PER_SECOND:g} s of speech. Cut the clip, or raise --max_length as far as the model's "
+            "context goes"
+        )
+    return load_audio(path)
+
 
 # --- Text to speech ---------------------------------------------------------------------------------------
 
@@ -122,7 +139,7 @@ def synthesize(args: argparse.Namespace) -> None:
 
             for text in texts:  # Whisper is to score it
                 check_reference_text(text, args.language)
-        ref_wav = load_audio(args.ref_audio) if args.ref_audio else None
+        ref_wav = load_short_audio(args.ref_audio, args.max_length) if args.ref_audio else None
         paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
         check_no_folders(paths)
         check_writable(paths[0].parent)
@@ -174,7 +191,7 @@ def load_clips(args: argparse.Namespace, codec_id: str, device: str) -> tuple[li
     from speech.codec import SpeechCodec
 
     if args.audio is not None:
-        wavs = [load_audio(path) for path in args.audio]
+        wavs = [load_short_audio(path, args.max_length) for path in args.audio]
         codec = SpeechCodec.from_pretrained(codec_id, device)
         return [{"audio": path} for path in args.audio], codec.encode(wavs)
     from common.dataset_io import load_any_dataset

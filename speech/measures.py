@@ -25,6 +25,7 @@ def log_f0_std(wav: np.ndarray) -> float:
     """
     if len(wav) <= MIN_SECONDS * SAMPLE_RATE:
         return float("nan")
+    # Praat shares the frames of a clip among the cores itself: worker processes would gain next to nothing.
     sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
     pitch = sound.to_pitch_ac(time_step=0.01, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
     f0 = pitch.selected_array["frequency"]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import soundfile
 from fake_policy import ToneCodec, save_policy
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
@@ -322,6 +323,21 @@ def test_bad_input_exits_2_before_any_model_is_loaded(options, message, tmp_path
     assert exit.value.code == 2
     assert caplog.records[-1].levelno == logging.ERROR
     assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("task", ["tts", "asr"])
+def test_three_hours_are_refused_by_their_header(task, policy_path, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(inference, "load_audio", lambda *_: pytest.fail("the audio was read"))
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", samplerate=1_000, channels=1) as file:
+        for _ in range(3 * 60):
+            file.write(np.zeros(60_000))  # a minute
+    long = str(tmp_path / "long.flac")
+    options = {"tts": ["--text", "a", "--ref_audio", long, "--ref_text", "b"], "asr": ["--audio", long]}
+    argv = ["--task", task, "--model_name_or_path", policy_path, *options[task]]
+    with pytest.raises(SystemExit) as stop:
+        inference.main(inference.parse_args(argv))
+    assert stop.value.code == 2
+    assert "long.flac: too long (got 10800.0 s), --max_length 2048 holds less than 40.96 s" in caplog.text
 
 
 def test_text_too_long_exits_2(policy_path, codec, tmp_path, caplog):

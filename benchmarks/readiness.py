@@ -1,0 +1,321 @@
+r"""The whole chain once at full size, before GPUs are rented for it: build, train, save, load, synthesize, and check.
+
+    python benchmarks/readiness.py              # a GPU: the published sizes with random weights, some minutes
+    python benchmarks/readiness.py --size tiny  # the toy setup, a minute on a CPU
+    python benchmarks/readiness.py --model_name_or_path HKUSTAudio/Llasa-1B-Multilingual \
+      --codec_id HKUSTAudio/xcodec2 --whisper large-v3  # the published weights; each may be named alone
+
+train.py makes --steps updates and saves, inference.py loads that and synthesizes. Flags of train.py may follow, those
+of the run that is planned (--use_peft true, --per_device_train_batch_size 4). Exit code 1 where a check falls short:
+
+    finite     every number that train.py logs; a pitch may be missing where nothing is voiced
+    gradient   above 0: rewards differ within groups, and the loss reaches the weights
+    log-probs  what the sampler drew from (bfloat16, cache of keys and values) is what the loss scores
+    memory     peak of the GPU against the estimate that train.py prints (training/memory.py)
+    speech     inference.py writes finite clips with what was saved
+
+Random weights: END is made so likely that a rollout ends after --max_completion_length codes on average: some earn a
+reward, some are truncated. The transcripts of a random Whisper neither end nor agree with a text, its worst case.
+"""
+
+import argparse
+import contextlib
+import gc
+import math
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
+
+import inference
+import train
+from benchmarks.harness import write_results
+from benchmarks.published_layout import save_llasa
+from benchmarks.reward import clocked, random_models
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_writable,
+    set_up_logging,
+)
+from common.tables import markdown_table
+from speech.audio import load_audio
+from speech.codec import SpeechCodec
+from speech.policy import MIN_ROOM
+from speech.tokens import prompt_ids, tts_prompt
+from speech.whisper_scorer import WhisperScorer
+from training import memory
+from training.grpo_trainer import SpeechGRPOTrainer
+
+MAX_LOG_PROB_DIFFERENCE = 0.02  # nats a code, on average
+MAX_MEMORY_ERROR = 0.15  # of the estimate
+MAY_BE_MISSING = {"log_f0_std"}
+COMPARED_CODES = 64  # of each of two rollouts
+BUILT_BYTES = 14e9  # the three checkpoints, and what train.py saves
+TEXTS = "tiny/texts/train.jsonl"
+NAMED = ("model_name_or_path", "codec_id", "whisper")
+CONFIGS = {"tiny": "configs/tiny.yaml", "real": "configs/llasa_1b_a100_40gb.yaml"}
+# What makes the toy setup's step short, and a CPU compute as a GPU does
+TINY = [
+    "--per_device_train_batch_size",
+    "8",
+    "--num_generations",
+    "4",
+    "--max_completion_length",
+    "80",
+    "--beta",
+    "0.1",
+]
+ON_A_CPU = ["--use_cpu", "true", "--bf16", "true"]
+
+
+@dataclass
+class Check:
+    """One row of the table; `passed` is None where nothing was measured."""
+
+    name: str
+    limit: str
+    measured: str
+    passed: bool | None
+
+
+@dataclass
+class Run:
+    """What is seen of a run of train.py: its trainer, its memory estimate by part, and seconds by phase."""
+
+    trainer: SpeechGRPOTrainer | None = None
+    estimate: dict[str, int] = field(default_factory=dict)
+    seconds: Counter = field(default_factory=Counter)
+
+
+# --- The run ----------------------------------------------------------------------------------------------
+
+
+def build_checkpoints(folder: Path, codes: int, device: torch.device, seed: int) -> dict[str, str]:
+    """Write Llasa-1B, XCodec2 and Whisper large-v3 with random weights; paths by train.py's flag.
+
+    Args:
+        codes: most codes of a rollout.
+    """
+    if shutil.disk_usage(folder).free < BUILT_BYTES:
+        raise InputError(
+            f"{folder}: has less than {BUILT_BYTES / 1e9:.0f} GB free. Use --checkpoints with another folder"
+        )
+    text = Path("tiny/texts/heldout.txt").read_text().splitlines()[0]
+    save_llasa(folder / "llasa", [text], seed=seed, device=device, codes=codes)
+    random_models(torch.device("cpu"), seed, folder / "whisper.pt").model.save_pretrained(folder / "codec")
+    gc.collect()
+    return {name: str(folder / part) for name, part in zip(NAMED, ("llasa", "codec", "whisper.pt"), strict=True)}
+
+
+@contextlib.contextmanager
+def observed(device: torch.device) -> Iterator[Run]:
+    """Within it, what train.py builds, estimates and spends is written down."""
+    run = Run()
+    build, report = train.grpo_trainer, memory.report
+
+    def keep_trainer(*args):
+        run.trainer = build(*args)
+        return run.trainer
+
+    def keep_estimate(parts: dict[str, int]) -> str:
+        run.estimate = parts
+        return report(parts)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(train, "grpo_trainer", keep_trainer))
+        stack.enter_context(mock.patch.object(memory, "report", keep_estimate))
+        for owner, name, phase in (
+            (SpeechGRPOTrainer, "_generate_single_turn", "sampling"),
+            (SpeechCodec, "decode", "codec"),
+            (WhisperScorer, "score", "Whisper"),
+            (SpeechGRPOTrainer, "_compute_loss", "loss"),
+            (Accelerator, "backward", "loss"),
+            (SpeechGRPOTrainer, "training_step", "step"),
+        ):
+            stack.enter_context(clocked(owner, name, run.seconds, phase, device))
+        yield run
+
+
+def log_prob_difference(trainer: SpeechGRPOTrainer, texts: list[str]) -> float:
+    """Mean |sampled − scored| log-probability of a code, in nats, over a rollout of each text.
+
+    Sampled: from the logits that `generate` drew each code from. Scored: as the loss does, in one pass.
+    """
+    config, model, pad_id = trainer.generation_config, trainer.model, trainer.processing_class.pad_token_id
+    length = min(COMPARED_CODES, config.max_new_tokens)
+    config.update(output_logits=True, return_dict_in_generate=True, max_new_tokens=length)
+    generate, outputs = model.generate, []
+
+    def recorded(*args, **kwargs):
+        outputs.append(generate(*args, **kwargs))
+        return outputs[-1].sequences
+
+    prompts = [prompt_ids(trainer.processing_class, tts_prompt(text)) for text in texts]
+    with mock.patch.object(model, "generate", recorded):
+        trainer._generate_single_turn(prompts, None, {}, 1)
+    [output] = outputs
+    completion = output.sequences[:, -len(output.logits) :]
+    sampled = torch.cat(
+        [
+            logits.float().log_softmax(-1).gather(1, ids[:, None])
+            for logits, ids in zip(output.logits, completion.T, strict=True)
+        ],
+        dim=1,
+    )
+    mask = (output.sequences != pad_id).long()
+    for row, prompt in zip(mask, prompts, strict=True):  # a published prompt holds the padding token, which ends turns
+        row[: -completion.shape[1]][-len(prompt) :] = 1
+    with torch.no_grad(), trainer.accelerator.autocast():
+        scored, *_ = trainer._get_per_token_logps_and_entropies(model, output.sequences, mask, completion.shape[1])
+    return (sampled - scored)[completion != pad_id].abs().mean().item()
+
+
+def synthesize(model: Path, text: str, max_length: int, device: torch.device) -> list[np.ndarray]:
+    """The clips that inference.py writes; none where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--model_name_or_path", str(model), "--text", text, "--output", folder, "--num_samples", "4"]
+        argv += ["--temperature", "1", "--max_length", str(max_length), "--device", str(device)]
+        try:
+            inference.main(inference.parse_args(argv))
+        except SystemExit:  # it has said why
+            return []
+        return [load_audio(path) for path in sorted(Path(folder).glob("*.wav"))]
+
+
+# --- The checks -------------------------------------------------------------------------------------------
+
+
+def check_log(log_history: list[dict]) -> list[Check]:
+    """Finite numbers and a gradient, in the log's entries of steps."""
+    entries = [entry for entry in log_history if "reward" in entry]
+    numbers = {
+        f"{name} at step {entry['step']}": float(math.nan if value is None else value)
+        for entry in entries
+        for name, value in entry.items()
+        if name not in MAY_BE_MISSING
+    }
+    bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+    measured = f"{len(numbers) - len(bad)} of {len(numbers)}" + (f", not {', '.join(bad[:4])}" if bad else "")
+    norms = [float(entry["grad_norm"]) for entry in entries]
+    return [
+        Check("finite", "all", measured, bool(numbers) and not bad),
+        Check("gradient", "> 0", ", ".join(f"{norm:.3g}" for norm in norms), any(norm > 0 for norm in norms)),
+    ]
+
+
+def check_log_probs(difference: float) -> Check:
+    limit = f"<= {MAX_LOG_PROB_DIFFERENCE} nats"
+    return Check("log-probs", limit, f"{difference:.4f} nats", difference <= MAX_LOG_PROB_DIFFERENCE)  # NaN fails
+
+
+def check_memory(estimate: int, peak: int | None) -> Check:
+    limit = f"{estimate / memory.GIB:.2f} GiB ± {MAX_MEMORY_ERROR:.0%}"
+    if peak is None:
+        return Check("memory", limit, "not measured (no GPU)", None)
+    return Check("memory", limit, f"{peak / memory.GIB:.2f} GiB", abs(peak / estimate - 1) <= MAX_MEMORY_ERROR)
+
+
+def check_speech(wavs: list[np.ndarray]) -> Check:
+    good = [wav for wav in wavs if len(wav) and np.isfinite(wav).all()]
+    seconds = sum(map(len, good)) / 16_000
+    return Check("speech", "finite clips", f"{len(good)} of {len(wavs)}, {seconds:.1f} s", 0 < len(good) == len(wavs))
+
+
+# --- The script -------------------------------------------------------------------------------------------
+
+
+def tables(checks: list[Check], seconds: Counter, steps: int) -> str:
+    results = {True: "ok", False: "FALLS SHORT", None: "–"}
+    rows = [[check.name, check.limit, check.measured, results[check.passed]] for check in checks]
+    phases = [[phase, f"{seconds[phase] / steps:.2f}"] for phase in ("sampling", "codec", "Whisper", "loss", "step")]
+    checked = markdown_table(["check", "expected", "measured", "result"], rows)
+    return f"{checked}\n\n{markdown_table(['phase', 'seconds a step'], phases)}"
+
+
+def train_flags(args: argparse.Namespace, named: dict[str, str], output_dir: Path) -> list[str]:
+    """The flags of train.py; the user's come last and win."""
+    flags = ["--config", args.config, "--dataset", TEXTS, "--output_dir", str(output_dir), "--seed", str(args.seed)]
+    flags += ["--max_steps", str(args.steps), "--save_strategy", "no", "--sample_steps", "0"]
+    flags += TINY if args.size == "tiny" else []
+    flags += [] if torch.cuda.is_available() else ON_A_CPU
+    for name, path in named.items():
+        flags += [f"--{name}", path]
+    return [*flags, *args.train_flags]
+
+
+def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[list[Check], Run]:
+    named = {name: getattr(args, name) for name in NAMED if getattr(args, name)}
+    output_dir = folder / "trained"
+    if args.size == "real" and len(named) < len(NAMED):
+        _, recipe, _ = train.parse_args(train_flags(args, named, output_dir))
+        named = build_checkpoints(folder, recipe.max_completion_length, device, args.seed) | named
+    arguments = train.parse_args(train_flags(args, named, output_dir))
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with observed(device) as run:
+        train.main(arguments)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+
+    texts = Path("tiny/texts/heldout.txt").read_text().splitlines()[:2]
+    longest = max(len(prompt_ids(run.trainer.processing_class, tts_prompt(text))) for text in texts)
+    checks = check_log(run.trainer.state.log_history)
+    checks += [check_log_probs(log_prob_difference(run.trainer, texts)), check_memory(run.estimate["peak"], peak)]
+    max_length = longest + max(MIN_ROOM, arguments[1].max_completion_length)
+    run.trainer = None
+    gc.collect()
+    return [*checks, check_speech(synthesize(output_dir, texts[0], max_length, device))], run
+
+
+def main(args: argparse.Namespace) -> None:
+    set_up_logging("benchmarks")
+    with bad_input_exits():
+        check_at_least(args, steps=1)
+        check_writable(args.output_dir)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = args.checkpoints or Path(temporary)
+            check_writable(folder)
+            checks, run = measure(args, folder, device)
+    print("\n" + tables(checks, run.seconds, args.steps))
+    results = {"checks": [vars(check) for check in checks], "seconds": run.seconds, "memory_estimate": run.estimate}
+    write_results(args.output_dir, f"readiness_{args.size}", results)
+    if any(check.passed is False for check in checks):
+        sys.exit(1)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.usage = "%(prog)s [flags] [flags of train.py]"
+    add = parser.add_argument
+    size_help = "tiny: the toy setup; real: the published sizes (default: real on a GPU, tiny on a CPU)"
+    add("--size", choices=tuple(CONFIGS), help=size_help)
+    for name, what in zip(NAMED, ("policy", "XCodec2", "Whisper"), strict=True):
+        add(f"--{name}", help=f"{what} to take; default: random weights of the published size, or the toy setup's")
+    add("--config", help="YAML file of train.py (default: " + ", ".join(f"{s}: {c}" for s, c in CONFIGS.items()) + ")")
+    add("--steps", type=int, default=2, help="number of updates")
+    add("--checkpoints", type=Path, help="folder for the random checkpoints and the trained model; default: temporary")
+    add("--seed", type=int, default=0, help="random seed of the weights and of train.py")
+    add("--output_dir", type=Path, default=Path("benchmarks/results"), help="folder of the results, a JSON file")
+    args, args.train_flags = parser.parse_known_args(argv)
+    args.size = args.size or ("real" if torch.cuda.is_available() else "tiny")
+    args.config = args.config or CONFIGS[args.size]
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,89 @@
+"""benchmarks/readiness.py: the whole chain on small stand-ins of the published checkpoints, and what falls short."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+from fake_codec import build_native
+from fake_whisper import save_random_whisper
+
+from benchmarks import readiness
+from speech.codec import SpeechCodec
+from training.grpo_trainer import SpeechGRPOTrainer
+
+SHORT = ["--steps", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+SHORT += ["--num_generations", "4", "--max_completion_length", "20"]
+SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def run(output_dir, *flags) -> dict:
+    readiness.main(readiness.parse_args([*SHORT, "--output_dir", str(output_dir), *flags]))
+    [results] = output_dir.glob("readiness_*.json")
+    return json.loads(results.read_text())
+
+
+def small_models(device, seed, whisper_path):
+    save_random_whisper(whisper_path, n_vocab=51_866)
+    return SpeechCodec(build_native(seed, quantization_levels=[4] * 8))
+
+
+def test_the_chain_on_the_published_layout(tmp_path, monkeypatch, capsys):
+    """As --size real goes, with its own tokenizer, but narrow."""
+    monkeypatch.setattr(readiness, "save_llasa", partial(readiness.save_llasa, **SIZES, **HEADS))
+    monkeypatch.setattr(readiness, "random_models", small_models)
+    results = run(tmp_path, "--size", "real", "--offload_rewards", "false", "--learning_rate", "1e-4")
+    checks = {check["name"]: check for check in results["checks"]}
+    assert list(checks) == ["finite", "gradient", "log-probs", "memory", "speech"]
+    assert checks.pop("memory")["passed"] is None, "there is no GPU here"
+    assert all(check["passed"] for check in checks.values()), checks
+    phases = results["seconds"]
+    assert all(phases[name] > 0 for name in ("sampling", "codec", "Whisper", "loss"))
+    assert sum(phases.values()) < 2 * phases["step"] + 1e-6, "the phases are parts of the step"
+    assert results["memory_estimate"]["peak"] > 0
+    assert "| memory | " in capsys.readouterr().out
+
+
+def test_a_disagreement_ends_it_with_1(tmp_path, monkeypatch, capsys):
+    score = SpeechGRPOTrainer._get_per_token_logps_and_entropies
+
+    def off_by_a_little(*args, **kwargs):
+        log_probs, *others = score(*args, **kwargs)
+        return log_probs - 0.05, *others
+
+    monkeypatch.setattr(SpeechGRPOTrainer, "_get_per_token_logps_and_entropies", off_by_a_little)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--size", "tiny")
+    assert stop.value.code == 1
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| log-probs")]
+    assert row.endswith("| FALLS SHORT |") and "| 0.05" in row
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_number_that_is_not_finite(value):
+    entry = {"reward": 0.1, "grad_norm": 1.0, "step": 1, "log_f0_std": None}
+    finite, gradient = readiness.check_log([entry, entry | {"step": 2, "kl": value}, {"train_runtime": 1.0}])
+    assert not finite.passed and finite.measured == "6 of 7, not kl at step 2"
+    assert gradient.passed
+    finite, gradient = readiness.check_log([entry | {"grad_norm": 0.0}])
+    assert finite.passed and not gradient.passed
+    assert not any(check.passed for check in readiness.check_log([])), "no step was logged"
+
+
+def test_what_else_falls_short():
+    assert readiness.check_log_probs(0.02).passed and not readiness.check_log_probs(math.nan).passed
+    gib = readiness.memory.GIB
+    assert readiness.check_memory(30 * gib, 34 * gib).passed and not readiness.check_memory(30 * gib, 35 * gib).passed
+    assert not readiness.check_memory(30 * gib, 25 * gib).passed and readiness.check_memory(gib, None).passed is None
+    clip = np.zeros(320, np.float32)
+    assert readiness.check_speech([clip]).passed and not readiness.check_speech([]).passed
+    assert not readiness.check_speech([clip, clip[:0]]).passed and not readiness.check_speech([clip * np.nan]).passed
+
+
+def test_a_full_disk_is_known_before_anything_is_built(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(readiness, "BUILT_BYTES", 1e18)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--size", "real", "--checkpoints", str(tmp_path))
+    assert stop.value.code == 2 and "Use --checkpoints with another folder" in caplog.text

@@ -1,0 +1,144 @@
+"""The scripts on checkpoints laid out as the published ones: 193,800 tokens, Llama's template, head and embeddings in
+the file. The policy is narrower than Llasa-1B (128 of 2,048) and shallower (2 of 16 layers), the codec smaller; the
+full sizes are benchmarks/readiness.py's."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_codec import build_native
+from safetensors.torch import load_file
+
+import evaluation
+import inference
+import train
+from benchmarks.published_layout import NUM_CODES, save_llasa
+from speech.audio import load_audio
+from speech.codec import SpeechCodec
+from speech.policy import Policy
+from speech.tokens import prompt_ids, tts_prompt
+
+TEXTS = ["Anna found two boxes.", "Peter washed nine apples."]
+SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+CODES = 12  # after so many a rollout ends on average
+REWARD_MODELS = ["--whisper", "tiny/whisper.pt", "--codec_id"]
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> str:
+    """A small XCodec2 with the published codebook."""
+    folder = tmp_path_factory.mktemp("codec")
+    build_native(seed=0, quantization_levels=[4] * 8).save_pretrained(folder)
+    assert SpeechCodec.from_pretrained(str(folder)).codebook_size == NUM_CODES
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tied")
+    save_llasa(folder, TEXTS, codes=CODES, **SIZES, **HEADS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("untied")
+    save_llasa(folder, TEXTS, codes=CODES, tied=False, **SIZES, **HEADS)
+    return folder
+
+
+def train_a_step(policy: Path, codec: str, texts: Path, output_dir: Path, *flags: str) -> dict:
+    """One update as on a GPU: bfloat16 autocast and the static cache; returns what it logged."""
+    given = ["--model_name_or_path", str(policy), "--dataset", str(texts), *REWARD_MODELS, codec]
+    batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"]
+    run = ["--max_steps", "1", "--save_strategy", "no", "--sample_steps", "0", "--learning_rate", "1e-3"]
+    number_format = ["--bf16", "true", "--use_cpu", "true", "--max_completion_length", str(3 * CODES)]
+    argv = [*given, *batch, *run, *number_format, "--output_dir", str(output_dir), *flags]
+    train.main(train.parse_args(argv))
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"][0]
+
+
+@pytest.fixture(scope="module")
+def trained(tied, codec, texts, tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train_a_step(tied, codec, texts, folder, "--beta", "0.1")
+
+
+def test_a_prompt_of_the_published_tokenizer(tied):
+    policy = Policy.from_pretrained(str(tied))
+    tokenizer, tokens = policy.tokenizer, policy.tokens
+    ids = prompt_ids(tokenizer, tts_prompt(TEXTS[0]))
+    assert tokenizer.decode(ids) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nConvert the text to speech:"
+        f"<|TEXT_UNDERSTANDING_START|>{TEXTS[0]}<|TEXT_UNDERSTANDING_END|><|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n<|SPEECH_GENERATION_START|>"
+    )
+    assert ids.count(128_000) == 1 and tokenizer(TEXTS[0])["input_ids"][0] == 128_000
+    assert (tokens.start_id, tokens.end_id, tokens.first_code_id, tokens.num_codes) == (
+        128_260,
+        128_261,
+        128_264,
+        65_536,
+    )
+    assert tokenizer.pad_token_id == policy.model.config.pad_token_id == 128_009
+    assert policy.model.config.eos_token_id == tokens.end_id
+    rope = policy.model.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 32.0, 500_000.0)
+    assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
+
+
+def test_a_step_of_all_weights(trained, tied):
+    folder, entry = trained
+    for name in ("reward", "loss", "grad_norm", "kl", "entropy", "wer", "nll"):
+        assert torch.tensor(float(entry[name])).isfinite(), name
+    assert entry["reward_std"] > 0 and entry["grad_norm"] > 0 and abs(entry["kl"]) < 1e-3
+    assert entry["frac_truncated"] < 1 and entry["frac_empty"] < 1
+    before, after = (load_file(path / "model.safetensors") for path in (tied, folder))
+    assert "lm_head.weight" not in after, "head and embeddings are one, and saved once"
+    moved = [name for name in after if not torch.equal(before[name].float(), after[name])]
+    assert sorted(moved) == sorted(after)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vocab_size"] == 193_800 and config["tie_word_embeddings"] is True
+    assert config["eos_token_id"] == 128_261, "what loads it elsewhere stops at the end of the speech"
+
+
+def test_inference_and_evaluation_of_what_was_trained(trained, texts, codec, tmp_path):
+    """run.json names codec and Whisper, so nothing more is said."""
+    folder, _ = trained
+    output = tmp_path / "sample.wav"
+    flags = ["--text", TEXTS[0], "--output", str(output), "--max_length", "150", "--device", "cpu", "--best_of", "2"]
+    inference.main(inference.parse_args(["--model_name_or_path", str(folder), *flags]))
+    wav = load_audio(output)
+    assert len(wav) % 320 == 0 and 0 < len(wav) <= 150 * 320 and abs(wav).max() > 0
+    page = tmp_path / "evaluation"
+    flags = ["--texts", str(texts), "--seeds", "0", "--max_length", "130", "--device", "cpu", "--output_dir", str(page)]
+    results = evaluation.main(evaluation.parse_args(["--models", f"GRPO={folder}", *flags]))
+    [row] = results["rows"]
+    assert len(row["clips"]) == len(TEXTS)
+    assert (page / "report.html").stat().st_size > 1_000
+
+
+def test_a_head_that_differs_from_the_embeddings(untied, codec, texts, tmp_path, caplog):
+    """Its config calls the two tied; both are in the file, and both are used, trained and saved."""
+    stored = load_file(untied / "model.safetensors")
+    assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--beta", "0"]
+    entry = train_a_step(untied, codec, texts, tmp_path, *lora)
+    assert "its config ties head and embeddings, its weights differ" in caplog.text
+    assert entry["grad_norm"] > 0 and entry["reward_std"] > 0
+    policy = Policy.from_pretrained(str(tmp_path))  # the adapter's base is the published folder
+    model = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
+    assert torch.equal(model.get_output_embeddings().weight, stored["lm_head.weight"].float())
+    assert torch.equal(model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
+    samples = policy.sample([tts_prompt(text) for text in TEXTS], temperature=1.0, max_length=150)
+    assert any(sample.codes for sample in samples)

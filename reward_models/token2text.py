@@ -26,8 +26,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from common.cli import InputError, library_errors_are_input
 from reward_whisper import nll_reward
+from speech.checkpoint_files import UNREADABLE
 from speech.error_rate import check_reference_text, normalize_text
-from speech.weights import UNREADABLE, check_finite
+from speech.weights import check_finite
 from speech.whisper_scorer import MAX_NLL
 
 PAD, END = 0, 1  # ids in the text vocabulary; PAD is also the decoder's start token, and CTC's blank

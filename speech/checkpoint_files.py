@@ -15,7 +15,8 @@ from common.cli import InputError, first_line
 # openai/whisper-large-v3 has model.fp32-00001-of-00002.safetensors beside its model.safetensors).
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, ValueError)
+# What the libraries raise for files that are missing, malformed, truncated, or of another model
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError)
 
 
 def find_checkpoint(id_or_path: str, accepted: str, other_files: tuple[str, ...] = ()) -> Path:
@@ -45,7 +46,7 @@ def find_checkpoint(id_or_path: str, accepted: str, other_files: tuple[str, ...]
 
 
 def read_json(path: Path) -> dict:
-    """The content of a checkpoint's .json file; InputError for one that is broken."""
+    """The object in a .json file beside weights; InputError for one that is broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

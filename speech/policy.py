@@ -1,6 +1,5 @@
 """A Llasa checkpoint and how it is sampled: speech codes for a text, or a text for speech codes."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
-from common.cli import InputError, first_line, library_errors_are_input, pick_device
+from common.cli import InputError, library_errors_are_input, pick_device
+from speech.checkpoint_files import UNREADABLE, read_json
 from speech.tokens import (
     CODES_PER_SECOND,
     TEXT_UNDERSTANDING_END,
@@ -23,7 +23,7 @@ from speech.tokens import (
     prompt_ids,
     written_text,
 )
-from speech.weights import UNREADABLE, load_causal_lm
+from speech.weights import load_causal_lm
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2"
 DEFAULT_WHISPER = "large-v3"
@@ -234,24 +234,13 @@ def recorded(model: str, key: str, default=None):
     """
     for folder in (Path(model), Path(model).parent):  # a checkpoint-N lies in its run's folder
         if (folder / "run.json").is_file():
-            value = read_run(folder / "run.json").get(key)
+            value = read_json(folder / "run.json").get(key)
             if isinstance(value, str):
                 in_project = Path(__file__).parent.parent / value
                 return str(in_project) if in_project.exists() and not Path(value).exists() else value
             if value:
                 return value
     return default
-
-
-def read_run(path: Path) -> dict:
-    """The content of a run.json; InputError names one that cannot be read."""
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {first_line(error)}. Repair or delete it") from error
-    if not isinstance(run, dict):
-        raise InputError(f"{path}: expected an object (got {type(run).__name__}). Repair or delete it")
-    return run
 
 
 def reward_parameters(model: str) -> dict[str, float]:

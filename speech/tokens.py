@@ -143,11 +143,6 @@ class SpeechTokens:
                 f"the speech codes of {tokenizer.name_or_path!r} are not one run of ids from <|s_0|> on; "
                 "only Llasa's layout is supported"
             )
-        if min(vocab.values()) < tokenizer.vocab_size:
-            raise InputError(
-                f"the added tokens of {tokenizer.name_or_path!r} do not follow its text vocabulary of "
-                f"{tokenizer.vocab_size}; only Llasa's layout is supported"
-            )
         return cls(
             start_id=vocab[SPEECH_GENERATION_START],
             end_id=vocab[SPEECH_GENERATION_END],
@@ -217,6 +212,11 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
         ValueError: no speech tokens, no chat template, or one that does not render a prompt as this module has it.
     """
     tokens = SpeechTokens.from_tokenizer(tokenizer)
+    if task != "tts" and min(tokenizer.get_added_vocab().values()) < tokens.num_text_ids:  # text would not be one run
+        raise InputError(
+            f"the added tokens of {tokenizer.name_or_path!r} do not follow its text vocabulary of "
+            f"{tokens.num_text_ids}; --task {task} supports Llasa's layout only"
+        )
     if not tokenizer.chat_template:
         raise InputError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template")
     if _OPEN_ANSWER not in tokenizer.chat_template:

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from common.cli import InputError, library_errors_are_input
+from speech.checkpoint_files import UNREADABLE
 
-# What the libraries raise for files that are missing, malformed, truncated, or of another model
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 LLAMA_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -87,7 +87,7 @@ def read_openai_file(path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]
         if lacking:
             raise KeyError(*sorted(lacking))
         return dict(checkpoint["dims"]), dict(checkpoint["model_state_dict"])
-    except (*UNREADABLE, TypeError) as error:
+    except UNREADABLE as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
             f"{path}: cannot be loaded as an openai-whisper model ({reason}). Use a .pt file in OpenAI's format, or "

@@ -17,6 +17,7 @@ import train
 from speech.policy import Policy
 from speech.tokens import asr_prompt, tts_prompt
 from training import models
+from training.grpo_trainer import SpeechGRPOTrainer
 
 SHORT = [
     "--config",

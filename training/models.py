@@ -11,9 +11,10 @@ from reward_models import RewardConfig, models_needed
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
+from speech.checkpoint_files import UNREADABLE
 from speech.codec import SpeechCodec
 from speech.tokens import SpeechTokens, prepare_model
-from speech.weights import UNREADABLE, check_adapter, check_finite, load_causal_lm
+from speech.weights import check_adapter, check_finite, load_causal_lm
 from speech.whisper_scorer import WhisperScorer
 from training.recipes import GRPORecipe, ScriptArguments
 

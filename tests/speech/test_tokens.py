@@ -1,10 +1,14 @@
 """The format: one prompt, rendered four ways; ids to codes and back; a policy that samples nothing but speech."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from speech.policy import Policy
+from common.cli import InputError
+from speech.policy import Policy, load_tokenizer
 from speech.tokens import (
     SPECIAL_TOKENS,
     SpeechTokens,
@@ -316,3 +320,18 @@ def test_text_is_read_up_to_its_end():
 def test_llama_markers_come_before_the_added_tokens():
     tokenizer = small_tokenizer()
     assert max(tokenizer.convert_tokens_to_ids(LLAMA_TOKENS)) < tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[0])
+
+
+def test_an_added_token_among_the_text_matters_to_asr_alone(tmp_path):
+    """Only ASR samples text, which it takes to be one run of ids."""
+    shutil.copytree("tiny/llasa", tmp_path / "llasa")
+    file = tmp_path / "llasa" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    first = next(token for token, token_id in content["model"]["vocab"].items() if token_id == 0)
+    content["added_tokens"].insert(0, content["added_tokens"][0] | {"id": 0, "content": first})
+    file.write_text(json.dumps(content))
+    _, tokens = load_tokenizer(str(tmp_path / "llasa"), "tts")
+    assert tokens == load_tokenizer("tiny/llasa")[1]
+    for task in ("asr", "both"):
+        with pytest.raises(InputError, match=f"do not follow its text vocabulary of .*; --task {task} supports"):
+            load_tokenizer(str(tmp_path / "llasa"), task)

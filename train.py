@@ -28,7 +28,15 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
-from common.cli import InputError, bad_input_exits, check_writable, library_errors_are_input, run_script, set_up_logging
+from common.cli import (
+    InputError,
+    bad_input_exits,
+    check_writable,
+    give_usual_mode,
+    library_errors_are_input,
+    run_script,
+    set_up_logging,
+)
 from common.run_record import plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config
 from reward_models.rollouts import SpeechRolloutScorer
@@ -230,6 +238,7 @@ def main(arguments: recipes.Arguments) -> None:
     trainer.save_model(training_args.output_dir)  # with --push_to_hub it also uploads the folder, with the card
     trainer.create_model_card()  # after it: PEFT writes its own
     if trainer.is_world_process_zero():
+        give_usual_mode(Path(training_args.output_dir))
         logger.info("saved to %s", training_args.output_dir)
     # A group that ends while the answer to its last message is still being taken in never ends (gloo, without a word).
     trainer.accelerator.wait_for_everyone()

@@ -39,6 +39,7 @@ from common.cli import (
     check_at_least,
     check_seed,
     check_writable,
+    give_usual_mode,
     parse_strictly,
     pick_device,
     run_script,
@@ -433,6 +434,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info("%d clips to train on, %d held out; %.1f M weights", len(rows), len(heldout), num_weights / 1e6)
     train_losses = train(model, rows, args, device)
     model.save_pretrained(args.output_dir)
+    give_usual_mode(Path(args.output_dir))
     (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     # The model as saved, in half precision
     metrics = evaluate(Token2Text.from_pretrained(args.output_dir, device), heldout, args.seed)

@@ -207,6 +207,14 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror}. Use another output folder") from error
 
 
+def give_usual_mode(folder: Path) -> None:
+    """Make the weights below `folder` as readable as other new files: safetensors leaves them to their owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then rename it: `path` is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,8 @@ def test_what_a_run_leaves(trained):
     lines = [json.loads(line) for line in (samples / "transcripts.jsonl").read_text().splitlines()]
     assert {"text", "transcript", "wer", "nll"} <= lines[0].keys()
     assert list(samples.glob("*.wav"))
+    modes = {path.stat().st_mode for path in trained.iterdir() if path.is_file()}
+    assert len(modes) == 1, "weights are as readable as the other files"
 
 
 def test_inference_loads_it_with_nothing_more_said(trained, tmp_path):

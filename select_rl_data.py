@@ -49,7 +49,7 @@ from common.cli import (
     check_at_least,
     check_writable,
     parse_strictly,
-    read_text,
+    read_lines,
     run_script,
     set_up_logging,
     write_whole,
@@ -149,7 +149,7 @@ def row_durations(rows: datasets.Dataset) -> list[float]:
 
 def read_keywords(path: str) -> list[str]:
     """The keywords of a file, one per line; InputError if there are none."""
-    keywords = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    keywords = [line.strip() for line in read_lines(path) if line.strip()]
     if not keywords:
         raise InputError(f"--keywords: {path} is empty. Write one keyword per line")
     return keywords
@@ -169,8 +169,7 @@ def read_transcripts(paths: list[str], ids: list[str], num_rows: int) -> dict[in
     row_of_id = {row_id: row for row, row_id in enumerate(ids) if occurrences[row_id] == 1}
     transcripts = defaultdict(list)
     for path in paths:
-        # Not splitlines, which would also split at a U+2028 within a string.
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             if line.strip():
                 try:
                     row, texts = _parse_transcripts(line, row_of_id, num_rows)

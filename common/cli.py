@@ -195,6 +195,14 @@ def read_text(path: str) -> str:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}). Convert the file to UTF-8") from error
 
 
+def read_lines(path: str) -> list[str]:
+    """The lines of a UTF-8 file, or of stdin for "-", without line ends; InputError names a file that cannot be read.
+
+    Only a line feed ends a line. str.splitlines() would also split at U+2028, which JSON allows within a string.
+    """
+    return read_text(path).removesuffix("\n").split("\n")
+
+
 def check_writable(folder: Path) -> None:
     """Try to make and write into `folder`, before the work that it is to hold; leaves no empty folder behind."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

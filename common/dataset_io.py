@@ -64,6 +64,8 @@ def load_any_dataset(name_or_path: str, split: str = "train", config: str | None
         _check_split(name_or_path, split, ["train"] if rows.split is None else [str(rows.split), "train"])
     else:
         rows = _load_folder(path, split)
+    with library_errors_are_input(f"{path}: not UTF-8 text. Convert the file to UTF-8", pa.ArrowInvalid):
+        rows.data.validate(full=True)  # Arrow's reader of JSON takes any bytes, and the first look at them fails
     if len(rows) == 0:
         raise InputError(f"{name_or_path}: no rows in split {split!r}. Use another split or dataset")
     return rows
@@ -107,10 +109,12 @@ def check_codes(rows: Dataset, column: str, num_codes: int, name: str, optional:
         if not (_is_list(lists.type) and pa.types.is_integer(lists.type.value_type)):
             return False
         codes = lists.flatten()
+        if codes.null_count:
+            return False
         extremes = pc.min_max(codes).as_py()
         in_range = len(codes) == 0 or (0 <= extremes["min"] and extremes["max"] < num_codes)
         missing = lists.null_count or pc.min(pc.list_value_length(lists)).as_py() == 0
-        return in_range and not codes.null_count and (optional or not missing)
+        return in_range and (optional or not missing)
 
     def fault(value: object) -> str | None:
         if value is None or value == []:
@@ -226,8 +230,10 @@ class Source:
         """A hash of texts and audio paths; unlike datasets' fingerprint, it does not depend on the cache."""
         digest = hashlib.sha256()
         for name in (self.columns["text"], self.columns["audio"]):
-            for value in self.rows[name] if _is_text(self.rows.features[name]) else []:
-                digest.update(json.dumps(value).encode())
+            if _is_text(self.rows.features[name]):
+                for batch in self.rows.select_columns([name]).iter(10_000):  # 50 times as fast as row by row
+                    for value in batch[name]:
+                        digest.update(json.dumps(value).encode())
         return f"{len(self.rows)} rows, sha256 {digest.hexdigest()}"
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import InputError, read_text
+from common.cli import InputError, read_lines
 from speech.error_rate import CER_LANGUAGES, check_reference_text, error_rate, language_code
 from speech.tokens import tts_prompt
 
@@ -40,7 +40,7 @@ def read_items(path: str, language: str) -> list[Item]:
         accepted = ", ".join(parsers)
         raise InputError(f"{path}: not a file of texts (got {suffix!r}). Use {accepted}; see evaluation.py --help")
     items = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:

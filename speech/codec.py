@@ -5,6 +5,9 @@ The model is transformers' native `Xcodec2Model`. Two checkpoint layouts are rea
 package (`HKUSTAudio/xcodec2`), whose weights are renamed onto the native model.
 """
 
+import functools
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from transformers import SeamlessM4TFeatureExtractor, Xcodec2Model
@@ -24,6 +27,48 @@ from speech.tokens import HOP_LENGTH, SAMPLE_RATE, SpeechTokens
 #   4,000 (80 s) bounds memory, most of which the encoder takes: 0.8 MB a code in float32.
 BATCH_CODES = {"cpu": 300, "gpu": 4_000}
 PADDING_CODES = {"cpu": 5, "gpu": 500}
+
+
+class EncoderInputs(NamedTuple):
+    """A clip as the two encoders of XCodec2 take it.
+
+    Attributes:
+        wav: float32, shape (n_samples,), mono at 16 kHz.
+        features: float32, shape (n_codes, 160): the log-mel features of w2v-bert-2.0, 50 frames a second.
+    """
+
+    wav: np.ndarray
+    features: np.ndarray
+
+
+def encoder_inputs(wav: np.ndarray, name: str = "wav") -> EncoderInputs:
+    """The part of encoding that needs neither the codec nor a GPU: NumPy, some 50 ms of one core for a clip of 10 s.
+
+    Args:
+        wav: mono at 16 kHz, shape (n_samples,), nominally in [-1, 1].
+        name: of the clip, for the error.
+    Raises:
+        ValueError: empty, not one-dimensional, or NaN/inf samples.
+    """
+    wav = np.asarray(wav, dtype=np.float32)
+    if wav.ndim != 1 or len(wav) == 0:
+        raise ValueError(f"{name} has shape {wav.shape}; accepted: mono, (n_samples,) with n_samples > 0")
+    if not np.isfinite(wav).all():
+        raise ValueError(f"{name} holds NaN or infinity; drop it or repair the recording")
+    # Half a hop on both sides makes the semantic frames as many as the acoustic ones.
+    centred = np.pad(_whole_codes(wav), HOP_LENGTH // 2)
+    features = _feature_extractor()([centred], sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0]
+    return EncoderInputs(wav, features)
+
+
+def _whole_codes(wav: np.ndarray) -> np.ndarray:
+    """With 1 to 320 zeros appended, as in the original: a clip of a whole number of codes gets one more."""
+    return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))
+
+
+@functools.cache
+def _feature_extractor() -> SeamlessM4TFeatureExtractor:
+    return SeamlessM4TFeatureExtractor()
 
 
 class SpeechCodec:
@@ -48,7 +93,6 @@ class SpeechCodec:
         kind = "cpu" if self.device.type == "cpu" else "gpu"
         self.batch_codes, self.padding_codes = BATCH_CODES[kind], PADDING_CODES[kind]
         self.codebook_size = int(np.prod(config.quantization_levels))
-        self.feature_extractor = SeamlessM4TFeatureExtractor()
         # A window rounded to half precision would be audible; the head works in float32 anyway.
         head = model.acoustic_decoder.head
         head.window = torch.hann_window(head.n_fft, device=self.device)
@@ -71,17 +115,10 @@ class SpeechCodec:
         for name in ("semantic_encoder", "semantic_adapter", "acoustic_encoder", "fc_encoder"):
             delattr(self.model, name)
 
-    @torch.inference_mode()
     def encode(self, wavs: list[np.ndarray]) -> list[list[int]]:
         """Waveforms to codec ids, one list per item; equal to encoding each alone.
 
-        As in the original, 1 to 320 zeros are appended so that the last code is complete: an item
-        of a whole number of codes gets one more.
-
-        A batch holds clips of one length: padding cannot be made exact at a fair price. The semantic encoder takes
-        a mask, and its features are normalised clip by clip; but the acoustic encoder pads by replication twice in
-        each of its 36 anti-aliased activations and with zeros in 22 of its convolutions, at up to 32,000 steps a
-        second, so that before each of them what follows a clip's end would have to be filled anew.
+        The last code of an item is completed with 1 to 320 zeros.
 
         Args:
             wavs: ragged, mono at 16 kHz, shape (n_samples,) each, nominally in [-1, 1].
@@ -90,18 +127,23 @@ class SpeechCodec:
         Raises:
             ValueError: an item is empty, not one-dimensional, or holds NaN or infinity.
         """
-        padded = [_pad(wav, index) for index, wav in enumerate(wavs)]
-        codes = [None] * len(wavs)
-        for batch in _batches([len(wav) // HOP_LENGTH for wav in padded], self.batch_codes, 0):
-            # Half a hop on both sides makes the semantic frames as many as the acoustic ones.
-            features = self.feature_extractor(
-                [np.pad(padded[i], HOP_LENGTH // 2) for i in batch],
-                sampling_rate=SAMPLE_RATE,
-                return_tensors="pt",
-            ).input_features
-            values = torch.from_numpy(np.stack([padded[i] for i in batch]))[:, None]
+        return self.encode_inputs([encoder_inputs(wav, f"wavs[{index}]") for index, wav in enumerate(wavs)])
+
+    @torch.inference_mode()
+    def encode_inputs(self, clips: list[EncoderInputs]) -> list[list[int]]:
+        """As `encode`, for clips whose inputs were computed before, e.g. in another process.
+
+        A batch holds clips of one length: padding cannot be made exact at a fair price. The semantic encoder takes
+        a mask, and its features are normalised clip by clip; but the acoustic encoder pads by replication twice in
+        each of its 36 anti-aliased activations and with zeros in 22 of its convolutions, at up to 32,000 steps a
+        second, so that before each of them what follows a clip's end would have to be filled anew.
+        """
+        codes = [None] * len(clips)
+        for batch in _batches([len(clip.features) for clip in clips], self.batch_codes, 0):
+            wavs = torch.from_numpy(np.stack([_whole_codes(clips[i].wav) for i in batch]))[:, None]
+            features = torch.from_numpy(np.stack([clips[i].features for i in batch]))
             output = self.model.encode(
-                values.to(self.device, self.model.dtype),
+                wavs.to(self.device, self.model.dtype),
                 features.to(self.device, self.model.dtype),
             )
             for i, ids in zip(batch, output.audio_codes[:, 0].tolist(), strict=True):
@@ -172,13 +214,3 @@ def _batches(lengths: list[int], batch_codes: int, padding_codes: int) -> list[l
             batches.append([index])
         longest = length
     return batches
-
-
-def _pad(wav: np.ndarray, index: int) -> np.ndarray:
-    """Check one waveform and append zeros up to the next code, as the original does."""
-    wav = np.asarray(wav, dtype=np.float32)
-    if wav.ndim != 1 or len(wav) == 0:
-        raise ValueError(f"wavs[{index}] has shape {wav.shape}; accepted: mono, (n_samples,) with n_samples > 0")
-    if not np.isfinite(wav).all():
-        raise ValueError(f"wavs[{index}] holds NaN or infinity; drop it or repair the recording")
-    return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))

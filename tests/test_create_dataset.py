@@ -1,13 +1,18 @@
 """create_dataset.py: every kind of source, every kind of bad clip, kill and resume."""
 
 import functools
+import gc
+import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -64,7 +69,9 @@ def clips(tmp_path) -> Path:
 
 
 def arguments(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> list[str]:
-    return [f"--dataset={dataset}", f"--output_dir={output_dir}", f"--codec_id={codec_dir}", "--device=cpu", *more]
+    """Without worker processes, unless `more` has some: starting one takes longer than three clips."""
+    paths = [f"--dataset={dataset}", f"--output_dir={output_dir}", f"--codec_id={codec_dir}"]
+    return [*paths, "--device=cpu", "--num_workers=0", *more]
 
 
 def create(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> datasets.Dataset:
@@ -191,35 +198,209 @@ def test_formats_rates_and_channels(codec_dir, clips, tmp_path, suffix):
     assert row["speaker"] == "" and row["sampling_rate"] == 16_000
 
 
-def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+def with_bad_clips(clips: Path) -> tuple[Path, list[tuple[str, str, str]]]:
+    """clips.csv with a bad clip of each kind, and their (path, text, reason)."""
     (clips / "renamed.wav").write_text("this is not audio")
     soundfile.write(clips / "empty.wav", np.zeros(0, np.float32), SAMPLE_RATE)
     soundfile.write(clips / "nan.wav", np.full(8_000, np.nan, np.float32), SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(clips / "huge.wav", 1e30 * tone(0.5), SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(clips / "zeros.wav", np.zeros(8_000, np.float32), SAMPLE_RATE)
+    soundfile.write(clips / "quiet.wav", 1e-3 * tone(0.5), SAMPLE_RATE)
     soundfile.write(clips / "long.wav", tone(2.0), SAMPLE_RATE)
     soundfile.write(clips / "short.wav", tone(0.1), SAMPLE_RATE)
+    mp3 = io.BytesIO()
+    soundfile.write(mp3, tone(1.0), SAMPLE_RATE, format="MP3")
+    (clips / "cut.mp3").write_bytes(mp3.getvalue()[: mp3.tell() // 2])
     rows = [
         ("renamed.wav", "a", "unreadable"), ("missing.wav", "a", "unreadable"), ("empty.wav", "a", "unreadable"),
-        ("nan.wav", "a", "unreadable"), ("long.wav", "a", "too_long"), ("short.wav", "a", "too_short"),
-        ("wavs/0.wav", " ", "empty_text"), ("", "a", "unreadable"),
+        ("nan.wav", "a", "unreadable"), ("huge.wav", "a", "unreadable"), ("cut.mp3", "a", "unreadable"),
+        ("zeros.wav", "a", "silent"), ("quiet.wav", "a", "silent"), ("long.wav", "a", "too_long"),
+        ("short.wav", "a", "too_short"), ("wavs/0.wav", " ", "empty_text"), ("", "a", "unreadable"),
+        ("wavs/0.wav", "end <|SPEECH_GENERATION_END|> more", "control_token"),
     ]  # fmt: skip
-    source = with_row(clips, "\n".join(f"{path},{text},,,id{i}," for i, (path, text, _) in enumerate(rows)))
+    return with_row(clips, "\n".join(f"{path},{text},,,id{i}," for i, (path, text, _) in enumerate(rows))), rows
+
+
+def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    source, rows = with_bad_clips(clips)
     dataset = create(codec_dir, source, tmp_path / "out", "--max_duration_s=1.5")
     assert dataset["text"][:] == ["text 0", "text 1", "text 2"]
     for i, (skip, (path, _, reason)) in enumerate(zip(skips(tmp_path / "out"), rows, strict=True)):
         assert (skip["row"], skip["id"], skip["path"], skip["reason"]) == (i + 3, f"id{i}", path, reason)
         assert path in skip["detail"] or reason != "unreadable"
     summary = caplog.records[-1].getMessage()
-    assert summary == "kept 3, 0.00 hours; skipped 8, empty_text 1, too_long 1, too_short 1, unreadable 5"
+    assert summary.startswith("kept 3, 0.00 hours; skipped 13, control_token 1, empty_text 1, silent 2, too_long 1, ")
+
+
+# --- Worker processes -------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Of a saved dataset, all but what names the folder it was written from."""
+    return {name: (folder / name).read_bytes() for name in ("data-00000-of-00001.arrow", "skipped.jsonl")}
+
+
+def test_codes_do_not_depend_on_the_number_of_workers(codec_dir, clips, tmp_path, caplog):
+    source, _ = with_bad_clips(clips)
+    options = "--max_duration_s=1.5", "--chunk_size=5", "--batch_size=2"
+    expected = create(codec_dir, source, tmp_path / "0", *options, "--num_workers=0")
+    assert len(expected) == 3
+    for workers in ("1", "2"):
+        create(codec_dir, source, tmp_path / workers, *options, f"--num_workers={workers}")
+        assert files_of(tmp_path / workers) == files_of(tmp_path / "0")
+    message = refusal(caplog, codec_dir, source, tmp_path / "strict", "--strict", "--num_workers=2")
+    assert message == refusal(caplog, codec_dir, source, tmp_path / "strict", "--strict", "--num_workers=0")
+    assert "renamed.wav" in message and '"row": 3' in message
+
+
+def test_what_fails_in_a_worker_is_no_bad_clip(codec_dir, clips, tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(create_dataset, "load_audio", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        create(codec_dir, clips / "clips.csv", tmp_path / "out", "--num_workers=2")
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    gc.collect()  # the workers now, and not in another test, where torch would wait 5 s for each
+
+
+def test_workers_are_at_most_a_chunk_ahead(clips, monkeypatch):
+    """Memory stays flat while the codec is busy."""
+    read = multiprocessing.Value("i")
+
+    def read_clip(source, index, args):
+        with read.get_lock():
+            read.value += 1
+        return index, None
+
+    monkeypatch.setattr(create_dataset, "read_clip", read_clip)
+    source = dataset_io.open_source(str(clips / "clips.csv"))
+    flags = ["--dataset=a", "--output_dir=b", "--num_workers=2", "--chunk_size=6"]
+    ahead = create_dataset.read_ahead(source, range(1_000), create_dataset.parse_args(flags))
+    for consumed in (1, 5, 30):
+        while next(ahead)[0] < consumed - 1:
+            pass
+        time.sleep(0.2)
+        assert consumed < read.value <= consumed + 6
+
+
+def test_interrupted_by_ctrl_c(codec_dir, clips, tmp_path):
+    """Ctrl-C goes to all processes of the terminal: one line, exit code 130, no process left, and it resumes."""
+    source = with_row(clips, "\n".join(f"wavs/{i % 3}.wav,sentence {i},,,{i}," for i in range(60)))
+    out, options = tmp_path / "out", ["--chunk_size=4", "--num_workers=2"]
+    script = [sys.executable, "create_dataset.py", *arguments(codec_dir, source, out, *options)]
+    process = subprocess.Popen(script, cwd=ROOT, env=OFFLINE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(out.glob(".partial/chunk-*.jsonl")) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "interrupted; the same command resumes\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    done = len(list(out.glob(".partial/chunk-*.jsonl")))
+    assert 1 <= done < 16
+    assert len(create(codec_dir, source, out, *options)) == 63
+
+
+# --- Shards -----------------------------------------------------------------------------------------------
+
+
+def encode_shard(codec_dir: str, source: Path, out: Path, index: int, *more: str) -> None:
+    flags = arguments(codec_dir, source, out, "--num_shards=3", f"--shard_index={index}", *more)
+    create_dataset.main(create_dataset.parse_args(flags))
+
+
+def test_shards_are_merged_to_what_one_process_writes(codec_dir, clips, tmp_path, caplog, monkeypatch):
+    source, _ = with_bad_clips(clips)
+    lines = "\n".join(f"wavs/{i % 3}.wav,sentence {i},,,{i}," for i in range(5))
+    source.write_text(source.read_text() + lines + "\n")
+    out, options = tmp_path / "out", ("--chunk_size=3", "--max_duration_s=1.5")  # 7 chunks of 21 rows
+    create(codec_dir, source, tmp_path / "whole", *options)
+    merge = "--num_shards=3", "--merge", *options
+
+    assert "--merge: " in refusal(caplog, codec_dir, source, out, *merge)
+    encode_shard(codec_dir, source, out, 2, *options)
+    with monkeypatch.context() as patch:  # interrupted in its second chunk of three
+        encode_chunk, calls = create_dataset.encode_chunk, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return encode_chunk(*args)
+
+        patch.setattr(create_dataset, "encode_chunk", interrupted)
+        with pytest.raises(SystemExit):
+            encode_shard(codec_dir, source, out, 0, *options)
+    message = refusal(caplog, codec_dir, source, out, *merge)
+    assert message.startswith("error: --merge: unfinished shards (got 3 of 7 chunks). Run --shard_index 0, 1 again")
+    encode_shard(codec_dir, source, out, 1, *options)
+    message = refusal(caplog, codec_dir, source, out, *merge)
+    assert message.startswith("error: --merge: unfinished shards (got 5 of 7 chunks). Run --shard_index 0 again")
+    with monkeypatch.context() as patch:
+        patch.setattr(create_dataset, "encode_chunk", lambda *args: calls.append(args) or encode_chunk(*args))
+        calls.clear()
+        encode_shard(codec_dir, source, out, 0, *options)
+        assert len(calls) == 2  # the first is there
+    with monkeypatch.context() as patch:  # merging needs neither the codec nor a GPU
+        patch.setattr(SpeechCodec, "from_pretrained", lambda *args, **kwargs: pytest.fail("not needed"))
+        create(codec_dir, source, out, *merge, "--device=cuda", "--num_workers=2")
+    assert files_of(out) == files_of(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        encode_shard(codec_dir, source, out, 0, *options)
+    assert "holds a finished dataset" in caplog.text
+
+
+def test_arguments_of_shards_agree(codec_dir, clips, tmp_path, caplog):
+    source, out = clips / "clips.csv", tmp_path / "out"
+    encode_shard(codec_dir, source, out, 2)  # of one chunk: nothing to do, but its arguments count
+    message = refusal(caplog, codec_dir, source, out, "--num_shards=3", "--shard_index=0", "--batch_size=3")
+    assert "unfinished run with other batch_size 16 (now 3)" in message and "or remove" in message
+    message = refusal(caplog, codec_dir, source, out, "--num_shards=2", "--merge")
+    assert "num_shards 3 (now 2)" in message
+    encode_shard(codec_dir, source, out, 0, "--num_workers=1", "--format=json")  # these change no code
+    assert len(create(codec_dir, source, out, "--num_shards=3", "--merge")) == 3
+
+
+def test_a_shard_knows_its_place(codec_dir, clips, tmp_path, caplog):
+    for flags, message in (
+        (["--num_shards=3"], "--num_shards 3: must come with --shard_index 0 to 2"),
+        (["--num_shards=3", "--shard_index=3"], r"--shard_index: must be in 0 to 2 (got 3)"),
+        (["--shard_index=-1"], "--shard_index: must be in 0 to 0 (got -1)"),
+        (["--num_shards=0"], "--num_shards: must be >= 1 (got 0)"),
+        (["--num_shards=3", "--shard_index=1", "--merge"], "--merge: has no --shard_index"),
+        (["--num_shards=3", "--shard_index=1", "--overwrite"], "--overwrite: one shard must not discard"),
+        (["--num_workers=-1"], "--num_workers: must be >= 0 (got -1)"),
+    ):
+        assert message in refusal(caplog, codec_dir, clips / "clips.csv", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_of_processes_that_start_at_once_wins(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def start(number: int) -> dict:
+        barrier.wait()
+        create_dataset.write_first(tmp_path / "run.json", {"number": number})
+        return json.loads((tmp_path / "run.json").read_text())
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(start, range(8)))
+    assert len(seen) == 8 and all(run == seen[0] for run in seen)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+# --- The run ----------------------------------------------------------------------------------------------
 
 
 def test_strict_stops_at_the_first(codec_dir, clips, tmp_path, caplog):
     source = with_row(clips, "missing.wav,a,,,lost,")
-    message = refusal(caplog, codec_dir, source, tmp_path / "out", "--strict", "--shard_size=2")
+    message = refusal(caplog, codec_dir, source, tmp_path / "out", "--strict", "--chunk_size=2")
     assert "missing.wav" in message and '"row": 3' in message and '"id": "lost"' in message
     # Repaired, it resumes from there.
     soundfile.write(clips / "missing.wav", tone(0.5), SAMPLE_RATE)
-    assert len(create(codec_dir, source, tmp_path / "out", "--strict", "--shard_size=2")) == 4
+    assert len(create(codec_dir, source, tmp_path / "out", "--strict", "--chunk_size=2")) == 4
 
 
 def test_no_usable_clip(codec_dir, clips, tmp_path, caplog):
@@ -264,17 +445,19 @@ def test_interrupted_at_the_end(codec_dir, clips, tmp_path, caplog, monkeypatch,
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+    with pytest.raises(SystemExit) as end, monkeypatch.context() as patch:
         if moment == "writing":
             patch.setattr(datasets.Dataset, "save_to_disk", die)
         else:
-            patch.setattr(create_dataset.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or die())
+            patch.setattr(create_dataset.shutil, "rmtree", lambda path, ignore_errors: path.exists() and die())
         create(codec_dir, source, out)
-    assert list(out.glob(".partial/shard-*"))
+    assert end.value.code == 130
     if moment == "writing":
-        monkeypatch.setattr(create_dataset, "encode_rows", lambda *args: pytest.fail("done already"))
+        assert list(out.glob(".partial/chunk-*"))
+        monkeypatch.setattr(create_dataset, "encode_chunk", lambda *args: pytest.fail("done already"))
         assert create(codec_dir, source, out)[:] == expected
     else:
+        assert list(out.glob(".discarded/chunk-*"))
         assert "holds a finished dataset" in refusal(caplog, codec_dir, source, out)
         assert dataset_io.load_any_dataset(str(out))[:] == expected
 
@@ -282,17 +465,17 @@ def test_interrupted_at_the_end(codec_dir, clips, tmp_path, caplog, monkeypatch,
 def test_killed_and_resumed(codec_dir, clips, tmp_path, caplog):
     lines = [f"wavs/{i % 3}.wav,sentence {i},,,{i}," for i in range(30)] + ["missing.wav,a,,,,"]
     source = with_row(clips, "\n".join(lines))
-    out, options = tmp_path / "out", ["--shard_size=2", "--batch_size=2"]
+    out, options = tmp_path / "out", ["--chunk_size=2", "--batch_size=2"]
     script = [sys.executable, "create_dataset.py", *arguments(codec_dir, source, out, *options)]
     process = subprocess.Popen(script, cwd=ROOT, env=OFFLINE, stderr=subprocess.DEVNULL)
-    while not list(out.glob(".partial/shard-*.jsonl")) and process.poll() is None:
+    while not list(out.glob(".partial/chunk-*.jsonl")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    done = {file: file.stat().st_mtime_ns for file in out.glob(".partial/shard-*.jsonl")}
+    done = {file: file.stat().st_mtime_ns for file in out.glob(".partial/chunk-*.jsonl")}
     assert 1 <= len(done) < 17
 
-    message = refusal(caplog, codec_dir, source, out, "--shard_size=2", "--batch_size=3")
+    message = refusal(caplog, codec_dir, source, out, "--chunk_size=2", "--batch_size=3")
     assert "unfinished run" in message and "batch_size 2 (now 3)" in message
     edited = clips / "edited.csv"
     edited.write_text(source.read_text().replace("sentence 29", "other"))
@@ -302,9 +485,9 @@ def test_killed_and_resumed(codec_dir, clips, tmp_path, caplog):
     source.write_text(source_text)
 
     encoded = []
-    encode_rows = create_dataset.encode_rows
+    encode_chunk = create_dataset.encode_chunk
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(create_dataset, "encode_rows", lambda *args: encoded.append(args[2]) or encode_rows(*args))
+        patch.setattr(create_dataset, "encode_chunk", lambda *args: encoded.append(args) or encode_chunk(*args))
         resumed = create(codec_dir, source, out, *options)
     assert len(encoded) == 17 - len(done)  # 34 rows, none of them done twice
     whole = create(codec_dir, source, tmp_path / "whole", *options)

@@ -58,6 +58,27 @@ def test_unreadable_folder(tmp_path):
         load_any_dataset(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_text_that_is_not_utf8_names_the_file(tmp_path, suffix):
+    rows = {".jsonl": '{"text": "café"}\n', ".json": '[{"text": "café"}]', ".csv": "text\ncafé\n"}
+    file = tmp_path / f"latin{suffix}"
+    file.write_bytes(rows[suffix].encode("latin-1"))
+    with pytest.raises(InputError, match=rf"latin{suffix}: .*(UTF|utf)-8"):
+        load_any_dataset(str(file))
+    (tmp_path / "metadata.jsonl").write_bytes(rows[".jsonl"].encode("latin-1"))
+    with pytest.raises(InputError, match=rf"^{tmp_path}: not UTF-8 text. Convert the file to UTF-8"):
+        load_any_dataset(str(tmp_path))
+
+
+def test_a_line_separator_within_a_text_is_kept(tmp_path):
+    for suffix, content in (
+        (".jsonl", '{"text": "a\u2028b"}\n{"text": "c\x85d"}\n'),
+        (".csv", "text\na\u2028b\nc\x85d\n"),
+    ):
+        (tmp_path / f"a{suffix}").write_text(content, encoding="utf-8")
+        assert load_any_dataset(str(tmp_path / f"a{suffix}"))["text"][:] == ["a\u2028b", "c\x85d"]
+
+
 def test_splits(table, tmp_path):
     assert len(load_any_dataset(str(table), "clips")) == len(load_any_dataset(str(table), "train")) == 2
     with pytest.raises(InputError, match="no split 'test'. Available: train, clips"):
@@ -167,6 +188,13 @@ def test_codes_of_every_arrow_type_pass():
         # Rows picked in another order are named by their place in it.
         with pytest.raises(InputError, match=r"row 1: .*got 7 among them"):
             dataset_io.check_codes(rows.select([1, 2]), "audio_codes", 7, "name")
+
+
+def test_a_batch_without_any_code(tmp_path):
+    features = datasets.Features({"audio_codes": datasets.List(datasets.Value("int32"))})
+    rows = datasets.Dataset.from_dict({"audio_codes": [[None]]}, features)
+    with pytest.raises(InputError, match="row 0: .*got None among them"):
+        dataset_io.check_codes(rows, "audio_codes", 8, "name")
 
 
 def test_the_row_is_named_in_a_large_dataset_too():

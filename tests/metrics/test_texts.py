@@ -32,6 +32,13 @@ def test_reads_jsonl_with_paths_relative_to_the_file(tmp_path):
     assert (two.id, two.audio, two.language, two.ref_audio) == ("2", str(tmp_path / "a.wav"), "de", None)
 
 
+def test_a_line_separator_within_a_json_string_is_no_line_end(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "one\u2028two"}\n\n{"text": "three"}\n', encoding="utf-8")
+    assert [(item.id, item.text) for item in read_items(str(tmp_path / "t.jsonl"), "en")] == [
+        ("1", "one\u2028two"), ("3", "three"),
+    ]  # fmt: skip
+
+
 def test_reads_the_meta_lst_of_seed_tts_eval(tmp_path):
     for name in ("prompt-wavs/p.wav", "wavs/n.wav"):
         save_audio(tmp_path / name, np.zeros(100))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from fake_codec import RAGGED, build_native, decode_alone, random_codes
+from transformers import SeamlessM4TFeatureExtractor
 from xcodec2_oracle import chirp
 
-from speech.codec import SpeechCodec, _batches
+from speech.codec import SpeechCodec, _batches, encoder_inputs
+from speech.tokens import SAMPLE_RATE
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,18 @@ def test_forward_passes_keep_to_the_budget():
         assert passes == planned
         for wav, alone in zip(wavs, expected, strict=True):  # the caller's order
             np.testing.assert_allclose(wav, alone, rtol=0, atol=1e-5)
+
+
+def test_inputs_of_each_clip_are_those_of_its_batch(codec):
+    """transformers' extractor on a batch of one length, as XCodec2's own pipeline calls it."""
+    wavs = [chirp(n) for n in (16_000, 16_100, 16_319)]
+    clips = [encoder_inputs(wav) for wav in wavs]
+    padded = [np.pad(wav, (160, 160 + 320 - len(wav) % 320)) for wav in wavs]
+    batch = SeamlessM4TFeatureExtractor()(padded, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+    for clip, wav, features in zip(clips, wavs, batch, strict=True):
+        assert np.array_equal(clip.features, features.numpy()) and clip.features.dtype == np.float32
+        assert np.array_equal(clip.wav, wav) and clip.features.shape == (51, 160)
+    assert codec.encode_inputs(clips) == codec.encode(wavs)
 
 
 def test_encode_never_pads(codec, monkeypatch):

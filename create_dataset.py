@@ -59,8 +59,7 @@ MAX_DURATION_S = 30.0  # Whisper's window; 1,500 of Llasa's 2,048 tokens, which 
 MIN_DURATION_S = 0.3  # shorter clips are clicks, not words
 PARTIAL = ".partial"  # in the output folder: run.json, and a file of records for each finished chunk
 DISCARDED = ".discarded"  # what .partial is called while it is removed
-# Beyond 8 a GPU is the bottleneck: of a clip of 10 s, reading and features take a core some 60 ms, and a GPU 10.
-NUM_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+MAX_WORKERS = 8  # by default: a clip of 10 s takes a core some 60 ms, 8 cores as long as a GPU takes (an estimate)
 # Arguments that do not change the codes: a resumed run, or another shard, may have other values of them.
 FREE_ARGUMENTS = (
     "output_dir", "format", "overwrite", "push_to_hub", "strict", "debug",
@@ -184,6 +183,14 @@ def all_chunks(n_rows: int, partial: Path, chunk_size: int) -> list[Chunk]:
         Chunk(range(start, min(start + chunk_size, n_rows)), partial / f"chunk-{number:06d}.jsonl")
         for number, start in enumerate(starts)
     ]
+
+
+def default_workers(device: str) -> int:
+    """Of --num_workers: none beside a codec on a CPU, which takes all cores and ten times as long as reading."""
+    if torch.device(device).type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, cores)
 
 
 def encode_all(source: Source, codec: SpeechCodec, chunks: list[Chunk], args: argparse.Namespace) -> None:
@@ -397,7 +404,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--sampling_rate: XCodec2 works at {SAMPLE_RATE} Hz only, with {CODES_PER_SECOND} codes per second (got "
             f"{args.sampling_rate}). Leave it out: audio of any rate is resampled"
         )
-    check_at_least(args, batch_size=1, chunk_size=1, num_workers=0, num_shards=1)
+    check_at_least(args, batch_size=1, chunk_size=1, num_shards=1)
+    if args.num_workers is not None:
+        check_at_least(args, num_workers=0)
     if not 0 <= args.min_duration_s < args.max_duration_s:
         raise InputError(
             f"--min_duration_s, --max_duration_s: must have 0 <= min < max (got {args.min_duration_s} and "
@@ -428,6 +437,8 @@ def claim_hub_repo(name: str) -> None:
 def create(args: argparse.Namespace) -> None:
     check_arguments(args)
     device = None if args.merge else pick_device(args.device)
+    if args.num_workers is None and device is not None:
+        args.num_workers = default_workers(device)
     partial = open_output(args)
     source = open_source(args.dataset, args.split, args.dataset_config, args.text_column, args.audio_column)
     open_run(source, device, partial, args)
@@ -484,7 +495,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--batch_size", type=int, default=16, help="number of clips that the codec encodes at a time")
     add("--chunk_size", type=int, default=128, help="number of rows held in memory, and lost at most when killed")
-    add("--num_workers", type=int, default=NUM_WORKERS, help="number of processes that read clips ahead; 0: none")
+    workers_help = (
+        "number of processes that read clips ahead of the codec; default: one per core, at most 8; on a CPU 0"
+    )
+    add("--num_workers", type=int, help=workers_help)
     add("--num_shards", type=int, default=1, help="number of processes that share the rows; see above")
     add("--shard_index", type=int, help="encode only this one of --num_shards parts, from 0 on")
     add("--merge", action="store_true", help="encode nothing, join the finished shards")

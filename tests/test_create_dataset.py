@@ -69,9 +69,7 @@ def clips(tmp_path) -> Path:
 
 
 def arguments(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> list[str]:
-    """Without worker processes, unless `more` has some: starting one takes longer than three clips."""
-    paths = [f"--dataset={dataset}", f"--output_dir={output_dir}", f"--codec_id={codec_dir}"]
-    return [*paths, "--device=cpu", "--num_workers=0", *more]
+    return [f"--dataset={dataset}", f"--output_dir={output_dir}", f"--codec_id={codec_dir}", "--device=cpu", *more]
 
 
 def create(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) -> datasets.Dataset:
@@ -252,6 +250,14 @@ def test_codes_do_not_depend_on_the_number_of_workers(codec_dir, clips, tmp_path
     message = refusal(caplog, codec_dir, source, tmp_path / "strict", "--strict", "--num_workers=2")
     assert message == refusal(caplog, codec_dir, source, tmp_path / "strict", "--strict", "--num_workers=0")
     assert "renamed.wav" in message and '"row": 3' in message
+
+
+def test_a_cpu_has_enough_to_do_without_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(12))
+    assert create_dataset.default_workers("cpu") == 0
+    assert create_dataset.default_workers("cuda:1") == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
+    assert create_dataset.default_workers("cuda") == 4
 
 
 def test_what_fails_in_a_worker_is_no_bad_clip(codec_dir, clips, tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -464,12 +463,8 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging("create_dataset")
     # TF32 has 10 bits of mantissa, as float16: some codes would differ between GPUs, and from a CPU's.
     torch.backends.cudnn.allow_tf32 = False
-    try:
-        with bad_input_exits():
-            create(args)
-    except KeyboardInterrupt:
-        logger.error("interrupted; the same command resumes")
-        sys.exit(130)
+    with bad_input_exits():
+        create(args)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

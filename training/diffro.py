@@ -327,6 +327,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
         """The reference model's hidden states at `positions`, and its head's weight."""
 
         def states(hidden, weight, bias):
+            if self.is_fsdp_enabled:  # it frees a gathered weight when the forward ends
+                weight = weight.clone()
             return hidden[:, -positions.shape[1] :][positions], weight
 
         if self.ref_model is not None:

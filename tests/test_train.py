@@ -167,35 +167,6 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def in_two_processes(output_dir: Path) -> str:
-    """Two steps on the CPU, each process with rollouts of its own; what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "train.py"]
-    flags = ["--max_steps", "2", "--save_steps", "1", "--output_dir", str(output_dir)]
-    done = subprocess.run(
-        [*command, *SHORT, *flags, "--max_completion_length", "80", "--resume_from_checkpoint", "true"],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,  # two processes that wait for each other wait for ever
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stderr
-
-
-def test_two_processes_end_and_resume_exactly(tmp_path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    printed = in_two_processes(whole)
-    assert printed.count("memory: about") == 1
-    first = json.loads((whole / "trainer_state.json").read_text())["log_history"][0]
-    assert first["num_tokens"] > 8 * (50 + 80), "more than 8 rollouts: each process has that many"
-    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
-    in_two_processes(resumed)
-    a, b, start = weights(whole), weights(resumed), weights(Path("tiny/llasa"))
-    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"].float())
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
 def test_lora(tmp_path):
     run("--output_dir", str(tmp_path), "--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--max_steps", "1")
     policy = Policy.from_pretrained(str(tmp_path))
@@ -350,36 +321,6 @@ def test_what_is_left_on_the_disk_and_in_the_model(tmp_path):
     flags += ["--per_device_train_batch_size", "4", "--num_generations", "2", "--max_completion_length", "20"]
     train.main(train.parse_args([*flags, "--use_peft", "true", "--sample_steps", "0", "--output_dir", str(tmp_path)]))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-def test_fsdp_saves_a_whole_model_at_the_end(tmp_path, monkeypatch):
-    """accelerate's default for FSDP2 are shards, and transformers then writes no model at all."""
-    from types import SimpleNamespace
-
-    asked = []
-    make = train.grpo_trainer
-
-    def sharded(*args):
-        trainer = make(*args)
-        trainer.is_fsdp_enabled = False
-        train_once = trainer.train
-
-        def train_then_shard(**kwargs):
-            train_once(**kwargs)
-            trainer.is_fsdp_enabled = True
-            plugin = SimpleNamespace(set_state_dict_type=asked.append)
-            monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
-
-        def save_model(output_dir):
-            asked.append("saved")
-            trainer.is_fsdp_enabled = False
-
-        trainer.train, trainer.save_model = train_then_shard, save_model
-        return trainer
-
-    monkeypatch.setattr(train, "grpo_trainer", sharded)
-    run("--output_dir", str(tmp_path), "--max_steps", "1", "--save_strategy", "no")
-    assert asked == ["FULL_STATE_DICT", "saved"]
 
 
 def test_bad_config_file(tmp_path, capsys, caplog):

@@ -133,7 +133,8 @@ def report_memory(
 ) -> None:
     """Log what a step will need, and warn where the GPU has less."""
     policy = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
-    parts = memory.estimate_run(policy, trainer.ref_model, rollout_scorer, trainer.args, longest)
+    draws, exact_kl = getattr(trainer, "gumbel_draws", 0), getattr(trainer, "diffro_beta", 0.0) > 0
+    parts = memory.estimate_run(policy, trainer.ref_model, rollout_scorer, trainer.args, longest, draws, exact_kl)
     logger.info(memory.report(parts))
     if trainer.accelerator.device.type == "cuda":
         total = torch.cuda.get_device_properties(trainer.accelerator.device).total_memory

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import whisper
 from fake_codec import build_native
+from fake_whisper import babble
 from safetensors.torch import load_file
 
 import evaluation
 import inference
 import train
 from benchmarks.published_layout import NUM_CODES, save_llasa
+from benchmarks.reward import LARGE_V3
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.policy import Policy
 from speech.tokens import prompt_ids, tts_prompt
+from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
 
 TEXTS = ["Anna found two boxes.", "Peter washed nine apples."]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512}
@@ -142,3 +146,30 @@ def test_a_head_that_differs_from_the_embeddings(untied, codec, texts, tmp_path,
     assert torch.equal(model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
     samples = policy.sample([tts_prompt(text) for text in TEXTS], temperature=1.0, max_length=150)
     assert any(sample.codes for sample in samples)
+
+
+def score_with_large_v3s_sizes(folder: Path, n_audio_ctx: int, *dtypes: torch.dtype) -> list[Score]:
+    """A clip's score by a Whisper of 128 mels, 51,866 tokens and a width of 1,280; one layer of 32 on each side."""
+    dims = LARGE_V3 | {"n_audio_layer": 1, "n_text_layer": 1, "n_audio_ctx": n_audio_ctx}
+    torch.manual_seed(0)
+    model = whisper.model.Whisper(whisper.ModelDimensions(**dims))
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)
+    torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.05)
+    torch.save({"dims": dims, "model_state_dict": model.half().state_dict()}, folder / "large-v3.pt")
+    scorers = [WhisperScorer(folder / "large-v3.pt", device="cpu", dtype=dtype) for dtype in dtypes]
+    assert all(scorer.model.decoder.token_embedding.weight.dtype == scorer.dtype for scorer in scorers)
+    scores = [scorer.score([babble(1.0, seed=0)], ["Yes."])[0] for scorer in scorers]
+    for score in scores:
+        assert score.failure is None and score.wer > 0
+        assert 5 < score.nll < MAX_NLL, "ln 51,866 is 10.9, and random weights are a little worse"
+    return scores
+
+
+def test_scores_of_a_whisper_of_large_v3s_sizes(tmp_path):
+    score_with_large_v3s_sizes(tmp_path, 1_500, torch.float32)
+
+
+def test_scores_in_the_half_precision_of_a_gpu(tmp_path):
+    """Whose products a CPU computes too, slowly: of a window of one second, not of 30."""
+    single, half = score_with_large_v3s_sizes(tmp_path, 50, torch.float32, torch.float16)
+    assert half.nll == pytest.approx(single.nll, rel=1e-2)

@@ -1,14 +1,18 @@
 """How much memory one process of GRPO needs, before it needs it: what is held all along, and the largest phase.
 
-A step has three phases that follow each other: sampling, scoring (codec and Whisper), and the loss. Each adds to
-what is held: weights, gradients, optimizer, reference. Sizes are counted on the models themselves; activations and
-caches follow from the shapes of a Llama (`loss_bytes` names the tensors that its backward keeps).
+A step has three phases that follow each other: sampling, scoring (codec, Whisper, token-to-text model), and the loss.
+Each adds to what is held: weights, optimizer, reference. Gradients are there in the loss only, where an update ends
+with them. Sizes are counted on the models themselves; activations and caches follow from the shapes of a Llama
+(`loss_bytes` names the tensors that its backward keeps).
 """
 
 from dataclasses import dataclass
 
 import torch
 from accelerate import DistributedType
+
+from reward_models.token2text import BATCH_SIZE
+from training.diffro import CHUNK_LOGITS
 
 GIB = 2**30
 # TRL's fused head works in tiles of so many tokens by so many rows (trl/kernels, trl/trainer/utils.py).
@@ -17,6 +21,11 @@ TILE_TOKENS, TILE_ROWS = 4_096, 32_768
 CPU_TILE_BYTES = 4 * 4
 # Copies of the logits while a code is drawn: the head's, float32, scaled by the temperature, softmax, and noise.
 SAMPLING_COPIES = 5
+# Copies of a chunk's logits in DiffRO's backward: besides one for each Gumbel draw, and for the KL over all codes
+CHUNK_COPIES, KL_COPIES = 3, 3
+# Float32 numbers per state of the token-to-text model, by width and width of its MLP, as measured: those that one
+# layer's backward keeps, those of the front-end and the decoder, and the most that are alive where nothing is kept
+LAYER_WIDTHS, FRONT_WIDTHS, SCORING_WIDTHS = (6, 7), (13, 0), (8, 4)
 # Peak over the sum of what is alive: rounding of the allocator's blocks, and workspaces of matrix products.
 ALLOCATOR_SLACK = 1.03
 
@@ -31,7 +40,7 @@ class Shapes:
         activation_bytes: bytes of what the layers compute in, 2 under autocast or in half precision.
         residual_bytes: bytes of the residual stream; 4 where the weights are float32, under autocast too.
         rollouts: sampled at once by this process; rows: of one forward of the loss.
-        length: tokens of the longest prompt and completion together.
+        prompt: tokens of the longest prompt; length: of it and a completion together.
         checkpointing: whether the backward recomputes each layer.
         on_gpu: where TRL's Triton kernels run.
     """
@@ -47,6 +56,7 @@ class Shapes:
     residual_bytes: int
     rollouts: int
     rows: int
+    prompt: int
     length: int
     checkpointing: bool
     on_gpu: bool
@@ -69,6 +79,7 @@ def shapes_of(model, args, length: int) -> Shapes:
         residual_bytes=weights.element_size(),
         rollouts=args.per_device_train_batch_size * args.steps_per_generation,
         rows=args.per_device_train_batch_size,
+        prompt=length - args.max_completion_length,
         length=length,
         checkpointing=args.gradient_checkpointing,
         on_gpu=args.device.type == "cuda",
@@ -106,8 +117,8 @@ def layer_bytes(s: Shapes) -> int:
     return norms + attention + 4 * s.intermediate * s.activation_bytes
 
 
-def loss_bytes(s: Shapes, trained_head: bool) -> int:
-    """Bytes the loss of one micro-batch adds at its peak."""
+def loss_bytes(s: Shapes, trained_head: bool, diffro: int = 0) -> int:
+    """Bytes the loss of one micro-batch adds at its peak; `diffro`: what `diffro_bytes` says, if it is part of it."""
     tokens = s.rows * s.length
     layer = layer_bytes(s) * tokens
     stored = s.layers * s.hidden * s.residual_bytes * tokens + layer if s.checkpointing else s.layers * layer
@@ -115,13 +126,39 @@ def loss_bytes(s: Shapes, trained_head: bool) -> int:
     tile = min(tokens, TILE_TOKENS) * min(s.head_rows, TILE_ROWS) * logit
     # Gradients of the rows in float32, and of the whole tied matrix, which they are written into
     head = s.head_rows * s.hidden * 4 + s.vocabulary * s.hidden * s.residual_bytes if trained_head else 0
-    return stored + tile + head
+    return stored + max(tile, diffro) + head
+
+
+def diffro_bytes(s: Shapes, token2text, draws: int, exact_kl: bool) -> int:
+    """Bytes of DiffRO beside the policy's pass: the token-to-text model's activations, or a chunk of logits.
+
+    Args:
+        draws: Gumbel draws of each rollout; exact_kl: whether the KL over all codes is part of the loss.
+    """
+    completion = s.length - s.prompt
+    chunk = 4 * min(s.rows * completion * s.head_rows, CHUNK_LOGITS)
+    copies = draws + CHUNK_COPIES + (KL_COPIES if exact_kl else 0)
+    config = token2text.t5.config
+    per_state = config.num_layers * _widths(config, LAYER_WIDTHS) + _widths(config, FRONT_WIDTHS)
+    return max(copies * chunk, draws * 4 * s.rows * -(-completion // 2) * per_state)
+
+
+def _widths(config, times: tuple[int, int]) -> int:
+    return times[0] * config.d_model + times[1] * config.d_ff
 
 
 def sampling_bytes(s: Shapes) -> int:
-    """Keys and values of every rollout at full length, and the logits of one step."""
+    """Keys and values of every rollout at full length, and the prompts' pass or the logits of one step."""
     cache = 2 * s.layers * s.key_width * s.activation_bytes * s.rollouts * s.length
-    return cache + SAMPLING_COPIES * 4 * s.rollouts * s.vocabulary
+    # All prompts go through at once. In the MLP of a layer are alive: its input, its product's factors and product,
+    # and of the residual stream the layer's input, the attention's output and the embeddings
+    prompts = s.rollouts * s.prompt * (4 * s.hidden * s.residual_bytes + 3 * s.intermediate * s.activation_bytes)
+    return cache + max(prompts, SAMPLING_COPIES * 4 * s.rollouts * s.vocabulary)
+
+
+def gradients_while_sampling(args) -> bool:
+    """Whether rollouts are sampled between the micro-batches of one update; after an update gradients are freed."""
+    return args.steps_per_generation * args.num_iterations % args.gradient_accumulation_steps > 0
 
 
 def scoring_bytes(scorer) -> int:
@@ -132,6 +169,11 @@ def scoring_bytes(scorer) -> int:
     return scorer.batch_size * (cross + encoder) * scorer.dtype.itemsize
 
 
+def token2text_scoring_bytes(token2text, codes: int) -> int:
+    """What scoring one batch of rollouts of `codes` codes adds."""
+    return 4 * BATCH_SIZE * -(-codes // 2) * _widths(token2text.t5.config, SCORING_WIDTHS)
+
+
 def estimate(
     policy,
     reference,
@@ -140,6 +182,9 @@ def estimate(
     shapes: Shapes,
     offload_rewards: bool,
     ddp: bool = False,
+    token2text=None,
+    diffro: int = 0,
+    sampling_with_gradients: bool = False,
 ) -> dict[str, int]:
     """Bytes by part: what is held, then the three phases, of which the largest counts, then the peak of all.
 
@@ -148,6 +193,8 @@ def estimate(
         reward_models: the modules that score; scoring: what they add while they work, in bytes.
         ddp: whether several GPUs average their gradients by DDP.
         offload_rewards: whether they are on the device only while they score.
+        token2text: the token-to-text model, which stays there; diffro: see `loss_bytes`.
+        sampling_with_gradients: see `gradients_while_sampling`.
     """
     trainable = module_bytes(policy, trainable=True)
     mixed = shapes.activation_bytes < shapes.residual_bytes
@@ -155,37 +202,52 @@ def estimate(
     rewards = module_bytes(*reward_models)
     held = {
         "policy": module_bytes(policy),
-        "gradients": trainable,
         "DDP's buckets": trainable if ddp else 0,  # a second copy of all gradients
         "optimizer": 2 * trainable,
         "reference": 0 if reference is None else module_bytes(reference),
         "reward models": 0 if offload_rewards else rewards,
+        "token2text": 0 if token2text is None else module_bytes(token2text),
     }
+    gradients = {"gradients": trainable}
     phases = {
         "sampling": copies + sampling_bytes(shapes),
         "scoring": scoring + (rewards if offload_rewards else 0),
-        "loss": copies + loss_bytes(shapes, policy.get_output_embeddings().weight.requires_grad),
+        "loss": copies + loss_bytes(shapes, policy.get_output_embeddings().weight.requires_grad, diffro),
     }
-    peak = int(ALLOCATOR_SLACK * (sum(held.values()) + max(phases.values())))
-    return held | phases | {"peak": peak}
+    with_gradients = {
+        name: size + trainable for name, size in phases.items() if name == "loss" or sampling_with_gradients
+    }
+    peak = int(ALLOCATOR_SLACK * (sum(held.values()) + max((phases | with_gradients).values())))
+    return held | gradients | phases | {"peak": peak}
 
 
-def estimate_run(policy, reference, rollout_scorer, training_args, longest: int) -> dict[str, int]:
-    """`estimate` of a GRPO run.
+def estimate_run(
+    policy, reference, rollout_scorer, training_args, longest: int, draws: int = 0, exact_kl: bool = False
+) -> dict[str, int]:
+    """`estimate` of a run of GRPO, DiffRO or both.
 
     Args:
         rollout_scorer: a `SpeechRolloutScorer`, or a `TranscriptScorer`, which has no models.
         longest: tokens of the longest prompt and completion together.
+        draws, exact_kl: see `diffro_bytes`; no draws: no DiffRO.
     """
-    codec, whisper = (getattr(rollout_scorer, name, None) for name in ("codec", "whisper"))
+    codec, whisper, token2text = (getattr(rollout_scorer, name, None) for name in ("codec", "whisper", "token2text"))
+    shapes, scoring = shapes_of(policy, training_args, longest), [0]
+    if whisper:
+        scoring.append(scoring_bytes(whisper))
+    if token2text:
+        scoring.append(token2text_scoring_bytes(token2text, training_args.max_completion_length))
     return estimate(
         policy,
         reference,
         [part.model for part in (codec, whisper) if part],
-        scoring_bytes(whisper) if whisper else 0,
-        shapes_of(policy, training_args, longest),
+        max(scoring),
+        shapes,
         bool(codec) and rollout_scorer.offload,
         ddp=training_args.distributed_state.distributed_type == DistributedType.MULTI_GPU,
+        token2text=token2text,
+        diffro=diffro_bytes(shapes, token2text, draws, exact_kl) if draws else 0,
+        sampling_with_gradients=gradients_while_sampling(training_args),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import Xcodec2Config, Xcodec2Model
 from xcodec2_oracle import build_oracle, build_published_sizes, chirp, save_oracle
 
 from common.cli import InputError
+from speech import codec_checkpoint
 from speech.codec import SpeechCodec
 from speech.codec_checkpoint import original_config, rename_original
 
@@ -144,10 +145,16 @@ def test_parity_with_the_xcodec2_package(oracle, original_folder):
         np.testing.assert_allclose(wav, audio, rtol=0, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def published_state():
+    """Names and shapes of HKUSTAudio/xcodec2, without memory."""
+    return build_published_sizes().state_dict()
+
+
 @needs_package
-def test_published_sizes():
+def test_published_sizes(published_state):
     """The parity test runs small; here every weight of the real size has its place and shape."""
-    state = rename_original(build_published_sizes().state_dict())
+    state = rename_original(published_state)
     config = original_config(state)
     published = Xcodec2Config()  # the defaults are those of HKUSTAudio/xcodec2-hf
     ours, theirs = config.to_dict(), published.to_dict()
@@ -157,6 +164,37 @@ def test_published_sizes():
     with torch.device("meta"):
         native = Xcodec2Model(config).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in native.items()}
+
+
+@needs_package
+def test_a_second_of_codes_at_the_published_sizes(published_state, tmp_path, monkeypatch):
+    """From both layouts, the decoder random and the encoders, which it does not need, 0: no file is written."""
+    torch.manual_seed(0)
+    original = {name: torch.zeros(()).expand(w.shape) for name, w in published_state.items()}
+    for name, weight in original.items():
+        if name.startswith("generator.") or name.startswith("fc_post_a."):
+            spread = weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.02
+            original[name] = torch.empty(weight.shape).normal_(std=spread)
+    weights = {"model.safetensors": original}
+    monkeypatch.setattr(codec_checkpoint, "load_weights", lambda folder: weights["model.safetensors"])
+    (tmp_path / "config.json").write_text('{"codec_decoder_hidden_size": 1024}')
+    codec = SpeechCodec.from_pretrained(str(tmp_path))
+    assert sum(weight.numel() for weight in codec.model.parameters()) == pytest.approx(629e6, rel=0.01)
+    codes = random_codes([50], codec.codebook_size)
+    [wav] = codec.decode(codes)
+    assert codec.codebook_size == 65_536 and wav.shape == (16_000,) and np.isfinite(wav).all() and wav.std() > 0
+
+    decoding = ("acoustic_decoder.", "quantizer.")
+    native = {
+        name: w if name.startswith(decoding) else torch.zeros(()).expand(w.shape)
+        for name, w in codec.model.state_dict().items()
+    }
+    native["semantic_encoder.masked_spec_embed"] = torch.zeros(1_024)  # of w2v-bert's pre-training, published with it
+    assert len(native) == 811
+    weights["model.safetensors"] = native
+    (tmp_path / "config.json").write_text(Xcodec2Config().to_json_string())
+    del codec
+    np.testing.assert_array_equal(SpeechCodec.from_pretrained(str(tmp_path)).decode(codes)[0], wav)
 
 
 @needs_package

@@ -1,18 +1,24 @@
-"""The memory estimate, against what PyTorch's tracker counts, and for the shipped recipe."""
+"""The memory estimate, against what PyTorch's tracker and profiler count, and for the shipped recipe."""
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import astuple
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from fake_token2text import small
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Xcodec2Config, Xcodec2Model
 from whisper.model import AudioEncoder, ModelDimensions, TextDecoder
 
+import train
+from reward_models.token2text import Token2Text
 from speech.confined_head import confine_head
-from training import memory
-from training.grpo_trainer import score_confined
+from training import diffro, memory
+from training.grpo_trainer import SpeechGRPOTrainer, keys_like_values, score_confined
 
 LLASA_1B = {  # Llama-3.2-1B with Llasa's vocabulary
     "vocab_size": 193_800,
@@ -30,17 +36,33 @@ LARGE_V3 = ModelDimensions(128, 1500, 1280, 20, 32, 51_866, 448, 1280, 20, 32)
 def arguments(**settings) -> SimpleNamespace:
     """What `shapes_of` reads of a GRPOConfig."""
     usual = {"bf16": False, "fp16": False, "steps_per_generation": 1, "device": torch.device("cpu")}
+    usual |= {"max_completion_length": 0, "gradient_checkpointing": True}
     return SimpleNamespace(**usual | settings)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that is allocated at once while `run` works, inside of operators too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(allocated.cumsum(0).max())
+
+
+def small_llama(first: int) -> LlamaForCausalLM:
+    """25 M parameters, confined to the tokens from `first` on."""
+    sizes = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLASA_1B | sizes | heads))
+    confine_head(model, list(range(first, 20_000)))
+    return model
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_loss_takes_what_was_estimated(checkpointing):
     rows, length, first = 4, 200, 7_000
-    sizes = {"vocab_size": 20_000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLASA_1B | sizes | heads)).train()
-    confine_head(model, list(range(first, 20_000)))
+    model = small_llama(first).train()
     score_confined(model, temperature=1.0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -62,6 +84,105 @@ def test_the_loss_takes_what_was_estimated(checkpointing):
     parts = memory.estimate(model, None, [], 0, memory.shapes_of(model, args, length), False)
     named = ("policy", "gradients", "optimizer", "loss")
     assert sum(parts[name] for name in named) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_sampling_takes_what_was_estimated(half):
+    """Long prompts, as in ASR: most of it is their one pass."""
+    rows, prompt, new = 4, 300, 3
+    model = small_llama(first=19_000).eval()
+    ids = torch.randint(19_000, 20_000, (rows, prompt))
+
+    def sample():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half), keys_like_values():
+            kept = model.get_output_embeddings().kept_rows(torch.bfloat16) if half else contextlib.nullcontext()
+            with kept:
+                model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new,
+                    do_sample=True,
+                    top_k=0,
+                    pad_token_id=0,
+                    cache_implementation="static",
+                    disable_compile=True,
+                )
+
+    measured = peak_bytes(sample)
+    args = arguments(bf16=half, per_device_train_batch_size=rows, max_completion_length=new)
+    shapes = memory.shapes_of(model, args, prompt + new)
+    copies = memory.linear_bytes(model) if half else 0
+    assert copies + memory.sampling_bytes(shapes) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.fixture(params=[(128, 2, 2), (256, 4, 4)], ids=str)
+def token2text(request) -> Token2Text:
+    width, times, layers = request.param
+    shape = {"d_model": width, "d_kv": width // 4, "d_ff": times * width, "num_heads": 4}
+    layers = {"num_layers": layers, "num_decoder_layers": 2}
+    model = small()
+    return Token2Text({"num_codes": 64, "labels": {}, "t5": shape | layers}, model.tokenizer).eval()
+
+
+def test_token2text_takes_what_was_estimated(token2text):
+    rows, codes, text = 8, 400, "anna found 2 boxes"
+    token2text.requires_grad_(False)
+    measured = peak_bytes(lambda: token2text.score([[3] * codes] * memory.BATCH_SIZE, [text] * memory.BATCH_SIZE))
+    assert memory.token2text_scoring_bytes(token2text, codes) == pytest.approx(measured, rel=0.15)
+
+    embeddings = torch.randn(rows, codes, token2text.t5.config.d_model, requires_grad=True)
+    mask = torch.ones(rows, codes, dtype=torch.bool)
+
+    def reward_and_gradient():
+        states = token2text.encode(embeddings, mask)
+        token2text.text_log_probs(*states, token2text.text_ids([text] * rows, ["en"] * rows)).sum().backward()
+
+    shapes = memory.shapes_of(
+        small_llama(19_999), arguments(per_device_train_batch_size=rows, max_completion_length=codes), 50 + codes
+    )
+    assert memory.diffro_bytes(shapes, token2text, 1, False) == pytest.approx(peak_bytes(reward_and_gradient), rel=0.15)
+
+
+@pytest.mark.parametrize("exact_kl", [False, True])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_a_chunk_of_logits_takes_what_was_estimated(draws, exact_kl, monkeypatch):
+    positions, rows, width = 128, 4_096, 16
+    for module in (diffro, memory):
+        monkeypatch.setattr(module, "CHUNK_LOGITS", 32 * rows)
+    hidden, weight = torch.randn(positions, width, requires_grad=True), torch.randn(rows, width)
+    reference = (torch.randn(positions, width), weight) if exact_kl else (None, None)
+    settings = torch.zeros(rows), reference[1], torch.randn(rows - 1, width), 1, 1.0, 1.0, True, exact_kl, draws
+
+    def draw():
+        sum(part.sum() for part in diffro.draw_codes(hidden, reference[0], weight, *settings)).backward()
+
+    model = small_llama(first=20_000 - rows)
+    shapes = memory.shapes_of(
+        model, arguments(per_device_train_batch_size=2, max_completion_length=positions // 2), positions
+    )
+    estimated = memory.diffro_bytes(shapes, small(), draws, exact_kl)
+    assert estimated == pytest.approx(peak_bytes(draw), rel=0.15)
+
+
+@pytest.mark.parametrize("steps_per_generation", [1, 2])
+def test_gradients_while_sampling(steps_per_generation, tmp_path, monkeypatch):
+    """There are none after an update, and some where rollouts are sampled between its two micro-batches."""
+    sample, seen = SpeechGRPOTrainer._generate_single_turn, []
+
+    def watched(trainer, *args):
+        seen.append(any(p.grad is not None for p in trainer.model.parameters()))
+        return sample(trainer, *args)
+
+    monkeypatch.setattr(SpeechGRPOTrainer, "_generate_single_turn", watched)
+    flags = (
+        "--config configs/tiny.yaml --max_steps 2 --per_device_train_batch_size 4 --num_generations 4 --sample_steps 0"
+    )
+    flags += " --gradient_accumulation_steps 2 --max_completion_length 20 --save_strategy no"
+    flags += f" --steps_per_generation {steps_per_generation} --output_dir {tmp_path}"
+    arguments = train.parse_args(flags.split())
+    train.main(arguments)
+    assert seen == ([False, True, False, True] if steps_per_generation == 1 else [False, False])
+    assert memory.gradients_while_sampling(arguments[1]) == any(seen)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +208,7 @@ def test_the_recipe_fits_its_card(real_sizes):
         per_device_train_batch_size=recipe["per_device_train_batch_size"],
         steps_per_generation=recipe["gradient_accumulation_steps"],
         gradient_checkpointing=recipe["gradient_checkpointing"],
+        max_completion_length=recipe["max_completion_length"],
         device=torch.device("cuda"),
     )
     shapes = memory.shapes_of(policy, args, 100 + recipe["max_completion_length"])
@@ -99,7 +221,28 @@ def test_the_recipe_fits_its_card(real_sizes):
     # DDP averages gradients in buckets of its own, a second copy of them all.
     several = memory.estimate(policy, reference, [codec], scoring, shapes, False, ddp=True)
     one = memory.estimate(policy, reference, [codec], scoring, shapes, False)
+    accumulating = memory.estimate(policy, reference, [codec], scoring, shapes, False, sampling_with_gradients=True)
+    assert accumulating["peak"] >= one["peak"]
     assert several["peak"] - one["peak"] == pytest.approx(memory.ALLOCATOR_SLACK * one["gradients"], rel=1e-6)
+
+
+def test_what_asr_and_diffro_add(real_sizes):
+    """64 clips of 30 s and their prompts go through the policy at once; DiffRO reads 8 × 1,500 codes once more."""
+    policy, reference, *_ = real_sizes
+    args = {"bf16": True, "per_device_train_batch_size": 8, "steps_per_generation": 8, "device": torch.device("cuda")}
+    speech = memory.shapes_of(policy, arguments(**args, max_completion_length=256), 1_560 + 256)
+    text = memory.shapes_of(policy, arguments(**args, max_completion_length=256), 80 + 256)
+    caches = [2 * 16 * 512 * 2 * 64 * length for length in (1_816, 336)]
+    passes = [memory.sampling_bytes(shapes) - cache for shapes, cache in zip((speech, text), caches, strict=True)]
+    # 64 × 1,560 tokens; 4 streams of 2,048 float32 and 3 activations of 8,192 bfloat16 each
+    assert passes[0] == 64 * 1_560 * (4 * 2_048 * 4 + 3 * 8_192 * 2)
+    assert passes[1] < passes[0] / 10
+    shapes = memory.shapes_of(policy, arguments(**args, max_completion_length=1_500), 1_580)
+    token2text = small()
+    plain = memory.estimate(policy, reference, [], 0, shapes, False)
+    both = memory.estimate(policy, reference, [], 0, shapes, False, token2text=token2text, diffro=8 * memory.GIB)
+    assert both["token2text"] == memory.module_bytes(token2text) > 0
+    assert 7 * memory.GIB < both["loss"] - plain["loss"] < 8 * memory.GIB, "the tile of GRPO's logits is gone by then"
 
 
 def test_adapters_train_little(real_sizes):

@@ -50,7 +50,7 @@ from training.diffro import DiffROTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
 from training.held_out import HeldOutEvaluation
 from training.model_card import model_card
-from training.models import load_model, load_rollout_scorer
+from training.models import check_vllm_head, load_model, load_rollout_scorer
 from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
 from training.rows import grpo_dataset, sft_datasets
 
@@ -86,6 +86,8 @@ def grpo_trainer(
     if model_args.model_revision not in (None, "main"):  # the reference model too
         training_args.model_init_kwargs = {"revision": model_args.model_revision}
     model = load_model(model_args, tokenizer, tokens, script_args.task)
+    if training_args.use_vllm:
+        check_vllm_head(model)
     with library_errors_are_input("train.py", ValueError, OSError):  # --report_to foo, --lora_target_modules foo …
         trainer = trainer_class(
             model=model,

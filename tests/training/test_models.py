@@ -105,7 +105,7 @@ def test_two_different_matrices_under_a_tied_config_are_saved_as_they_are(tmp_pa
     with pytest.raises(InputError, match="--use_vllm: the config of .*both ties head and embeddings"):
         models.check_vllm_head(policy)
     policy.save_pretrained(tmp_path / "saved")
-    models.check_vllm_head(load(tmp_path / "saved"))
+    models.check_vllm_head(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["tie_word_embeddings"] is False  # vLLM and transformers 4 would take one matrix for both
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

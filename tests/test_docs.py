@@ -10,6 +10,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +100,9 @@ def test_command_runs(command, clone, monkeypatch):
 def test_flags_of_commands_too_long_to_run_exist(command, monkeypatch):
     monkeypatch.setattr("training.recipes._check_machine", lambda *_: None)  # vLLM need not be installed here
     words = shlex.split(command)
+    if words[0] == "accelerate":
+        launch = launch_command_parser().parse_args(words[2:])
+        assert launch.config_file is None or load_config_from_file(launch.config_file)
     if "-m" in words:
         module, first = words[words.index("-m") + 1], words.index("-m") + 2
     else:

@@ -11,6 +11,9 @@ The clips are the recordings of tiny/heldout, one behind the other in random ord
 Each is a process of its own, start included; their codes must be equal before any time is printed. Memory is that of
 the process with its workers (PSS: pages that they share count once), also for a quarter of the hours: it is not to
 grow with them.
+
+What to expect: on a CPU the codec takes ten times as long as reading and features, and all cores, so workers gain
+nothing there. They are for a GPU, which would wait for them.
 """
 
 import argparse
@@ -51,6 +54,7 @@ from speech.tokens import SAMPLE_RATE
 ROOT = Path(__file__).parent.parent
 SHORTEST_S, LONGEST_S = 2.0, 20.0
 SOURCE_RATE = 24_000  # of the clips, as LibriTTS has it: they are resampled
+CHUNK_SIZE = 32  # rows: a quarter of an hour is to have several chunks, or memory would still grow
 SAMPLED_CLIPS = 32  # of which the seconds of each stage are measured
 
 
@@ -106,6 +110,7 @@ def encode(clips: Path, codec_id: str, output_dir: Path, num_workers: int, devic
         "output_dir": output_dir,
         "num_workers": num_workers,
         "device": device,
+        "chunk_size": CHUNK_SIZE,
     }
     return run_command([sys.executable, "create_dataset.py", *(f"--{name}={value}" for name, value in flags.items())])
 

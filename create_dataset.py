@@ -161,6 +161,7 @@ def as_it_is(clip: tuple) -> tuple:
 
 
 def leave_ctrl_c_to_the_main_process(worker: int) -> None:
+    """The terminal sends it to all; libsndfile's callbacks into Python would print a traceback and go on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -291,6 +291,13 @@ def test_workers_are_at_most_a_chunk_ahead(clips, monkeypatch):
         assert consumed < read.value <= consumed + 6
 
 
+def test_workers_leave_ctrl_c_to_the_main_process(clips, monkeypatch):
+    monkeypatch.setattr(create_dataset, "read_clip", lambda *args: (signal.getsignal(signal.SIGINT), None))
+    source = dataset_io.open_source(str(clips / "clips.csv"))
+    args = create_dataset.parse_args(["--dataset=a", "--output_dir=b", "--num_workers=1"])
+    assert list(create_dataset.read_ahead(source, range(3), args)) == [(signal.SIG_IGN, None)] * 3
+
+
 def test_interrupted_by_ctrl_c(codec_dir, clips, tmp_path):
     """Ctrl-C goes to all processes of the terminal: one line, exit code 130, no process left, and it resumes."""
     source = with_row(clips, "\n".join(f"wavs/{i % 3}.wav,sentence {i},,,{i}," for i in range(60)))

@@ -358,7 +358,7 @@ def test_every_shipped_config_loads(config):
 
 
 def test_each_reward_normalised_in_its_group_before_the_sum(tmp_path, monkeypatch):
-    """--multi_objective_aggregation normalize_then_sum: GDPO, arXiv 2601.05242, eqs. 4 to 6."""
+    """--multi_objective_aggregation normalize_then_sum: GDPO (arXiv 2601.05242), as TRL documents it."""
     config = {"token2text": {"weight": 1.0}, "duration": {"weight": 0.5}}
     (tmp_path / "two.json").write_text(json.dumps(config))
     batches = []

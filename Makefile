@@ -3,6 +3,7 @@
 # make test-vllm: the tests of --use_vllm, with vLLM's CPU build in an environment of its own.
 VENV := .venv
 VLLM_VENV := .venv-vllm
+VLLM_INSTALL_S := 1800
 PYTHON := $(VENV)/bin/python
 DEMO := demo
 
@@ -19,9 +20,9 @@ test: $(VENV)/tested
 	PYTHONPATH=$(VENV)/oracle $(PYTHON) -m pytest -q tests/speech/test_codec_checkpoint.py
 
 test-vllm:
-	@if $(MAKE) -s --no-print-directory $(VLLM_VENV)/installed 2> /dev/null; \
+	@if timeout $(VLLM_INSTALL_S) $(MAKE) -s --no-print-directory $(VLLM_VENV)/installed 2> /dev/null; \
 	then $(VLLM_VENV)/bin/python -m pytest -q tests/test_vllm.py; \
-	else echo "vLLM's CPU build cannot be installed here ($(VLLM_VENV)/pip.log): tests/test_vllm.py is not run"; fi
+	else echo "vLLM's CPU build cannot be installed here in $(VLLM_INSTALL_S) s ($(VLLM_VENV)/pip.log): tests/test_vllm.py is not run"; fi
 
 $(VENV)/installed: requirements.txt
 	@echo "Installing into $(VENV): some minutes, once"

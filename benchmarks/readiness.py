@@ -14,6 +14,9 @@ of the run that is planned (--use_peft true, --per_device_train_batch_size 4). E
     memory     peak of the GPU against the estimate that train.py prints (training/memory.py)
     speech     inference.py writes finite clips with what was saved
 
+Seconds are those of the steps after the first, which compiles kernels; sampling stands beside what reading weights and
+keys and values at the measured memory bandwidth would take.
+
 Random weights: END is made so likely that a rollout ends after --max_completion_length codes on average: some earn a
 reward, some are truncated. The transcripts of a random Whisper neither end nor agree with a text, its worst case.
 """
@@ -34,12 +37,13 @@ from unittest import mock
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
 
 import inference
 import train
-from benchmarks.harness import write_results
+from benchmarks.harness import memory_bandwidth, write_results
 from benchmarks.published_layout import save_llasa
 from benchmarks.reward import clocked, random_models
 from common.cli import (
@@ -65,6 +69,7 @@ MAY_BE_MISSING = {"log_f0_std"}
 COMPARED_CODES = 64  # of each of two rollouts
 BUILT_BYTES = 14e9  # the three checkpoints, and what train.py saves
 TEXTS = "tiny/texts/train.jsonl"
+PHASES = ("sampling", "codec", "Whisper", "loss", "step")
 NAMED = ("model_name_or_path", "codec_id", "whisper")
 CONFIGS = {"tiny": "configs/tiny.yaml", "real": "configs/llasa_1b_a100_40gb.yaml"}
 # What makes the toy setup's step short, and a CPU compute as a GPU does
@@ -93,11 +98,39 @@ class Check:
 
 @dataclass
 class Run:
-    """What is seen of a run of train.py: its trainer, its memory estimate by part, and seconds by phase."""
+    """What is seen of a run of train.py: its trainer, its shapes, its memory estimate by part, and seconds by phase."""
 
     trainer: SpeechGRPOTrainer | None = None
+    shapes: memory.Shapes | None = None
     estimate: dict[str, int] = field(default_factory=dict)
     seconds: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class RolloutRate:
+    """How fast a step's codes are sampled, and how fast memory alone would let them be.
+
+    Attributes:
+        codes: sampled in a step; calls: of the policy, one after another, until the last rollout has ended.
+        call_bytes: read by one call: the weights of its matrices once, and all keys and values of a static cache.
+        bandwidth: of this device, bytes a second, measured.
+        seconds: of sampling in a step.
+    """
+
+    codes: float
+    calls: float
+    call_bytes: int
+    bandwidth: float
+    seconds: float
+
+    def line(self) -> str:
+        floor = self.calls * self.call_bytes / self.bandwidth
+        return (
+            f"sampling: {self.codes / self.seconds:,.0f} codes a second, {1000 * self.seconds / self.calls:.1f} ms a "
+            f"code of all rollouts; reading {self.call_bytes / 1e9:.2f} GB for each at "
+            f"{self.bandwidth / 1e12:.2f} TB/s would take {1000 * floor / self.calls:.1f} ms, "
+            f"{floor / self.seconds:.1%}"
+        )
 
 
 # --- The run ----------------------------------------------------------------------------------------------
@@ -120,15 +153,36 @@ def build_checkpoints(folder: Path, codes: int, device: torch.device, seed: int)
     return {name: str(folder / part) for name, part in zip(NAMED, ("llasa", "codec", "whisper.pt"), strict=True)}
 
 
+def timed_steps(steps: int) -> int:
+    """Steps that the clocks count: the first of several is left out."""
+    return max(1, steps - 1)
+
+
+class ForgetFirstStep(TrainerCallback):
+    """Starts the clocks anew after the first of several steps, in which kernels are compiled."""
+
+    def __init__(self, seconds: Counter):
+        self.seconds = seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1 < state.max_steps:
+            self.seconds.clear()
+
+
 @contextlib.contextmanager
 def observed(device: torch.device) -> Iterator[Run]:
     """Within it, what train.py builds, estimates and spends is written down."""
     run = Run()
-    build, report = train.grpo_trainer, memory.report
+    build, shapes_of, report = train.grpo_trainer, memory.shapes_of, memory.report
 
     def keep_trainer(*args):
         run.trainer = build(*args)
+        run.trainer.add_callback(ForgetFirstStep(run.seconds))
         return run.trainer
+
+    def keep_shapes(*args):
+        run.shapes = shapes_of(*args)
+        return run.shapes
 
     def keep_estimate(parts: dict[str, int]) -> str:
         run.estimate = parts
@@ -136,6 +190,7 @@ def observed(device: torch.device) -> Iterator[Run]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(train, "grpo_trainer", keep_trainer))
+        stack.enter_context(mock.patch.object(memory, "shapes_of", keep_shapes))
         stack.enter_context(mock.patch.object(memory, "report", keep_estimate))
         for owner, name, phase in (
             (SpeechGRPOTrainer, "_generate_single_turn", "sampling"),
@@ -181,6 +236,20 @@ def log_prob_difference(trainer: SpeechGRPOTrainer, texts: list[str]) -> float:
     with torch.no_grad(), trainer.accelerator.autocast():
         scored, *_ = trainer._get_per_token_logps_and_entropies(model, output.sequences, mask, completion.shape[1])
     return (sampled - scored)[completion != pad_id].abs().mean().item()
+
+
+def rollout_rate(run: Run, steps: int, device: torch.device) -> RolloutRate:
+    """Of the steps that were timed; codes and calls are those of the last step."""
+    entry = [entry for entry in run.trainer.state.log_history if "reward" in entry][-1]
+    shapes = run.shapes
+    cache = 2 * shapes.layers * shapes.key_width * shapes.activation_bytes * shapes.rollouts * shapes.length
+    return RolloutRate(
+        codes=shapes.rollouts * float(entry["completions/mean_length"]),
+        calls=float(entry["completions/max_length"]),
+        call_bytes=memory.linear_bytes(run.trainer.accelerator.unwrap_model(run.trainer.model)) + cache,
+        bandwidth=memory_bandwidth(device),
+        seconds=run.seconds["sampling"] / steps,
+    )
 
 
 def synthesize(model: Path, text: str, max_length: int, device: torch.device) -> list[np.ndarray]:
@@ -237,12 +306,12 @@ def check_speech(wavs: list[np.ndarray]) -> Check:
 # --- The script -------------------------------------------------------------------------------------------
 
 
-def tables(checks: list[Check], seconds: Counter, steps: int) -> str:
+def tables(checks: list[Check], seconds: Counter, timed_steps: int, rate: RolloutRate) -> str:
     results = {True: "ok", False: "FALLS SHORT", None: "–"}
     rows = [[check.name, check.limit, check.measured, results[check.passed]] for check in checks]
-    phases = [[phase, f"{seconds[phase] / steps:.2f}"] for phase in ("sampling", "codec", "Whisper", "loss", "step")]
+    phases = [[phase, f"{seconds[phase] / timed_steps:.2f}"] for phase in PHASES]
     checked = markdown_table(["check", "expected", "measured", "result"], rows)
-    return f"{checked}\n\n{markdown_table(['phase', 'seconds a step'], phases)}"
+    return f"{checked}\n\n{markdown_table(['phase', 'seconds a step'], phases)}\n\n{rate.line()}"
 
 
 def train_flags(args: argparse.Namespace, named: dict[str, str], output_dir: Path) -> list[str]:
@@ -256,7 +325,7 @@ def train_flags(args: argparse.Namespace, named: dict[str, str], output_dir: Pat
     return [*flags, *args.train_flags]
 
 
-def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[list[Check], Run]:
+def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[list[Check], Run, RolloutRate]:
     named = {name: getattr(args, name) for name in NAMED if getattr(args, name)}
     output_dir = folder / "trained"
     if args.size == "real" and len(named) < len(NAMED):
@@ -275,10 +344,11 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tup
     longest = max(len(prompt_ids(run.trainer.processing_class, tts_prompt(text))) for text in texts)
     checks = check_log(run.trainer.state.log_history)
     checks += [check_log_probs(log_prob_difference(run.trainer, texts)), check_memory(run.estimate["peak"], peak)]
+    rate = rollout_rate(run, timed_steps(args.steps), device)
     max_length = longest + max(MIN_ROOM, arguments[1].max_completion_length)
     run.trainer = None
     gc.collect()
-    return [*checks, check_speech(synthesize(output_dir, texts[0], max_length, device))], run
+    return [*checks, check_speech(synthesize(output_dir, texts[0], max_length, device))], run, rate
 
 
 def main(args: argparse.Namespace) -> None:
@@ -290,9 +360,10 @@ def main(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.checkpoints or Path(temporary)
             check_writable(folder)
-            checks, run = measure(args, folder, device)
-    print("\n" + tables(checks, run.seconds, args.steps))
+            checks, run, rate = measure(args, folder, device)
+    print("\n" + tables(checks, run.seconds, timed_steps(args.steps), rate))
     results = {"checks": [vars(check) for check in checks], "seconds": run.seconds, "memory_estimate": run.estimate}
+    results |= {"sampling": vars(rate), "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     write_results(args.output_dir, f"readiness_{args.size}", results)
     if any(check.passed is False for check in checks):
         sys.exit(1)

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +45,31 @@ def test_the_chain_on_the_published_layout(tmp_path, monkeypatch, capsys):
     assert all(phases[name] > 0 for name in ("sampling", "codec", "Whisper", "loss"))
     assert sum(phases.values()) < 2 * phases["step"] + 1e-6, "the phases are parts of the step"
     assert results["memory_estimate"]["peak"] > 0
-    assert "| memory | " in capsys.readouterr().out
+    sampling = results["sampling"]
+    assert 1 <= sampling["calls"] <= 20 and sampling["codes"] <= 4 * sampling["calls"]
+    assert sampling["seconds"] == pytest.approx(phases["sampling"])
+    out = capsys.readouterr().out
+    assert "| memory | " in out and "codes a second" in out
+
+
+def test_sampling_beside_what_memory_allows():
+    rate = readiness.RolloutRate(codes=64 * 500, calls=1000, call_bytes=3_000_000_000, bandwidth=3e12, seconds=20)
+    assert rate.line() == (
+        "sampling: 1,600 codes a second, 20.0 ms a code of all rollouts; "
+        "reading 3.00 GB for each at 3.00 TB/s would take 1.0 ms, 5.0%"
+    )
+
+
+def test_the_first_of_several_steps_is_not_timed():
+    seconds = Counter(step=60.0)
+    clock = readiness.ForgetFirstStep(seconds)
+    clock.on_step_end(None, SimpleNamespace(global_step=1, max_steps=1), None)
+    assert seconds["step"] == 60 and readiness.timed_steps(1) == 1
+    clock.on_step_end(None, SimpleNamespace(global_step=1, max_steps=3), None)
+    assert not seconds
+    seconds["step"] += 20
+    clock.on_step_end(None, SimpleNamespace(global_step=2, max_steps=3), None)
+    assert seconds["step"] == 20 and readiness.timed_steps(3) == 2
 
 
 def test_a_disagreement_ends_it_with_1(tmp_path, monkeypatch, capsys):

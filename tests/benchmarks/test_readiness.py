@@ -15,7 +15,7 @@ from benchmarks import readiness
 from speech.codec import SpeechCodec
 from training.grpo_trainer import SpeechGRPOTrainer
 
-SHORT = ["--steps", "1", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
+SHORT = ["--steps", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
 SHORT += ["--num_generations", "4", "--max_completion_length", "20"]
 SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -84,7 +84,8 @@ def test_a_disagreement_ends_it_with_1(tmp_path, monkeypatch, capsys):
         run(tmp_path, "--size", "tiny")
     assert stop.value.code == 1
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| log-probs")]
-    assert row.endswith("| FALLS SHORT |") and "| 0.05" in row
+    assert row.endswith("| FALLS SHORT |")
+    assert 0.03 < float(row.split("|")[3].split()[0]) < 0.07
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])

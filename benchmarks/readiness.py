@@ -8,11 +8,12 @@ r"""The whole chain once at full size, before GPUs are rented for it: build, tra
 train.py makes --steps updates and saves, inference.py loads that and synthesizes. Flags of train.py may follow, those
 of the run that is planned (--use_peft true, --per_device_train_batch_size 4). Exit code 1 where a check falls short:
 
-    finite     every number that train.py logs; a pitch may be missing where nothing is voiced
-    gradient   above 0: rewards differ within groups, and the loss reaches the weights
-    log-probs  what the sampler drew from (bfloat16, cache of keys and values) is what the loss scores
-    memory     peak of the GPU against the estimate that train.py prints (training/memory.py)
-    speech     inference.py writes finite clips with what was saved
+    finite         every number that train.py logs; a pitch may be missing where nothing is voiced
+    gradient       above 0: rewards differ within groups, and the loss reaches the weights
+    number format  the policy's layers compute in half precision; float32 takes several times as long
+    log-probs      what the sampler drew from (with its cache of keys and values) is what the loss scores
+    memory         peak of the GPU against the estimate that train.py prints (training/memory.py)
+    speech         inference.py writes finite clips with what was saved
 
 Seconds are those of the steps after the first, which compiles kernels; sampling stands beside what reading weights and
 keys and values at the measured memory bandwidth would take.
@@ -61,7 +62,7 @@ from speech.policy import MIN_ROOM
 from speech.tokens import prompt_ids, tts_prompt
 from speech.whisper_scorer import WhisperScorer
 from training import memory
-from training.grpo_trainer import SpeechGRPOTrainer
+from training.grpo_trainer import SpeechGRPOTrainer, causal_lm
 
 MAX_LOG_PROB_DIFFERENCE = 0.02  # nats a code, on average
 MAX_MEMORY_ERROR = 0.15  # of the estimate
@@ -100,9 +101,16 @@ class Check:
 
 @dataclass
 class Run:
-    """What is seen of a run of train.py: its trainer, its shapes, its memory estimate by part, and seconds by phase."""
+    """What is seen of a run of train.py.
+
+    Attributes:
+        dtypes: in which the policy's first layer computes, sampling and loss alike.
+        estimate: of memory, bytes by part.
+        seconds: by phase.
+    """
 
     trainer: SpeechGRPOTrainer | None = None
+    dtypes: set[torch.dtype] = field(default_factory=set)
     shapes: memory.Shapes | None = None
     estimate: dict[str, int] = field(default_factory=dict)
     seconds: Counter = field(default_factory=Counter)
@@ -180,6 +188,8 @@ def observed(device: torch.device) -> Iterator[Run]:
     def keep_trainer(*args):
         run.trainer = build(*args)
         run.trainer.add_callback(ForgetFirstStep(run.seconds))
+        layer = causal_lm(run.trainer.accelerator.unwrap_model(run.trainer.model)).model.layers[0]
+        layer.mlp.register_forward_hook(lambda module, inputs, output: run.dtypes.add(output.dtype))
         return run.trainer
 
     def keep_shapes(*args):
@@ -287,6 +297,11 @@ def check_log(log_history: list[dict]) -> list[Check]:
     ]
 
 
+def check_number_format(dtypes: set[torch.dtype]) -> Check:
+    measured = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return Check("number format", "bfloat16", measured, bool(dtypes) and dtypes <= {torch.bfloat16, torch.float16})
+
+
 def check_log_probs(difference: float) -> Check:
     limit = f"<= {MAX_LOG_PROB_DIFFERENCE} nats"
     return Check("log-probs", limit, f"{difference:.4f} nats", difference <= MAX_LOG_PROB_DIFFERENCE)  # NaN fails
@@ -344,7 +359,7 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tup
 
     texts = Path("tiny/texts/heldout.txt").read_text().splitlines()[:2]
     longest = max(len(prompt_ids(run.trainer.processing_class, tts_prompt(text))) for text in texts)
-    checks = check_log(run.trainer.state.log_history)
+    checks = [*check_log(run.trainer.state.log_history), check_number_format(run.dtypes)]
     checks += [check_log_probs(log_prob_difference(run.trainer, texts)), check_memory(run.estimate["peak"], peak)]
     rate = rollout_rate(run, timed_steps(args.steps), device)
     max_length = longest + max(MIN_ROOM, arguments[1].max_completion_length)

@@ -156,10 +156,6 @@ class ScriptArguments:
     )
 
 
-def _on_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
 @dataclass
 class GRPORecipe(GRPOConfig):
     """TRL's GRPOConfig, with every value that shapes the experiment stated here."""
@@ -209,9 +205,8 @@ class GRPORecipe(GRPOConfig):
     per_device_eval_batch_size: int = 64
     eval_steps: float = 100
     # Bookkeeping
-    bf16: bool = field(default_factory=_on_gpu)
-    use_cpu: bool = field(default_factory=lambda: not _on_gpu())
-    dataloader_pin_memory: bool = field(default_factory=_on_gpu)
+    bf16: bool | None = None  # filled in; a bool's default_factory is not called by transformers' parser
+    dataloader_pin_memory: bool = torch.cuda.is_available()
     logging_steps: float = 1
     save_steps: float = 100
     save_total_limit: int = 2  # a checkpoint of Llasa-1B is 16 GB
@@ -220,6 +215,7 @@ class GRPORecipe(GRPOConfig):
 
     def __post_init__(self):
         check_training(self, GRPO_RANGES)
+        fill_in_number_format(self)
         if self.load_best_model_at_end or self.save_strategy == "best":
             self.metric_for_best_model = self.metric_for_best_model or "wer"
             if self.greater_is_better is None:
@@ -243,9 +239,8 @@ class SFTRecipe(SFTConfig):
     weight_decay: float = 0.01
     num_train_epochs: float = 1.0
     train_sampling_strategy: str = "random"
-    bf16: bool = field(default_factory=_on_gpu)
-    use_cpu: bool = field(default_factory=lambda: not _on_gpu())
-    dataloader_pin_memory: bool = field(default_factory=_on_gpu)
+    bf16: bool | None = None  # filled in; a bool's default_factory is not called by transformers' parser
+    dataloader_pin_memory: bool = torch.cuda.is_available()
     logging_steps: float = 10
     save_steps: float = 500
     eval_steps: float = 500
@@ -255,6 +250,7 @@ class SFTRecipe(SFTConfig):
 
     def __post_init__(self):
         check_training(self, TRAINING_RANGES)
+        fill_in_number_format(self)
         super().__post_init__()
 
 
@@ -263,6 +259,12 @@ def check_training(args: TrainingArguments, ranges: dict) -> None:
     check_ranges(args, ranges)
     if args.max_steps == 0 or args.max_steps < -1:
         raise InputError(f"--max_steps: must be >= 1, or -1 for --num_train_epochs (got {args.max_steps})")
+
+
+def fill_in_number_format(args: TrainingArguments) -> None:
+    """bfloat16 autocast on a GPU, unless the flags say otherwise."""
+    if args.bf16 is None:
+        args.bf16 = torch.cuda.is_available() and not (args.use_cpu or args.fp16)
 
 
 Arguments = tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig]

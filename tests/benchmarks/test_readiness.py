@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from fake_codec import build_native
 from fake_whisper import save_random_whisper
 
@@ -38,7 +39,7 @@ def test_the_chain_on_the_published_layout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readiness, "random_models", small_models)
     results = run(tmp_path, "--size", "real", "--offload_rewards", "false", "--learning_rate", "1e-4")
     checks = {check["name"]: check for check in results["checks"]}
-    assert list(checks) == ["finite", "gradient", "log-probs", "memory", "speech"]
+    assert list(checks) == ["finite", "gradient", "number format", "log-probs", "memory", "speech"]
     assert checks.pop("memory")["passed"] is None, "there is no GPU here"
     assert all(check["passed"] for check in checks.values()), checks
     phases = results["seconds"]
@@ -104,6 +105,9 @@ def test_what_else_falls_short():
     gib = readiness.memory.GIB
     assert readiness.check_memory(30 * gib, 34 * gib).passed and not readiness.check_memory(30 * gib, 35 * gib).passed
     assert not readiness.check_memory(30 * gib, 25 * gib).passed and readiness.check_memory(gib, None).passed is None
+    assert readiness.check_number_format({torch.bfloat16}).passed
+    assert not readiness.check_number_format({torch.float32, torch.bfloat16}).passed
+    assert not readiness.check_number_format(set()).passed
     clip = np.zeros(320, np.float32)
     assert readiness.check_speech([clip]).passed and not readiness.check_speech([]).passed
     assert not readiness.check_speech([clip, clip[:0]]).passed and not readiness.check_speech([clip * np.nan]).passed

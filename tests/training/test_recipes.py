@@ -1,10 +1,14 @@
 """train.py's flags: --help, --config, --debug, and what is refused."""
 
+from dataclasses import MISSING, fields
+
 import pytest
+import torch
+from transformers import TrainingArguments, training_args
 
 import train
 from common.cli import InputError
-from training.recipes import MAX_COMPLETION_LENGTH
+from training.recipes import MAX_COMPLETION_LENGTH, GRPORecipe, ScriptArguments, SFTRecipe
 
 
 def shown(capsys, *flags: str) -> str:
@@ -41,6 +45,37 @@ def test_the_two_ways_to_name_a_config_file():
 def test_the_length_of_an_answer_is_the_tasks():
     for task, longest in MAX_COMPLETION_LENGTH.items():
         assert train.parse_args(["--task", task])[1].max_completion_length == longest
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as the flags can tell."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cuda"))
+    monkeypatch.setattr(TrainingArguments, "distributed_state", None, raising=False)
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft"])
+def test_a_gpu_computes_in_bfloat16_without_a_flag(gpu, method):
+    def formats(*flags: str) -> tuple[bool, bool, str]:
+        _, args, model_args = train.parse_args(["--method", method, *flags])
+        return args.bf16, args.fp16, model_args.dtype
+
+    assert formats() == (True, False, "float32")
+    assert formats("--use_peft", "true") == (True, False, "bfloat16")
+    assert formats("--bf16", "false") == formats("--use_cpu", "true") == (False, False, "float32")
+    assert formats("--fp16", "true") == (False, True, "float32")
+
+
+def test_a_cpu_computes_in_float32_without_a_flag():
+    assert [train.parse_args(["--method", method])[1].bf16 for method in ("grpo", "sft")] == [False, False]
+
+
+@pytest.mark.parametrize("recipe", [ScriptArguments, GRPORecipe, SFTRecipe])
+def test_no_switch_has_a_default_that_the_parser_ignores(recipe):
+    """transformers' parser takes False for a bool with a default_factory: bf16 was off on every GPU."""
+    assert [one.name for one in fields(recipe) if one.type in (bool, "bool") and one.default is MISSING] == []
 
 
 def test_lora_is_in_half_precision_where_autocast_is(tmp_path):

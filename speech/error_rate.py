@@ -17,6 +17,8 @@ from common.cli import InputError, did_you_mean
 SPACELESS_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "my", "km", "yue"})
 # Scored by characters. Korean has spaces, but writers disagree on where, and arXiv 2509.18798 uses CER for it.
 CER_LANGUAGES = SPACELESS_LANGUAGES | {"ko"}
+# Whisper writes them now in traditional, now in simplified characters, whatever the reference is in.
+CHINESE = frozenset({"zh", "yue"})
 
 
 def language_code(language: str) -> str:
@@ -35,16 +37,33 @@ def _normalizer(english: bool) -> BasicTextNormalizer | EnglishTextNormalizer:
     return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
+@lru_cache(maxsize=1)
+def _chinese_converter():
+    from opencc import OpenCC  # here: no other language needs its dictionaries
+
+    return OpenCC("t2s")
+
+
+def simplified(text: str) -> str:
+    """Chinese in simplified characters: 臺灣 is 台湾, 後 is 后 and 隻 只; simplified text stays as it is.
+
+    著 is 着 in every word: Taiwan writes both with it (看著, 著名), and OpenCC's "t2s" leaves it.
+    """
+    return _chinese_converter().convert(text).replace("著", "着")
+
+
 @lru_cache(maxsize=1024)  # a reference text is compared with all rollouts of its group
 def normalize_text(text: str, language: str) -> str:
     """The text as it is compared: Whisper's own English normaliser for English, its basic one otherwise.
 
     The English one leaves a "." where a text ends in an ellipsis; what holds no letter or digit is dropped here,
     or it would be a word. It also joins numbers: "one two" is "12", one word. The basic one turns combining
-    vowel signs (Hindi, Thai …) into spaces, in reference and transcript alike.
+    vowel signs (Hindi, Thai …) into spaces, in reference and transcript alike. Chinese is `simplified`.
     """
-    words = _normalizer(language_code(language) == "en")(text).split()
-    return " ".join(word for word in words if re.search(r"\w", word))
+    code = language_code(language)
+    words = _normalizer(code == "en")(text).split()
+    normalized = " ".join(word for word in words if re.search(r"\w", word))
+    return simplified(normalized) if code in CHINESE else normalized
 
 
 def check_reference_text(text: str, language: str) -> None:
@@ -115,7 +134,8 @@ def split_reference(text: str, hyps: list[str], language: str) -> list[str]:
 
     def keys(units: list[str]) -> str:
         # Not normalize_text: it merges and splits words, and here every raw word needs exactly one key.
-        return " ".join(re.sub(r"\W", "", unit).casefold() or "·" for unit in units)
+        bare = [re.sub(r"\W", "", unit).casefold() or "·" for unit in units]
+        return " ".join(map(simplified, bare) if language in CHINESE else bare)
 
     [alignment] = jiwer.process_words(keys(ref_units), keys(list(chain(*hyp_units)))).alignments
     ref_after = [0]  # ref_after[n]: how many reference units are aligned with the first n units of the transcripts

@@ -55,6 +55,37 @@ def test_cer_for_languages_without_word_spaces():
     assert error_rate("Mr. Müller kommt", "mister müller kommt", "de") == (1 / 3, 1, 0, 0, 3)
 
 
+@pytest.mark.parametrize(
+    ("traditional", "simplified"),
+    [
+        ("臺灣", "台湾"),
+        ("然後皇后走了", "然后皇后走了"),  # 后, the empress, is traditional as well
+        ("一隻貓，只有一隻", "一只猫,只有一只"),
+        ("頭髮發現乾淨", "头发发现干净"),
+        ("乾隆皇帝", "乾隆皇帝"),  # a name, whose character is not simplified
+        ("裡面裏面", "里面里面"),  # Taiwan's and Hong Kong's
+        ("他看著著名的畫", "他看着著名的画"),
+        ("唔該晒，佢哋喺度", "唔该晒，佢哋喺度"),
+    ],
+)
+def test_chinese_in_either_script_is_the_same(traditional, simplified):
+    for language in ("zh", "Chinese", "yue"):
+        for ref, hyp in ((traditional, simplified), (simplified, traditional)):
+            assert error_rate(ref, hyp, language).rate == 0
+            assert normalize_text(ref, language) == normalize_text(hyp, language)
+    # What differs besides is still counted: 我 in place of 我們, one of four characters
+    assert error_rate("我們後來", "我后来", "zh") == (1 / 4, 0, 1, 0, 4)
+
+
+def test_japanese_is_not_turned_into_chinese():
+    """国 and 國, 体 and 體 are spellings of Japanese too, and an error there; 気 or 発 no simplified character."""
+    for text in ("日本語の発音を勉強する", "臺灣へ行く", "天気がいい"):
+        assert normalize_text(text, "ja") == text
+    assert error_rate("國", "国", "ja").rate == 1
+    assert error_rate("著名", "着名", "ja").substitutions == 1
+    assert normalize_text("臺灣 taiwan", "en") == "臺灣 taiwan"
+
+
 def test_a_reference_without_a_word_is_an_input_error():
     for text in ("", "...", "[laughs]", "Hmm."):
         with pytest.raises(InputError, match="empty after Whisper's normalisation"):
@@ -104,6 +135,7 @@ def test_language_names():
         ("one - two", ["one", "two"], "en", ["one -", "two"]),
         ("one two", ["", ""], "en", ["one two", ""]),
         ("今天,天气很好。", ["今天", "天气很号"], "zh", ["今天,", "天气很好。"]),
+        ("我說話後來", ["说话", "后来"], "zh", ["我說話", "後來"]),
     ],
 )
 def test_split_reference(text, hyps, language, stretches):

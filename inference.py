@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import soundfile
 from transformers import set_seed
 
 from common.cli import (
@@ -34,7 +33,7 @@ from common.cli import (
     set_up_logging,
 )
 from common.run_record import content_digest, short_digest
-from speech.audio import load_audio, save_audio
+from speech.audio import TooLongError, load_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
     DEFAULT_WHISPER,
@@ -55,18 +54,11 @@ logger = logging.getLogger("inference")
 
 
 def load_short_audio(path: str, max_length: int) -> np.ndarray:
-    """A clip whose codes are fewer than `max_length` tokens; InputError, before a longer one is read."""
+    """A clip whose codes are at most `max_length` tokens; InputError for a longer one, of which no more is read."""
     try:
-        duration_s = soundfile.info(path).duration
-    except soundfile.SoundFileError:
-        return load_audio(path)  # which says what is wrong
-    if duration_s * CODES_PER_SECOND > max_length:
-        raise InputError(
-            f"{path}: too long (got {duration_s:.1f} s), --max_length {max_length} holds less than "
-            f"{max_length / CODES_PER_SECOND:g} s of speech. Cut the clip, or raise --max_length as far as the model's "
-            "context goes"
-        )
-    return load_audio(path)
+        return load_audio(path, max_duration_s=max_length / CODES_PER_SECOND)
+    except TooLongError as error:
+        raise InputError(f"{error}, or raise --max_length {max_length} as far as the model's context goes") from error
 
 
 # --- Text to speech ---------------------------------------------------------------------------------------

@@ -35,6 +35,11 @@ def check_tts_columns(rows: datasets.Dataset, name: str, num_codes: int) -> None
     """Raises InputError for a text, language or voice prompt of a wrong type."""
     check_texts(rows, "text", name)
     check_texts(rows, "language", name, optional=True)
+    check_reference_columns(rows, name, num_codes)
+
+
+def check_reference_columns(rows: datasets.Dataset, name: str, num_codes: int) -> None:
+    """Raises InputError for a voice prompt of a wrong type."""
     check_texts(rows, "ref_text", name, optional=True)
     check_codes(rows, "ref_codes", num_codes, name, optional=True)
 
@@ -271,7 +276,7 @@ def sft_rows(
     """
     check_asr_columns(rows, name, tokens.num_codes)
     if task != "asr":
-        check_tts_columns(rows, name, tokens.num_codes)
+        check_reference_columns(rows, name, tokens.num_codes)
 
     def tts_example(row: dict) -> tuple[list[int], list[int]]:
         return prompt_ids(tokenizer, prompt_of_row(row)), [*tokens.ids(row[SPEECH_COLUMN]), tokens.end_id]

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 
+import training.rows
 from speech.policy import load_tokenizer
 from speech.tokens import asr_prompt
 from training.rows import grpo_asr_rows, one_long_epoch, sft_rows
@@ -38,6 +39,26 @@ def test_sft_rows_of_each_task(llasa):
     assert answers("asr", rows_of(text=[""])) == [[tokens.text_end_id]]  # a clip without speech
     with pytest.raises(ValueError, match="row 0: task must be one of tts, asr, or null .got 'sing'"):
         answers("both", rows_of(task=["sing"]))
+
+
+def test_a_wrong_voice_prompt_is_refused_where_speech_is_the_answer(llasa):
+    rows = rows_of(ref_text=[7], ref_codes=[CODES])
+    for task in ("tts", "both"):
+        with pytest.raises(ValueError, match="row 0: ref_text must be"):
+            sft_rows(rows, "rows", *llasa, 512, task)
+    assert len(sft_rows(rows, "rows", *llasa, 512, "asr")) == 1  # which has no use for it
+
+
+def test_each_column_is_checked_once(llasa, monkeypatch):
+    checked = []
+    check_texts = training.rows.check_texts
+    monkeypatch.setattr(
+        training.rows,
+        "check_texts",
+        lambda rows, column, *a, **k: checked.append(column) or check_texts(rows, column, *a, **k),
+    )
+    sft_rows(rows_of(), "rows", *llasa, 512, "both")
+    assert sorted(checked) == ["language", "ref_text", "text"]
 
 
 def test_sft_mask_covers_codes_and_end():

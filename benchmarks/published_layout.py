@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -143,13 +143,18 @@ def save_llasa(
     tokenizer = llasa_tokenizer(texts)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**LLASA_1B | sizes | {"tie_word_embeddings": tied})).to(torch.bfloat16)
+    sizes = LLASA_1B | sizes | {"tie_word_embeddings": tied}
+    config = LlamaConfig(**sizes, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):  # drawn once, in bfloat16: PyTorch's own initialisation is never kept
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device=device)
+    model.init_weights()
+    model.tie_weights()
     if codes is not None:
         end_after(model, tokenizer, texts[0], codes)
-    model.save_pretrained(folder)
-    state = load_file(folder / "model.safetensors")
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"].clone())
+    model.config.save_pretrained(folder)
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"].clone()  # safetensors saves no tensor under two names
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     for new in ("dtype", "rope_parameters"):

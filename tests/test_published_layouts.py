@@ -1,8 +1,10 @@
 """The scripts on checkpoints laid out as the published ones: 193,800 tokens, Llama's template, head and embeddings in
-the file. The policy is narrower than Llasa-1B (128 of 2,048) and shallower (2 of 16 layers), the codec smaller; the
-full sizes are benchmarks/readiness.py's."""
+the file. The policy has Llasa-1B's width and two of its 16 layers (0.5 B weights, 0.9 B where the head is another
+matrix), the codec is smaller; the full sizes are benchmarks/readiness.py's. The step of all weights takes 6.4 GiB
+of memory, the rest at most 4."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,8 @@ from speech.tokens import prompt_ids, tts_prompt
 from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
 
 TEXTS = ["Anna found two boxes.", "Peter washed nine apples."]
-SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 512}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
-CODES = 12  # after so many a rollout ends on average
+NUM_LAYERS = 2
+CODES = 6  # after so many a rollout ends on average
 REWARD_MODELS = ["--whisper", "tiny/whisper.pt", "--codec_id"]
 
 
@@ -49,14 +50,14 @@ def texts(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tied")
-    save_llasa(folder, TEXTS, codes=CODES, **SIZES, **HEADS)
+    save_llasa(folder, TEXTS, codes=CODES, num_hidden_layers=NUM_LAYERS)
     return folder
 
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("untied")
-    save_llasa(folder, TEXTS, codes=CODES, tied=False, **SIZES, **HEADS)
+    save_llasa(folder, TEXTS, codes=CODES, tied=False, num_hidden_layers=NUM_LAYERS)
     return folder
 
 
@@ -64,8 +65,8 @@ def train_a_step(policy: Path, codec: str, texts: Path, output_dir: Path, *flags
     """One update as on a GPU: bfloat16 autocast and the static cache; returns what it logged."""
     given = ["--model_name_or_path", str(policy), "--dataset", str(texts), *REWARD_MODELS, codec]
     batch = ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--num_generations", "4"]
-    run = ["--max_steps", "1", "--save_strategy", "no", "--sample_steps", "0", "--learning_rate", "1e-3"]
-    number_format = ["--bf16", "true", "--use_cpu", "true", "--max_completion_length", str(3 * CODES)]
+    run = ["--max_steps", "1", "--save_strategy", "no", "--sample_steps", "0"]
+    number_format = ["--bf16", "true", "--use_cpu", "true", "--max_completion_length", str(2 * CODES)]
     argv = [*given, *batch, *run, *number_format, "--output_dir", str(output_dir), *flags]
     train.main(train.parse_args(argv))
     return json.loads((output_dir / "trainer_state.json").read_text())["log_history"][0]
@@ -73,12 +74,13 @@ def train_a_step(policy: Path, codec: str, texts: Path, output_dir: Path, *flags
 
 @pytest.fixture(scope="module")
 def trained(tied, codec, texts, tmp_path_factory) -> tuple[Path, dict]:
+    """All weights in float32, without AdamW's moments and a reference model: they would take 6 GiB more."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train_a_step(tied, codec, texts, folder, "--beta", "0.1")
+    return folder, train_a_step(tied, codec, texts, folder, "--beta", "0", "--optim", "sgd", "--learning_rate", "1e-2")
 
 
 def test_a_prompt_of_the_published_tokenizer(tied):
-    policy = Policy.from_pretrained(str(tied))
+    policy = Policy.from_pretrained(str(tied), dtype=torch.bfloat16)
     tokenizer, tokens = policy.tokenizer, policy.tokens
     ids = prompt_ids(tokenizer, tts_prompt(TEXTS[0]))
     assert tokenizer.decode(ids) == (
@@ -103,13 +105,14 @@ def test_a_prompt_of_the_published_tokenizer(tied):
 
 def test_a_step_of_all_weights(trained, tied):
     folder, entry = trained
-    for name in ("reward", "loss", "grad_norm", "kl", "entropy", "wer", "nll"):
-        assert torch.tensor(float(entry[name])).isfinite(), name
-    assert entry["reward_std"] > 0 and entry["grad_norm"] > 0 and abs(entry["kl"]) < 1e-3
+    for name in ("reward", "loss", "grad_norm", "entropy", "wer", "nll"):
+        assert math.isfinite(float(entry[name])), name
+    assert entry["reward_std"] > 0 and entry["grad_norm"] > 0
     assert entry["frac_truncated"] < 1 and entry["frac_empty"] < 1
     before, after = (load_file(path / "model.safetensors") for path in (tied, folder))
     assert "lm_head.weight" not in after, "head and embeddings are one, and saved once"
-    moved = [name for name in after if not torch.equal(before[name].float(), after[name])]
+    last = slice(-1_000, None)  # rows of each matrix; of the embeddings those of codes
+    moved = [name for name in after if not torch.equal(before[name][last].float(), after[name][last])]
     assert sorted(moved) == sorted(after)
     config = json.loads((folder / "config.json").read_text())
     assert config["vocab_size"] == 193_800 and config["tie_word_embeddings"] is True
@@ -120,7 +123,7 @@ def test_inference_and_evaluation_of_what_was_trained(trained, texts, codec, tmp
     """run.json names codec and Whisper, so nothing more is said."""
     folder, _ = trained
     output = tmp_path / "sample.wav"
-    flags = ["--text", TEXTS[0], "--output", str(output), "--max_length", "150", "--device", "cpu", "--best_of", "2"]
+    flags = ["--text", TEXTS[0], "--output", str(output), "--max_length", "150", "--device", "cpu", "--best_of", "4"]
     inference.main(inference.parse_args(["--model_name_or_path", str(folder), *flags]))
     wav = load_audio(output)
     assert len(wav) % 320 == 0 and 0 < len(wav) <= 150 * 320 and abs(wav).max() > 0
@@ -136,15 +139,15 @@ def test_a_head_that_differs_from_the_embeddings(untied, codec, texts, tmp_path,
     """Its config calls the two tied; both are in the file, and both are used, trained and saved."""
     stored = load_file(untied / "model.safetensors")
     assert not torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
-    lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--beta", "0"]
-    entry = train_a_step(untied, codec, texts, tmp_path, *lora)
+    lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--learning_rate", "1e-3"]
+    entry = train_a_step(untied, codec, texts, tmp_path, *lora, "--beta", "0.1")
     assert "its config ties head and embeddings, its weights differ" in caplog.text
-    assert entry["grad_norm"] > 0 and entry["reward_std"] > 0
-    policy = Policy.from_pretrained(str(tmp_path))  # the adapter's base is the published folder
+    assert entry["grad_norm"] > 0 and entry["reward_std"] > 0 and abs(entry["kl"]) < 1e-3
+    policy = Policy.from_pretrained(str(tmp_path), dtype=torch.bfloat16)  # the adapter's base is the published folder
     model = policy.model.get_base_model() if hasattr(policy.model, "get_base_model") else policy.model
-    assert torch.equal(model.get_output_embeddings().weight, stored["lm_head.weight"].float())
-    assert torch.equal(model.get_input_embeddings().weight, stored["model.embed_tokens.weight"].float())
-    samples = policy.sample([tts_prompt(text) for text in TEXTS], temperature=1.0, max_length=150)
+    assert torch.equal(model.get_output_embeddings().weight, stored["lm_head.weight"])
+    assert torch.equal(model.get_input_embeddings().weight, stored["model.embed_tokens.weight"])
+    samples = policy.sample([tts_prompt(text) for text in TEXTS * 2], temperature=1.0, max_length=150)
     assert any(sample.codes for sample in samples)
 
 

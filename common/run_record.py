@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")  # of a model's folder
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "model.bin")  # of a model's folder
 # What the reward curve shows where it was logged: (log key, label)
 CURVES = (
     ("reward", "reward"),

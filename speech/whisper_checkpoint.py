@@ -1,10 +1,11 @@
-"""openai-whisper models from OpenAI's releases, from .pt files, and from checkpoints in transformers' format.
+"""openai-whisper models from OpenAI's releases, .pt files, and checkpoints in transformers' or CTranslate2's format.
 
-The computation is openai-whisper's in every case: a checkpoint of transformers is converted when it is loaded. So is
+The computation is openai-whisper's in every case: a checkpoint in another format is converted when it is loaded. So is
 its tokenizer, and with it the tokens that a transcript may not have: a `suppress_tokens` of a fine-tuned model's
 generation_config.json is not read.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from whisper.tokenizer import get_tokenizer
 
 from common.cli import InputError, first_line
 from speech.checkpoint_files import UNREADABLE, find_checkpoint, load_pickle, load_weights, read_json
+from speech.ctranslate2_checkpoint import is_ctranslate2_folder, read_ctranslate2_folder
 
 ACCEPTED = (
-    "the name of an openai-whisper model, the path of its .pt file, or a folder or hub id of a Whisper in "
-    "transformers' format, such as openai/whisper-large-v3"
+    "the name of an openai-whisper model, the path of its .pt file, a folder of a Whisper in CTranslate2's format, or "
+    "a folder or hub id of one in transformers' format, such as openai/whisper-large-v3"
 )
 # Files of a checkpoint in transformers' format → their key with the id of <|notimestamps|>
 NO_TIMESTAMPS = {"generation_config.json": "no_timestamps_token_id", "added_tokens.json": "<|notimestamps|>"}
@@ -58,8 +60,8 @@ def load_whisper(name_or_path: str | os.PathLike) -> whisper.Whisper:
     """An openai-whisper model, float32 on the CPU.
 
     Args:
-        name_or_path: 'large-v3' or another name of openai-whisper, a .pt file in OpenAI's format, or a folder or hub
-            id ('openai/whisper-large-v3') of a Whisper in transformers' format.
+        name_or_path: 'large-v3' or another name of openai-whisper, a .pt file in OpenAI's format, a folder of a Whisper
+            in CTranslate2's format, or a folder or hub id ('openai/whisper-large-v3') of one in transformers' format.
     Raises:
         InputError: no such model, not a Whisper, its weights are broken or do not fit, tokens were added to it, or the
             download failed.
@@ -70,13 +72,34 @@ def load_whisper(name_or_path: str | os.PathLike) -> whisper.Whisper:
             return whisper.load_model(name, device="cpu")
         except (OSError, RuntimeError) as error:
             raise InputError(f"{name}: the download failed ({first_line(error)}). Try again") from error
-    if Path(name).is_file():
-        return build_whisper(*read_openai_file(name), name)
-    if Path(name).is_dir() or ("/" in name and Path(name).suffix != ".pt"):
-        return build_whisper(*read_transformers_checkpoint(name), name)
+    if os.path.exists(name) or ("/" in name and Path(name).suffix != ".pt"):
+        return build_whisper(*read_checkpoint(name), name)
     raise InputError(
         f"{name}: no such Whisper model. Accepted: {ACCEPTED}. Names: {', '.join(whisper.available_models())}"
     )
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """Dimensions and weights, under openai-whisper's names, of a file, folder or hub id."""
+    if Path(path).is_file():
+        return read_openai_file(path)
+    if is_ctranslate2_folder(path):
+        return read_ctranslate2_folder(path)
+    return read_transformers_checkpoint(path)
+
+
+def weights_digest(path: str) -> str:
+    """The same for a Whisper's file and folders in any format, float16 or float32.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    _, state = read_checkpoint(path)
+    state.pop("encoder.positional_embedding", None)  # a sinusoid, which formats round differently
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_openai_file(path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
@@ -91,7 +114,7 @@ def read_openai_file(path: str) -> tuple[dict[str, int], dict[str, torch.Tensor]
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
             f"{path}: cannot be loaded as an openai-whisper model ({reason}). Use a .pt file in OpenAI's format, or "
-            "the folder of one in transformers' format"
+            "the folder of one in transformers' or CTranslate2's format"
         ) from error
 
 

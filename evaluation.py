@@ -121,7 +121,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--judge",
         nargs="+",
         action="extend",
-        help="evaluation ASRs: Whispers (large-v3, a .pt file, a folder or hub id in transformers' format), and "
+        help="evaluation ASRs: Whispers by openai-whisper (large-v3, a .pt file, a folder or hub id), Whispers by "
+        "faster-whisper (faster-whisper:large-v3, or faster-whisper: and a folder in CTranslate2's format), and "
         "pocketsphinx; default: the reward's Whisper. Those that no reward of the models has used are held-out ASRs, "
         "and are listed first",
     )

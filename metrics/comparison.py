@@ -14,7 +14,7 @@ from metrics.judges import asr_label
 from metrics.report import error_unit
 
 MAX_WIDTH = 100  # columns
-LABEL_WIDTH = 40
+LABEL_WIDTH = 44
 NAME_WIDTH = 16  # of a row's name as a column title
 GAP = "  "
 

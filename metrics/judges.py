@@ -1,23 +1,28 @@
 """Evaluation ASRs, the --judge of evaluation.py: what transcribes the clips and scores them against their texts.
 
 The Whisper that a checkpoint's reward was made of flatters it: training optimises its score. An ASR that no reward
-has used is held-out. `pocketsphinx` is one: a wheel with an acoustic model of human English, limited here to the words
-of the texts.
+has used is held-out. `faster-whisper:base` is a real Whisper by code that no reward uses either; `pocketsphinx`, a
+wheel with an acoustic model of human English, is limited here to the words of the texts.
 """
 
 import math
 import os
 import re
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from common.cli import InputError
-from speech.audio import audio_failure
-from speech.error_rate import error_rate, language_code
+from common.cli import InputError, first_line
+from speech.audio import audio_failure, split_at_pauses
+from speech.error_rate import SPACELESS_LANGUAGES, error_rate, language_code
 from speech.policy import recorded
+from speech.tokens import SAMPLE_RATE
+from speech.whisper_checkpoint import weights_digest
 from speech.whisper_scorer import Score, WhisperScorer
 
+FASTER_WHISPER = "faster-whisper:"  # before a name, a folder or a hub id
 HELD_OUT = "held-out"
 REWARD_ASR = "reward's ASR"
 ROUND_TRIP = "round trip"  # the checkpoint itself, transcribing its own speech (--cycle)
@@ -46,8 +51,22 @@ def asr_roles(names: list[str], reward_whisper: str, models: list[str]) -> dict[
 
 
 def _canonical(whisper: str) -> str:
-    """One spelling for the same Whisper: a file's or folder's real path, or a model's name without its Hub prefix."""
-    return os.path.realpath(whisper) if os.path.exists(whisper) else whisper.removeprefix("openai/whisper-")
+    """One spelling for the same Whisper: a digest of its weights, or the name of a model that is not on this disk.
+
+    A file or folder that cannot be read is told by its real path.
+    """
+    path = model_path(whisper)
+    if not os.path.exists(path):
+        return path.removeprefix("openai/whisper-").removeprefix("Systran/faster-whisper-")
+    try:
+        return weights_digest(path)
+    except InputError:
+        return os.path.realpath(path)
+
+
+def model_path(name: str) -> str:
+    """The path or name of an evaluation ASR's model, without the prefix that picks the code to run it."""
+    return name.removeprefix(FASTER_WHISPER)
 
 
 def asr_label(name: str, role: str) -> str:
@@ -58,11 +77,116 @@ def asr_label(name: str, role: str) -> str:
 def load_evaluation_asrs(
     names: list[str], texts: list[str], languages: list[str], device: str
 ) -> dict[str, EvaluationASR]:
-    """Evaluation ASRs by name: "pocketsphinx", or a Whisper's name, path or hub id; InputError for an unusable one."""
-    return {
-        name: PocketsphinxScorer(texts, languages) if name == "pocketsphinx" else WhisperScorer(name, device)
-        for name in names
-    }
+    """Evaluation ASRs by name: "pocketsphinx", "faster-whisper:" and a model, or a Whisper's name, path or hub id.
+
+    Raises:
+        InputError: an unusable one.
+    """
+    return {name: load_evaluation_asr(name, texts, languages, device) for name in names}
+
+
+def load_evaluation_asr(name: str, texts: list[str], languages: list[str], device: str) -> EvaluationASR:
+    if name == "pocketsphinx":
+        return PocketsphinxScorer(texts, languages)
+    if name.startswith(FASTER_WHISPER):
+        return FasterWhisperScorer(name, languages, device)
+    return WhisperScorer(name, device)
+
+
+def transcript_score(text: str, hyp_text: str, language: str, failure: str | None) -> Score:
+    """The Score of an ASR that gives transcripts only: its `nll` is NaN."""
+    errors = error_rate(text, hyp_text, language)
+    return Score(hyp_text, errors.rate, math.nan, errors.edits, errors.ref_length, failure)
+
+
+class FasterWhisperScorer:
+    """A Whisper by the package faster-whisper: beam search at temperature 0, without fallback to a higher one.
+
+    As for OpenAI's own code a clip is padded to 30 s with silence. (faster-whisper pads the spectrogram with zeros,
+    which are no silence.) A longer clip is cut at pauses.
+
+    Args:
+        name: "faster-whisper:" and the name of one of its models, a folder in CTranslate2's format, or a hub id.
+    Raises:
+        InputError: the package is not installed, no such model, or a language that the model does not know.
+    """
+
+    BEAM_SIZE = 5  # the default of faster-whisper and of OpenAI's command line
+    WINDOW = 30 * SAMPLE_RATE
+    MAX_TOKENS = 224  # of a window's transcript: half of the decoder's context, as in OpenAI's code
+
+    def __init__(self, name: str, languages: list[str], device: str):
+        self.model = load_faster_whisper(name, device)
+        known = self.model.supported_languages
+        unknown = sorted({language_code(language) for language in languages} - set(known))
+        if unknown:
+            raise InputError(
+                f"--judge {name}: this Whisper does not know the language {unknown[0]!r}. Known: {', '.join(known)}"
+            )
+
+    def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str]) -> list[Score]:
+        """As `WhisperScorer.score`, with its limit on the length of a transcript, but `nll` is NaN."""
+        scores = []
+        for wav, text, language in zip(wavs, texts, languages, strict=True):
+            failure = audio_failure(wav)
+            max_tokens = 2 * len(self.model.hf_tokenizer.encode(text, add_special_tokens=False).ids) + 8
+            hyp_text = "" if failure else self.transcribe(wav, language_code(language), max_tokens)
+            scores.append(transcript_score(text, hyp_text, language, failure))
+        return scores
+
+    def transcribe(self, wav: np.ndarray, language: str, max_tokens: int = MAX_TOKENS) -> str:
+        """The transcript of a clip at 16 kHz; at most `max_tokens` tokens of each 30 s."""
+        windows = split_at_pauses(wav, self.WINDOW) if len(wav) > self.WINDOW else [wav]
+        hyps = []
+        for window in windows:
+            padded = np.pad(window.clip(-1, 1).astype(np.float32), (0, self.WINDOW - len(window)))
+            segments, _ = self.model.transcribe(
+                padded,
+                language=language,
+                beam_size=self.BEAM_SIZE,
+                temperature=0.0,
+                condition_on_previous_text=False,
+                without_timestamps=True,
+                max_new_tokens=min(max_tokens, self.MAX_TOKENS),
+            )
+            hyps += [segment.text.strip() for segment in segments]
+        return ("" if language in SPACELESS_LANGUAGES else " ").join(hyps).strip()
+
+
+def load_faster_whisper(name: str, device: str):
+    """faster-whisper's WhisperModel: float32 on a CPU, float16 on a GPU; InputError for an unusable one."""
+    try:
+        import faster_whisper  # an optional package, needed only here
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"--judge {name}: needs a package that is not installed ({error.name}). Install it: "
+            "pip install -r requirements-asr.txt"
+        ) from error
+    path = model_path(name)
+    accepted = (
+        f"{FASTER_WHISPER} and a name such as large-v3, a folder in CTranslate2's format (model.bin, config.json, "
+        "tokenizer.json, vocabulary), or a hub id"
+    )
+    if os.path.exists(path):
+        missing = [file for file in ("model.bin", "config.json", "tokenizer.json") if not (Path(path) / file).is_file()]
+        if missing:
+            raise InputError(
+                f"--judge {name}: no CTranslate2 folder, {', '.join(missing)} missing. Accepted: {accepted}"
+            )
+    elif "/" not in path and path not in faster_whisper.available_models():
+        names = ", ".join(faster_whisper.available_models())
+        raise InputError(f"--judge {name}: no such model. Accepted: {accepted}. Names: {names}")
+    kind, _, index = device.partition(":")
+    try:
+        return faster_whisper.WhisperModel(
+            path,
+            device=kind,
+            device_index=int(index or 0),
+            compute_type="float16" if kind == "cuda" else "float32",
+            cpu_threads=torch.get_num_threads(),
+        )
+    except (OSError, RuntimeError, ValueError) as error:  # no such hub id, offline; a broken file; no such device
+        raise InputError(f"--judge {name}: cannot be loaded ({first_line(error)}). Accepted: {accepted}") from error
 
 
 class PocketsphinxScorer:
@@ -100,8 +224,7 @@ class PocketsphinxScorer:
         for wav, text, language in zip(wavs, texts, languages, strict=True):
             failure = audio_failure(wav)
             hyp_text = "" if failure else self.transcribe(wav)
-            errors = error_rate(text, hyp_text, language)
-            scores.append(Score(hyp_text, errors.rate, math.nan, errors.edits, errors.ref_length, failure))
+            scores.append(transcript_score(text, hyp_text, language, failure))
         return scores
 
     def transcribe(self, wav: np.ndarray) -> str:

@@ -24,7 +24,7 @@ from metrics.clip_measures import (
 from metrics.comparison import speech_comparison
 from metrics.formatting import percent
 from metrics.html_page import evenly_spaced
-from metrics.judges import ROUND_TRIP, EvaluationASR, asr_roles, load_evaluation_asrs
+from metrics.judges import ROUND_TRIP, EvaluationASR, asr_roles, load_evaluation_asrs, model_path
 from metrics.report import Player, error_unit, summarize, write_reports
 from metrics.result_files import open_results, read_sounds, write_sounds
 from metrics.texts import Item, read_items, units_of
@@ -111,7 +111,7 @@ def digests_of(args: argparse.Namespace, models: dict[str, str], texts: Evaluati
     return {
         "texts": short_digest(vars(item) for item in items),
         "reward parameters": reward_parameters(next(iter(models.values()))),
-        **{f"content of {name}": content_digest(name) for name in sorted({*names, *recordings})},
+        **{f"content of {name}": content_digest(model_path(name)) for name in sorted({*names, *recordings})},
     }
 
 

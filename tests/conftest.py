@@ -11,7 +11,17 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported
 os.chdir(ROOT)  # configs name tiny/ from here
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the project's modules, and what tests share (tests/fake_*.py)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_flush_denormal(True)
 torch.set_num_threads(1)  # the models are too small for two to pay, and `make test` runs two processes
+
+
+@pytest.fixture(scope="session")
+def whisper_tiny_en() -> str:
+    """OpenAI's Whisper tiny.en, a folder in CTranslate2's format; tests that need it are skipped without it."""
+    folder = Path("build/whisper-tiny.en")
+    if not (folder / "model.bin").is_file():
+        pytest.skip(f"Whisper's weights are not there: python -m tiny.whisper_weights tiny.en {folder}")
+    return str(folder)

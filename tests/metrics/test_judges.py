@@ -1,14 +1,33 @@
-"""Evaluation ASRs: which of them are held-out, and what pocketsphinx makes of known clips."""
+"""Evaluation ASRs: which of them are held-out, and what pocketsphinx and faster-whisper make of known clips."""
 
 import json
 import shutil
 import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from fake_whisper import save_ctranslate2, save_random_whisper
 
-from metrics.judges import HELD_OUT, REWARD_ASR, PocketsphinxScorer, asr_label, asr_roles, dictionary_words
+from common.cli import InputError
+from metrics.judges import (
+    HELD_OUT,
+    REWARD_ASR,
+    FasterWhisperScorer,
+    PocketsphinxScorer,
+    asr_label,
+    asr_roles,
+    dictionary_words,
+    load_evaluation_asrs,
+    load_faster_whisper,
+)
 from speech.audio import load_audio
+from speech.ctranslate2_checkpoint import read_ctranslate2_folder
+from speech.whisper_checkpoint import load_whisper
+from speech.whisper_scorer import WhisperScorer
 
 
 def save_run(folder, **facts) -> str:
@@ -69,3 +88,119 @@ def test_pocketsphinx_transcribes_flite_in_any_order(tmp_path):
     transcripts = [asr.transcribe(wav) for wav in wavs]
     assert transcripts == ["mary sold eight old boats near the river", "anna sees four small cats"]
     assert [asr.transcribe(wav) for wav in wavs[::-1]] == transcripts[::-1]
+
+
+# --- faster-whisper ---------------------------------------------------------------------------------------
+
+
+class FakeWhisperModel:
+    """In place of faster_whisper.WhisperModel: "transcribes" the loudness of each window, in two segments."""
+
+    supported_languages = ["en", "ja"]
+    hf_tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: SimpleNamespace(ids=text.split()))
+
+    def __init__(self, path, **options):
+        if path.startswith("Systran/"):
+            raise OSError("offline\nsecond line")
+        self.path, self.options, self.calls = path, options, []
+
+    def transcribe(self, wav, **options):
+        self.calls.append((wav, options))
+        peak = round(10 * float(wav.max()))
+        return iter([SimpleNamespace(text=f" {peak} red"), SimpleNamespace(text=" hats.")]), None
+
+
+@pytest.fixture
+def fake_faster_whisper(monkeypatch, tmp_path):
+    """Stands in for the package; the path of a folder that looks like a model's."""
+    package = SimpleNamespace(WhisperModel=FakeWhisperModel, available_models=lambda: ["tiny.en", "base"])
+    monkeypatch.setitem(sys.modules, "faster_whisper", package)
+    for file in ("model.bin", "config.json", "tokenizer.json"):
+        (tmp_path / file).touch()
+    return str(tmp_path)
+
+
+def test_faster_whisper_transcribes_30_s_windows_deterministically(fake_faster_whisper):
+    for name, path in (("base", "base"), (fake_faster_whisper, fake_faster_whisper)):
+        asr = load_evaluation_asrs([f"faster-whisper:{name}"], [], ["English"], "cpu")[f"faster-whisper:{name}"]
+        assert asr.model.path == path
+    assert asr.model.options | {"cpu_threads": 1} == {
+        "device": "cpu", "device_index": 0, "compute_type": "float32", "cpu_threads": 1,
+    }  # fmt: skip
+    loud, silent = 0.5 * np.sin(np.arange(16_000, dtype=np.float32)), np.zeros(16_000, np.float32)
+    long = np.concatenate([loud, np.zeros(480_000, np.float32), loud])  # 32 s with a pause
+    scores = asr.score(
+        [loud, silent, long, 3 * loud], ["5 red hats", "red hats", "big red hats", "10 red hats"], ["en"] * 4
+    )
+    assert [score.hyp_text for score in scores] == ["5 red hats.", "", "5 red hats. 5 red hats.", "10 red hats."]
+    assert [(score.edits, score.ref_length, score.failure) for score in scores] == [
+        (0, 3, None), (2, 2, "silent"), (4, 3, None), (0, 3, None),
+    ]  # fmt: skip
+    assert all(np.isnan(score.nll) for score in scores)
+    assert len(asr.model.calls) == 4 and all(wav.shape == (480_000,) for wav, _ in asr.model.calls)
+    assert (asr.model.calls[0][0][16_000:] == 0).all()  # silence, where faster-whisper would pad the spectrogram
+    assert asr.model.calls[0][1] == {
+        "language": "en", "beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False,
+        "without_timestamps": True, "max_new_tokens": 2 * 3 + 8,
+    }  # fmt: skip
+    asr.transcribe(loud, "en")
+    assert asr.model.calls[-1][1]["max_new_tokens"] == 224
+    assert asr.transcribe(long, "ja") == "5 redhats.5 redhats."
+
+
+def test_faster_whisper_on_a_gpu(fake_faster_whisper):
+    options = load_faster_whisper("faster-whisper:base", "cuda:1").options
+    assert (options["device"], options["device_index"], options["compute_type"]) == ("cuda", 1, "float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "large-v9",
+            r"no such model\. Accepted: faster-whisper: and a name such.* Names: tiny\.en, base",
+        ),
+        ("", "no such model"),
+        ("Systran/x", r"cannot be loaded \(offline\)\. Accepted: faster-whisper: and a name"),
+        ("tiny/llasa", r"no CTranslate2 folder, model\.bin missing\. Accepted"),
+        ("tiny/whisper.pt", r"no CTranslate2 folder, model\.bin, config\.json, tokenizer\.json missing"),
+    ],
+)
+def test_faster_whisper_names_what_it_cannot_load(name, message, fake_faster_whisper):
+    with pytest.raises(InputError, match=f"^--judge faster-whisper:{name}: {message}") as error:
+        load_evaluation_asrs([f"faster-whisper:{name}"], [], ["en"], "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_faster_whisper_names_an_unknown_language(fake_faster_whisper):
+    with pytest.raises(InputError, match="does not know the language 'de'. Known: en, ja"):
+        load_evaluation_asrs(["faster-whisper:base"], [], ["en", "German"], "cpu")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)  # as if it were not installed
+    with pytest.raises(
+        InputError, match=r"not installed .faster_whisper.\. Install it: pip install -r requirements-asr"
+    ):
+        load_evaluation_asrs(["faster-whisper:base"], [], ["en"], "cpu")
+
+
+def test_the_reward_s_whisper_is_no_held_out_asr_in_another_format(tmp_path):
+    model = load_whisper(save_random_whisper(tmp_path / "w.pt"))
+    folder = save_ctranslate2(tmp_path / "folder", model)
+    dims, state = read_ctranslate2_folder(folder)
+    torch.save({"dims": dims, "model_state_dict": state}, tmp_path / "half.pt")
+    names = [f"faster-whisper:{folder}", str(folder), str(tmp_path / "half.pt"), "faster-whisper:base"]
+    expected = {names[3]: HELD_OUT} | dict.fromkeys(names[:3], REWARD_ASR)
+    assert asr_roles(names, str(tmp_path / "w.pt"), []) == expected
+    names = ["faster-whisper:large-v3", "faster-whisper:Systran/faster-whisper-large-v3", "faster-whisper:base"]
+    assert list(asr_roles(names, "openai/whisper-large-v3", []).values()) == [HELD_OUT, REWARD_ASR, REWARD_ASR]
+
+
+def test_faster_whisper_transcribes_as_openai_s_code(whisper_tiny_en):
+    pytest.importorskip("faster_whisper", reason="faster-whisper is not installed: requirements-asr.txt")
+    readings = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()[:3]]
+    wavs = [load_audio(f"tiny/heldout/{reading['file_name']}") for reading in readings]
+    asr = FasterWhisperScorer(f"faster-whisper:{whisper_tiny_en}", ["en"], "cpu")
+    asr.BEAM_SIZE = 1  # the two beam searches break ties differently
+    assert [asr.transcribe(wav, "en") for wav in wavs] == WhisperScorer(whisper_tiny_en, "cpu").transcribe(wavs)

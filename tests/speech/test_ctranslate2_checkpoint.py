@@ -5,20 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import whisper
 from fake_whisper import ctranslate2_arrays, save_ctranslate2, save_random_whisper, write_ctranslate2
 from transformers import WhisperConfig, WhisperForConditionalGeneration
+from whisper.tokenizer import get_tokenizer
 
 from common.cli import InputError
+from speech.audio import load_audio
 from speech.ctranslate2_checkpoint import is_ctranslate2_folder, read_ctranslate2_folder
 from speech.whisper_checkpoint import load_whisper, weights_digest
 
 
 def random_whisper(folder: Path, n_vocab: int = 51_865):
     """No weight is 0 or 1, as biases and LayerNorms are at first: each has to be in its own place."""
-    whisper = load_whisper(save_random_whisper(folder / "w.pt", n_vocab))
-    for weight in whisper.parameters():
+    model = load_whisper(save_random_whisper(folder / "w.pt", n_vocab))
+    for weight in model.parameters():
         weight.requires_grad_(False).add_(0.1 * torch.randn_like(weight))
-    return whisper
+    return model
 
 
 @pytest.fixture
@@ -28,13 +31,13 @@ def model(tmp_path):
 
 @pytest.mark.parametrize("n_vocab", [51_864, 51_865])
 def test_it_is_the_whisper_it_was_made_of(n_vocab, tmp_path):
-    whisper = random_whisper(tmp_path, n_vocab)
+    model = random_whisper(tmp_path, n_vocab)
     assert not is_ctranslate2_folder(tmp_path)
-    folder = save_ctranslate2(tmp_path / "whisper", whisper, "float32")
+    folder = save_ctranslate2(tmp_path / "whisper", model, "float32")
     assert is_ctranslate2_folder(folder)
     loaded = load_whisper(folder)
-    assert loaded.dims == whisper.dims and loaded.is_multilingual == (n_vocab == 51_865)
-    expected = whisper.state_dict()
+    assert loaded.dims == model.dims and loaded.is_multilingual == (n_vocab == 51_865)
+    expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
 
@@ -125,3 +128,21 @@ def test_broken_files_are_named(model, tmp_path):
         write_ctranslate2(path, arrays, **other)
         with pytest.raises(InputError, match=message):
             load_whisper(tmp_path)
+
+
+@torch.no_grad()
+def test_log_probs_of_openai_s_weights_are_those_of_ctranslate2(whisper_tiny_en):
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed: requirements-asr.txt")
+    ours = load_whisper(whisper_tiny_en)
+    theirs = ctranslate2.models.Whisper(whisper_tiny_en, compute_type="float32", intra_threads=1)
+    tokenizer = get_tokenizer(multilingual=False)
+    tokens, start = tokenizer.encode(" Diana bought five boxes."), list(tokenizer.sot_sequence)
+    wav = whisper.pad_or_trim(load_audio("tiny/heldout/slt_000.flac"))
+    mels = whisper.log_mel_spectrogram(wav, ours.dims.n_mels)[None]
+    [alignment] = theirs.align(ctranslate2.StorageView.from_array(mels.numpy()), start, [tokens], mels.shape[-1])
+    expected = torch.tensor(alignment.text_token_probs).log()  # of a vocabulary without special tokens
+    prompt = [*start, tokenizer.no_timestamps, *tokens]
+    logits = ours.decoder(torch.tensor([prompt]), ours.encoder(mels))[0, len(start) : -1, : tokenizer.eot]
+    log_probs = logits.log_softmax(dim=-1)[range(len(tokens)), tokens]
+    torch.testing.assert_close(log_probs, expected, atol=1e-3, rtol=0)
+    assert log_probs.std() > 0.1

@@ -7,12 +7,26 @@ import numpy as np
 from fake_policy import ToneCodec
 
 import evaluation
-from metrics.synthesis import prompts_of, resynthesize
+from metrics.synthesis import EvaluationTexts, digests_of, prompts_of, resynthesize
 from metrics.texts import Item
 from speech.audio import save_audio
 from speech.tokens import tts_prompt
 
 MULTITASK_MODEL = "tiny/llasa_asr"
+
+
+def test_results_know_the_weights_of_a_faster_whisper(tmp_path):
+    """Another model.bin in the same folder is another evaluation ASR."""
+    judge = f"faster-whisper:{tmp_path}"
+    argv = ["--models", "tiny/llasa", "--texts", "t.txt", "--judge", judge, "faster-whisper:base"]
+    digests = []
+    for content in (b"one", b"other"):
+        (tmp_path / "model.bin").write_bytes(content)
+        texts = EvaluationTexts([], [], [], "words")
+        digests.append(digests_of(evaluation.parse_args(argv), {"tiny/llasa": "tiny/llasa"}, texts))
+    first, second = (digest[f"content of {judge}"] for digest in digests)
+    assert first and second and first != second
+    assert digests[0]["content of faster-whisper:base"] is None
 
 
 class CountingCodec(ToneCodec):

@@ -1,0 +1,108 @@
+"""tiny/natural/build.py: its stages on a few fake clips, and what it says where one is missing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from fake_vowel import falling
+
+from common.cli import InputError
+from inference import main as infer
+from inference import parse_args as inference_args
+from tiny.natural import build
+
+SHORT_SFT = build.SFT_FLAGS.replace("size 64", "size 2").replace("steps 100", "steps 1")
+
+
+def fake_speech(folder: Path) -> None:
+    """Two training clips and two held-out ones of each of two voices, 1.7 s of a vowel."""
+    folder.mkdir(parents=True)
+    rows = []
+    for speaker, f0_hz in (("joe", 110), ("slt", 190)):
+        for i, split in enumerate(("train", "train", "heldout", "heldout")):
+            row = {"id": f"{speaker}_{i}", "text": "Nancy took the lamp.", "speaker": speaker, "split": split}
+            rows.append({**row, "form": "statement", "melody": "right", "duration_s": 1.7})
+            sf.write(folder / f"{speaker}_{i}.flac", falling(1.7, f0_hz, f0_hz - 10 - i), 16_000)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_stages_after_the_speech(tmp_path, monkeypatch):
+    fake_speech(tmp_path / "speech")
+    # the first step has a learning rate of 0
+    for name, value in (("DEVICE", "cpu"), ("CODEC_BATCH", 2), ("DECODER_BATCH", 1), ("SFT_FLAGS", SHORT_SFT)):
+        monkeypatch.setattr(build, name, value)
+    flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --policy_steps 1 2"
+    args = build.parse_args(flags.split())
+    for stage in ("codec", "decoder", "rows", "policy"):
+        build.STAGES[stage](args)
+    codes = build.load_codes(tmp_path)
+    assert [len(ids) for ids in codes] == [86] * 8  # 1.7 s are 85 hops, and the codec pads with one more
+    encoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_encoder")]) for name in CODECS]
+    decoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_decoder")]) for name in CODECS]
+    assert np.array_equal(*encoder) and not np.array_equal(*decoder)
+    losses = [build.best_loss(tmp_path / f"llasa_sft_{steps}") for steps in (1, 2)]
+    assert losses[1] < losses[0]
+    shipped = json.loads((tmp_path / "llasa" / "run.json").read_text())
+    assert shipped["recipe"]["max_steps"] == 2 and shipped["codec_id"] == str(tmp_path / "codec")
+    wav = tmp_path / "sample.wav"
+    flags = f"--model_name_or_path {tmp_path}/llasa --output {wav} --max_length 110 --text"
+    infer(inference_args([*flags.split(), "Nancy took the lamp."]))
+    assert wav.exists()
+
+    monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
+    monkeypatch.setattr(build, "train_decoder", None)
+    monkeypatch.setattr(build.train, "main", None)
+    for stage in ("codec", "decoder", "policy"):
+        build.STAGES[stage](args)
+
+
+CODECS = ("codec_joint", "codec")
+
+
+def state(folder: Path, part: str) -> list[np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return [weight for name, weight in sorted(load_file(folder / "model.safetensors").items()) if name.startswith(part)]
+
+
+@pytest.mark.parametrize("stage, missing", [("codec", "speech"), ("rows", "speech"), ("policy", "decoder")])
+def test_a_stage_names_the_one_it_needs(stage, missing, tmp_path):
+    args = build.parse_args(["--work_dir", str(tmp_path)])
+    with pytest.raises(InputError, match=f"is missing. Run --stage {missing} first"):
+        build.STAGES[stage](args)
+
+
+def test_bad_flags_are_named(caplog, tmp_path):
+    for flag, value, named in (("threads", "0", "must be >= 1"), ("policy_steps", "50", "must be >= 100")):
+        with pytest.raises(SystemExit):
+            build.main(build.parse_args(["--work_dir", str(tmp_path), f"--{flag}", value]))
+        assert f"--{flag}: {named}" in caplog.text
+
+
+def test_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit):
+        build.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"    {stage}  " in printed for stage in build.STAGES)
+
+
+def test_voice_prompts_of_sft_rows_are_other_clips_of_the_same_voice():
+    speakers = ["joe"] * 40 + ["slt", "rms"] * 10
+    clip = {"form": "statement", "melody": "neutral", "duration_s": 1.0}
+    rows = [{"id": str(i), "text": f"{name} {i}", "speaker": name} | clip for i, name in enumerate(speakers)]
+    made = build.speech_rows(rows, [[i, i] for i in range(len(rows))])
+    assert made["text"] == [row["text"] for row in rows] and made["audio_codes"][7] == [7, 7]
+    for i, row in enumerate(made):
+        if row["ref_text"] is None:
+            assert row["speaker"] == "joe" and row["ref_codes"] is None
+            continue
+        voice, number = row["ref_text"].split()
+        assert voice == row["speaker"] and int(number) != i and row["ref_codes"] == [int(number)] * 2
+    alone = sum(ref is None for ref in made["ref_text"])
+    assert 10 <= alone <= 30  # half of joe's 40
+
+
+def test_usage_counts_codes_and_their_perplexity():
+    assert build.usage([[5, 5], [9, 9, 1, 3]]) == "4 of 4096 codes in use, perplexity 4"  # 1/3, 1/3, 1/6, 1/6: 3.8

@@ -1,0 +1,281 @@
+"""Build the natural toy setup: speech of three voices, and XCodec2 and Llasa trained on it.
+
+    python -m tiny.natural.build --work_dir build/natural                        # everything; wants a GPU
+    python -m tiny.natural.build --work_dir build/natural --stage codec decoder  # two of its stages
+
+The stages, in order; each reads what the ones before it wrote:
+
+    speech   recordings of the corpus, by tiny/natural/speak.py; on the CPU
+    codec    XCodec2's encoder, and the codes of all clips
+    decoder  XCodec2's decoder, trained against discriminators
+    rows     rows of SFT, and held-out ones
+    policy   SFT of Llasa for text to speech, by train.py
+
+Everything goes to --work_dir, and a stage or a clip that is there is kept, so an interrupted build resumes. How good it
+is so far, and what it lacks to replace tiny/: docs/experiments/natural_toy.md.
+
+The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt. Seeds are fixed, but Piper, which
+speaks as joe, draws its noise without one.
+"""
+
+import argparse
+import json
+import logging
+import math
+import pickle
+import random
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import Xcodec2Model
+
+import train
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_writable,
+    parse_strictly,
+    pick_device,
+    set_up_logging,
+)
+from speech.audio import load_audio
+from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
+from speech.tokens import SAMPLE_RATE
+from tiny.build import save_rows, ship_policy, whole_codes
+from tiny.llasa import new_model, new_tokenizer
+from tiny.natural.speak import heldout_rows, record_all, train_rows
+from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
+from tiny.natural.voices import check_installed
+from tiny.train_codec import NUM_CODES
+
+logger = logging.getLogger("tiny.natural.build")
+
+SEED = 0
+DEVICE = pick_device()
+CODEC_BATCH, DECODER_BATCH = 32, 16  # crops a step
+# Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
+DEFAULT_SPEAKER = "joe"
+# Flags of train.py beside configs/tiny_sft.yaml: the weights with the lowest held-out loss are kept.
+SFT_FLAGS = (
+    "--per_device_train_batch_size 64 --per_device_eval_batch_size 64 --eval_strategy steps --eval_steps 100 "
+    "--save_strategy steps --save_steps 100 --save_total_limit 1 --load_best_model_at_end true "
+    "--metric_for_best_model eval_loss --greater_is_better false --whisper tiny.en --resume_from_checkpoint true"
+)
+
+
+class Clips(NamedTuple):
+    """The recordings of the corpus.
+
+    Attributes:
+        rows: of speech/metadata.jsonl: id, text, speaker, form, melody, split, duration_s.
+        wavs: float32 at 16 kHz.
+    """
+
+    rows: list[dict]
+    wavs: list[np.ndarray]
+
+
+def clips(work_dir: Path) -> Clips:
+    rows = clip_rows(work_dir)
+    with ThreadPoolExecutor() as pool:
+        wavs = list(pool.map(load_audio, (work_dir / "speech" / f"{row['id']}.flac" for row in rows)))
+    return Clips(rows, wavs)
+
+
+def clip_rows(work_dir: Path) -> list[dict]:
+    """The rows alone; InputError before the stage speech."""
+    metadata = made(work_dir / "speech" / "metadata.jsonl", "speech")
+    return [json.loads(line) for line in metadata.read_text().splitlines()]
+
+
+def made(path: Path, stage: str) -> Path:
+    """The path; InputError where the stage that writes it has not run."""
+    if not path.exists():
+        raise InputError(f"{path}: is missing. Run --stage {stage} first")
+    return path
+
+
+def of_split(split: str, rows: list[dict], *columns: list) -> list[list]:
+    """The rows of the split, and what each of the other lists has in their places."""
+    chosen = [i for i, row in enumerate(rows) if row["split"] == split]
+    return [[column[i] for i in chosen] for column in (rows, *columns)]
+
+
+def build_speech(args: argparse.Namespace) -> None:
+    check_installed()
+    record_all(heldout_rows() + train_rows(), args.work_dir / "speech", args.threads)
+    seconds = [row["duration_s"] for row in clip_rows(args.work_dir)]
+    logger.info("speech: %d clips, %.2f h, %.2f s on average", len(seconds), sum(seconds) / 3600, np.mean(seconds))
+
+
+def semantic_features(wav: np.ndarray) -> np.ndarray:
+    return encoder_inputs(wav).features
+
+
+def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
+    """The semantic encoder's input for every clip; extracting it is the slow part of encoding."""
+    path = work_dir / "features.pkl"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool:
+            extracted = pool.map(semantic_features, wavs, chunksize=50)
+            path.write_bytes(pickle.dumps(list(tqdm(extracted, total=len(wavs), desc="features", disable=None))))
+    return pickle.loads(path.read_bytes())
+
+
+def load_codes(work_dir: Path) -> list[list[int]]:
+    """Of all clips, in the order of their rows."""
+    return pickle.loads(made(work_dir / "codes.pkl", "codec").read_bytes())
+
+
+def training_frames(work_dir: Path) -> Frames:
+    """The recordings for training on the device of training."""
+    rows, wavs = clips(work_dir)
+    _, wavs, inputs = of_split("train", rows, wavs, features(work_dir, wavs))
+    return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE)
+
+
+def build_codec(args: argparse.Namespace) -> None:
+    """Train encoder and decoder together, and encode all clips with the encoder as stored."""
+    joint, codes_file = args.work_dir / "codec_joint", args.work_dir / "codes.pkl"
+    if not joint.exists():
+        codec, frames = new_codec(SEED), training_frames(args.work_dir)
+        train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1.5e-3, SEED, args.max_seconds)
+        codec.half().save_pretrained(joint)
+    if not codes_file.exists():
+        wavs = clips(args.work_dir).wavs
+        inputs = features(args.work_dir, wavs)
+        codec = SpeechCodec.from_pretrained(str(joint), DEVICE)
+        codes = codec.encode_inputs([EncoderInputs(*clip) for clip in zip(wavs, inputs, strict=True)])
+        codes_file.write_bytes(pickle.dumps(codes))
+        logger.info("codec: %s", usage(codes))
+
+
+def usage(codes: list[list[int]]) -> str:
+    """How evenly the codes are in use."""
+    counts = np.bincount(np.concatenate(codes), minlength=NUM_CODES)
+    p = counts[counts > 0] / counts.sum()
+    perplexity = np.exp(-(p * np.log(p)).sum())
+    return f"{len(p)} of {NUM_CODES} codes in use, perplexity {perplexity:.0f}"
+
+
+def build_decoder(args: argparse.Namespace) -> None:
+    """Train the decoder alone, on the codes as the encoder gives them."""
+    if (args.work_dir / "codec").exists():
+        return
+    _, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    codec = Xcodec2Model.from_pretrained(args.work_dir / "codec_joint", dtype=torch.float32)
+    train_decoder(
+        codec,
+        training_frames(args.work_dir),
+        torch.tensor(np.concatenate(codes), device=DEVICE),
+        args.decoder_steps,
+        DECODER_BATCH,
+        5e-4,
+        SEED,
+        args.max_seconds,
+    )
+    codec.half().save_pretrained(args.work_dir / "codec")
+
+
+def build_rows(args: argparse.Namespace) -> None:
+    """Rows of SFT, and those of the held-out clips for its held-out loss."""
+    rows, codes = clip_rows(args.work_dir), load_codes(args.work_dir)
+    for split, name in (("train", "speech.parquet"), ("heldout", "speech_heldout.parquet")):
+        save_rows(speech_rows(*of_split(split, rows, codes)), args.work_dir / name)
+
+
+def speech_rows(rows: list[dict], codes: list[list[int]]) -> datasets.Dataset:
+    """A row a clip; all but half of DEFAULT_SPEAKER's have another clip of the same voice as their voice prompt."""
+    rng = random.Random(SEED)
+    of = {name: [i for i, row in enumerate(rows) if row["speaker"] == name] for name in {r["speaker"] for r in rows}}
+
+    def voice_prompt(i: int) -> dict:
+        speaker = rows[i]["speaker"]
+        if speaker == DEFAULT_SPEAKER and rng.random() < 0.5:
+            return {"ref_text": None, "ref_codes": None}
+        ref = rng.choice([j for j in of[speaker] if j != i])
+        return {"ref_text": rows[ref]["text"], "ref_codes": codes[ref]}
+
+    return datasets.Dataset.from_list(
+        [
+            {name: row[name] for name in ("id", "text", "speaker", "form", "melody", "duration_s")}
+            | {"audio_codes": codes[i], "language": "en", "sampling_rate": SAMPLE_RATE}
+            | voice_prompt(i)
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+def build_policy(args: argparse.Namespace) -> None:
+    """SFT by train.py from the start for each of --policy_steps; the one with the lowest held-out loss is kept."""
+    made(args.work_dir / "codec", "decoder")
+    data = made(args.work_dir / "speech.parquet", "rows"), args.work_dir / "speech_heldout.parquet"
+    texts = [row["text"] for row in clip_rows(args.work_dir) if row["split"] == "train"]
+    tokenizer = new_tokenizer(texts, NUM_CODES)
+    start = args.work_dir / "llasa_init"
+    new_model(tokenizer, SEED).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    losses = {}
+    for steps in args.policy_steps:
+        trained = args.work_dir / f"llasa_sft_{steps}"
+        if not (trained / "model.safetensors").exists():
+            flags = ["--model_name_or_path", str(start), "--codec_id", str(args.work_dir / "codec")]
+            flags += ["--dataset", str(data[0]), "--eval_dataset", str(data[1]), "--max_steps", str(steps)]
+            flags += ["--output_dir", str(trained), *SFT_FLAGS.split()]
+            train.main(train.parse_args(["--config", "configs/tiny_sft.yaml", *flags]))
+        losses[trained] = best_loss(trained)
+        logger.info("policy: %d steps, held-out loss %.4f at best", steps, losses[trained])
+    ship_policy(min(losses, key=losses.get), args.work_dir / "llasa")
+
+
+def best_loss(trained: Path) -> float:
+    """The lowest held-out loss of a run of train.py."""
+    log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    return min(entry["eval_loss"] for entry in log if "eval_loss" in entry)
+
+
+STAGES = {
+    "speech": build_speech,
+    "codec": build_codec,
+    "decoder": build_decoder,
+    "rows": build_rows,
+    "policy": build_policy,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tiny.natural.build", description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--work_dir", type=Path, default=Path("build/natural"), help="folder of everything that is built")
+    add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
+    add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
+    add("--codec_steps", type=int, default=6_000, help="steps of encoder and decoder together")
+    add("--decoder_steps", type=int, default=4_000, help="adversarial steps of the decoder alone")
+    add("--policy_steps", type=int, nargs="+", default=[1_000], help="steps of SFT runs, of which the best is kept")
+    add("--max_seconds", type=float, default=math.inf, help="end the training of codec and decoder after")
+    return parse_strictly(parser, argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    set_up_logging("tiny", timestamps=True)
+    with bad_input_exits():
+        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, max_seconds=1)
+        if min(args.policy_steps) < 100:
+            raise InputError(f"--policy_steps: must be >= 100, an evaluation's steps (got {min(args.policy_steps)})")
+        check_writable(args.work_dir)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    with bad_input_exits():
+        for stage in args.stage or STAGES:
+            STAGES[stage](args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,205 @@
+"""The melody of a text by a known rule, and whether a clip has it, without a model.
+
+A neutral clip becomes a question by a rise of F0 at its end, and one of its words is emphasised by a higher F0, a
+longer duration and a higher level; both by Praat's overlap-add (Moulines & Charpentier 1990). A statement stays as it
+was spoken. `final_rise_st` and `emphasis_cues` measure the two in any clip.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import parselmouth
+from parselmouth.praat import call
+
+from speech.measures import PITCH_CEILING, PITCH_FLOOR
+from speech.tokens import SAMPLE_RATE
+from tiny.natural.voices import PEAK
+
+# The rule
+QUESTION_F0 = 1.7  # F0 at the end of a question, relative to the clip's median
+QUESTION_RISE_S = 0.35  # duration of the rise; it ends with the last voiced sound
+EMPHASIS_F0 = 1.45  # factor, 6.4 semitones
+EMPHASIS_LENGTH = 1.25  # factor
+EMPHASIS_LEVEL_DB = 4.0
+RAMP_S = 0.03  # from neutral to emphasised at the edges of the word, and back
+
+# The measure
+MIN_STRETCH_S, MAX_BELOW_DB = 0.05, 16.0  # a voiced stretch's length, and its loudest frame below the clip's
+FRAME_S = 0.01
+RANGE = (0.6, 2.0)  # of a clip's F0 around its median
+OCTAVE_JUMP_COST = 0.7  # twice Praat's default: joe's F0 sinks to the floor at the end of a sentence
+FINAL_S = 0.08  # voiced time at the end of a clip that `final_rise_st` takes the F0 of
+BEFORE_S = (0.5, 0.25)  # and the voiced time before the end that it compares with
+QUESTION_MIN_ST = 4.5  # a higher rise is a question's
+# F0 falls in the course of a sentence. Both fitted by least squares on 300 training clips; of 300 clips, 100 a voice,
+# 98 % are judged rightly: joe's 94 %, slt's and rms's 100 %.
+DECLINATION_ST_PER_S = 1.9
+EMPHASIS_MIN_ST = 3.1  # a word higher than this above the others is emphasised
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a clip: its spelling, start and end in s."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Cues:
+    """A word beside the other words of its clip.
+
+    Attributes:
+        f0_st: its mean F0 minus theirs, semitones, corrected for declination; NaN where one of the two has no voice.
+        level_db: its RMS level over voiced frames minus theirs, dB; NaN as above.
+        length: its duration per letter divided by theirs.
+    """
+
+    f0_st: float
+    level_db: float
+    length: float
+
+
+def with_question(wav: np.ndarray) -> np.ndarray:
+    """The clip with a rise of F0 over the last QUESTION_RISE_S of its voiced sound, to QUESTION_F0 times its median.
+
+    Args:
+        wav: float32 mono at 16 kHz, shape (n_samples,); a clip without a voice is returned as it is.
+    """
+    voiced, _ = f0_track(wav)
+    manipulation, times, f0 = analysed(wav)
+    if len(voiced) == 0 or len(times) == 0:
+        return wav
+    end_s, top = voiced[-1], QUESTION_F0 * np.median(f0)
+    start_s = max(times[0], end_s - QUESTION_RISE_S)
+    before = times < start_s
+    bottom = f0[before][-1] if before.any() else f0[0]
+    progress = np.clip((times - start_s) / max(end_s - start_s, FRAME_S), 0, 1)
+    risen = np.where(before, f0, bottom * (top / bottom) ** progress)
+    set_f0(manipulation, times, risen)
+    return resynthesized(manipulation)
+
+
+def with_emphasis(wav: np.ndarray, start_s: float, end_s: float) -> tuple[np.ndarray, float]:
+    """The clip with the word from `start_s` to `end_s` higher, longer and louder; and the word's new end in s."""
+    ramp = [start_s, start_s + RAMP_S, max(start_s + RAMP_S, end_s - RAMP_S), end_s]
+    time_s = np.arange(len(wav)) / SAMPLE_RATE
+    louder = wav * 10 ** (EMPHASIS_LEVEL_DB / 20 * np.interp(time_s, ramp, [0, 1, 1, 0]))
+    manipulation, times, f0 = analysed(louder)
+    if len(times):
+        set_f0(manipulation, times, f0 * EMPHASIS_F0 ** np.interp(times, ramp, [0, 1, 1, 0]))
+    durations = call("Create DurationTier", "durations", 0, len(wav) / SAMPLE_RATE)
+    edge = 0.001  # the tier is piecewise linear
+    for time, factor in [(start_s - edge, 1), (start_s, EMPHASIS_LENGTH), (end_s, EMPHASIS_LENGTH), (end_s + edge, 1)]:
+        call(durations, "Add point", time, factor)
+    call([manipulation, durations], "Replace duration tier")
+    return resynthesized(manipulation), start_s + (end_s - start_s) * EMPHASIS_LENGTH
+
+
+def analysed(wav: np.ndarray) -> tuple[parselmouth.Data, np.ndarray, np.ndarray]:
+    """Praat's Manipulation object, and the times in s and the F0 in Hz of its voiced frames."""
+    sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
+    manipulation = call(sound, "To Manipulation", FRAME_S, *pitch_range(sound))
+    tier = call(manipulation, "Extract pitch tier")
+    count = call(tier, "Get number of points")
+    times = np.array([call(tier, "Get time from index", i + 1) for i in range(count)])
+    f0 = np.array([call(tier, "Get value at index", i + 1) for i in range(count)])
+    return manipulation, times, f0
+
+
+def pitch_range(sound: parselmouth.Sound) -> tuple[float, float]:
+    """Lowest and highest F0 in Hz to look for in a clip, around its median; otherwise creak is an octave off."""
+    pitch = sound.to_pitch_ac(time_step=FRAME_S, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
+    f0 = pitch.selected_array["frequency"]
+    median = np.median(f0[f0 > 0]) if (f0 > 0).any() else PITCH_FLOOR
+    return max(PITCH_FLOOR, RANGE[0] * median), min(PITCH_CEILING, RANGE[1] * median)
+
+
+def set_f0(manipulation: parselmouth.Data, times: np.ndarray, f0: np.ndarray) -> None:
+    tier = call(manipulation, "Extract pitch tier")
+    call(tier, "Remove points between", 0, times[-1] + 1)
+    for time, value in zip(times, f0, strict=True):
+        call(tier, "Add point", time, value)
+    call([manipulation, tier], "Replace pitch tier")
+
+
+def resynthesized(manipulation: parselmouth.Data) -> np.ndarray:
+    wav = call(manipulation, "Get resynthesis (overlap-add)").values[0]
+    return (wav * (PEAK / np.abs(wav).max())).astype(np.float32)
+
+
+def f0_track(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times in s of the voiced frames, 10 ms apart, and their F0 in semitones above 1 Hz.
+
+    Stretches that are short or far below the loudest are left out: Praat finds a voice in breath and creak, too.
+    """
+    sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
+    floor, ceiling = pitch_range(sound)
+    pitch = sound.to_pitch_ac(
+        time_step=FRAME_S, pitch_floor=floor, pitch_ceiling=ceiling, octave_jump_cost=OCTAVE_JUMP_COST
+    )
+    f0 = pitch.selected_array["frequency"]
+    times, f0 = pitch.xs()[f0 > 0], f0[f0 > 0]
+    level = np.array([frame_level_db(wav, time) for time in times])
+    kept = np.zeros(len(times), bool)
+    for stretch in np.split(np.arange(len(times)), np.flatnonzero(np.diff(times) > 1.5 * FRAME_S) + 1):
+        long_enough = len(stretch) * FRAME_S >= MIN_STRETCH_S
+        kept[stretch] = long_enough and level[stretch].max() > level.max() - MAX_BELOW_DB
+    return times[kept], 12 * np.log2(f0[kept])
+
+
+def final_rise_st(wav: np.ndarray) -> float:
+    """F0 of the last FINAL_S of voiced sound minus that BEFORE_S, in semitones; NaN without a voice there.
+
+    Medians. 100 Hz that end at 200 Hz are 12.
+    """
+    times, f0 = f0_track(wav)
+    if len(times) == 0:
+        return float("nan")
+    to_end = times[-1] - times
+    before = f0[(to_end <= BEFORE_S[0]) & (to_end >= BEFORE_S[1])]
+    if len(before) == 0:
+        return float("nan")
+    return float(np.median(f0[to_end < FINAL_S]) - np.median(before))
+
+
+def is_question(wav: np.ndarray) -> bool:
+    """Whether the clip ends with a question's rise."""
+    return final_rise_st(wav) > QUESTION_MIN_ST
+
+
+def emphasis_cues(wav: np.ndarray, words: list[Word], index: int) -> Cues:
+    """The word number `index` beside the other words of the clip.
+
+    Two words of as many letters, at 150 Hz for 0.2 s and then at 200 Hz for 0.3 s, with twice the RMS: 4.98 semitones
+    plus 0.25 s of declination, 6.02 dB and 1.5 for the second.
+    """
+    word = words[index]
+    times, f0 = f0_track(wav)
+    inside = (times >= word.start_s) & (times <= word.end_s)
+    if inside.all() or not inside.any():
+        f0_st = level_db = float("nan")
+    else:
+        level = np.array([frame_level_db(wav, time) for time in times])
+        later_s = times[inside].mean() - times[~inside].mean()
+        f0_st = f0[inside].mean() - f0[~inside].mean() + DECLINATION_ST_PER_S * later_s
+        level_db = level[inside].mean() - level[~inside].mean()
+    rest = [other for i, other in enumerate(words) if i != index]
+    return Cues(float(f0_st), float(level_db), per_letter_s([word]) / per_letter_s(rest))
+
+
+def is_emphasised(cues: Cues) -> bool:
+    """Whether the word is emphasised: by F0, which alone tells as well as with level and length."""
+    return cues.f0_st > EMPHASIS_MIN_ST
+
+
+def frame_level_db(wav: np.ndarray, time_s: float) -> float:
+    """RMS level in dB of 25 ms around a time."""
+    middle, half = int(time_s * SAMPLE_RATE), int(0.0125 * SAMPLE_RATE)
+    frame = wav[max(0, middle - half) : middle + half]
+    return 10 * np.log10(np.mean(frame**2) + 1e-12)
+
+
+def per_letter_s(words: list[Word]) -> float:
+    return sum(word.end_s - word.start_s for word in words) / sum(len(word.text) for word in words)

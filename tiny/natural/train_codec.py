@@ -1,0 +1,307 @@
+"""The natural toy setup's XCodec2: tiny/codec's architecture, wider, trained from scratch on the corpus.
+
+Two stages. First encoder and decoder together, on log-mel distances at several resolutions; gradients reach the encoder
+through the straight-through latents (`Xcodec2Model.forward` would decode from the integer codes). Then the codes are
+fixed, and the decoder alone goes on, against discriminators and on longer crops, since at inference it decodes whole
+clips.
+
+The nets are so small that launching kernels would take a GPU a third of the time: there, a step is recorded once as a
+CUDA graph, and crops are cut by index from a corpus that lies on the GPU.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import Xcodec2Config, Xcodec2Model
+from transformers.audio_utils import mel_filter_bank
+
+from speech.tokens import HOP_LENGTH, SAMPLE_RATE
+from tiny import train_codec as tiny_codec
+from tiny.natural.discriminator import Discriminators, discriminator_loss, generator_losses
+from tiny.train_codec import LEVELS, SEMANTIC
+
+logger = logging.getLogger(__name__)
+
+HIDDEN = 224
+ENCODER_HIDDEN = 6  # channels at 16 kHz, which double where time shrinks by a ratio: most of the cost
+RATIOS = [8, 5, 8]
+CROP_CODES = 50  # 1 s
+LONG_CROP_CODES = 80  # 1.6 s
+BANDS = {1024: 100, 2048: 160}  # mel bands by n_fft, where they are more than tiny/codec's
+# Inputs of the quantizer of this mean and deviation fall into the four levels of a dimension equally often: it bounds
+# them by tanh twice, and its levels meet at -0.81, -0.24 and 0.41.
+INPUT_MEAN, INPUT_STD = -0.22, 0.9
+SPREAD_WEIGHT = 0.05
+# HiFi-GAN's weights (arXiv 2010.05646), divided by its 45 of the mel loss
+ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45
+WARMUP = 0.03  # of the steps
+LOG_STEPS = 200
+
+
+class Frames(NamedTuple):
+    """Clips one after the other, a row for each code.
+
+    Attributes:
+        wavs: (codes, HOP_LENGTH), float32.
+        features: (codes, 160), float32: what the semantic encoder takes.
+        lengths: of the clips, in codes.
+    """
+
+    wavs: torch.Tensor
+    features: torch.Tensor
+    lengths: list[int]
+
+
+def frames_of(wavs: list[np.ndarray], features: list[np.ndarray], device: torch.device) -> Frames:
+    """wavs: each padded to a whole number of codes."""
+    return Frames(
+        torch.tensor(np.concatenate(wavs), device=device).float().view(-1, HOP_LENGTH),
+        torch.tensor(np.concatenate(features), device=device).float(),
+        [len(rows) for rows in features],
+    )
+
+
+def crop_starts(lengths: list[int], crop: int, device: torch.device) -> torch.Tensor:
+    """The rows of Frames where a crop of `crop` codes may begin and not leave its clip."""
+    ends = np.cumsum(lengths)
+    starts = [np.arange(end - length, end - crop + 1) for length, end in zip(lengths, ends, strict=True)]
+    return torch.tensor(np.concatenate(starts), device=device)
+
+
+def new_codec(seed: int) -> Xcodec2Model:
+    """A small XCodec2 with random weights that can be trained: `tiny.train_codec.new_codec` tells why not as they come.
+
+    Of the quantizer's first layer, `spread_codes` sets the weights; and the semantic encoder is trained too.
+    """
+    config = tiny_codec.new_codec(seed).config.to_dict()
+    config = Xcodec2Config.from_dict(
+        {
+            **config,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 2 * HIDDEN,
+            "num_attention_heads": HIDDEN // 32,
+            "num_key_value_heads": HIDDEN // 32,
+            "head_dim": 32,
+            "encoder_hidden_size": ENCODER_HIDDEN,
+            "downsampling_ratios": RATIOS,
+            "quantization_dim": HIDDEN + SEMANTIC,
+        }
+    )
+    torch.manual_seed(seed)
+    codec = Xcodec2Model(config)
+    for module in codec.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv1d | torch.nn.LayerNorm):
+            module.reset_parameters()
+    with torch.no_grad():
+        codec.acoustic_decoder.head.linear.bias[: codec.acoustic_decoder.head.n_fft // 2 + 1] = -3
+    return codec
+
+
+class MelLoss(tiny_codec.MelLoss):
+    """tiny/codec's, with more bands where the window is long enough to tell a voice's harmonics apart."""
+
+    def __init__(self):
+        super().__init__()
+        for n_fft, bands in BANDS.items():
+            mel = mel_filter_bank(n_fft // 2 + 1, bands, 0, SAMPLE_RATE / 2, SAMPLE_RATE, norm="slaney")
+            self.register_buffer(f"mel_{n_fft}", torch.tensor(mel, dtype=torch.float32).T)
+
+
+def encode(codec: Xcodec2Model, wavs: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """`Xcodec2Model.encode` up to the quantizer, with gradients for the semantic encoder too.
+
+    Args:
+        wavs: (batch, samples).
+        features: (batch, codes, 160).
+    Returns:
+        (batch, codes, quantization_dim).
+    """
+    semantic = codec.semantic_adapter(codec.semantic_encoder(features).last_hidden_state.transpose(1, 2))
+    hidden = torch.cat([semantic, codec.acoustic_encoder(wavs[:, None])], dim=1)
+    return codec.fc_encoder(hidden.transpose(1, 2))
+
+
+def spread_codes(codec: Xcodec2Model, hidden: torch.Tensor) -> None:
+    """Set the quantizer's first layer so that it starts from the principal components, and uses all codes.
+
+    Args:
+        hidden: outputs of `encode`.
+    """
+    rows = hidden.detach().flatten(0, 1)
+    values, vectors = torch.linalg.eigh(torch.cov(rows.T))
+    first = vectors[:, -len(LEVELS) :] * INPUT_STD / values[-len(LEVELS) :].sqrt()
+    project_in = codec.quantizer.project_in
+    with torch.no_grad():
+        project_in.weight.copy_(first.T)
+        project_in.bias.copy_(INPUT_MEAN - rows.mean(dim=0) @ first)
+
+
+def spread_loss(inputs: torch.Tensor) -> torch.Tensor:
+    """How far the quantizer's inputs are from independent dimensions of INPUT_MEAN and INPUT_STD; 0 at best.
+
+    Args:
+        inputs: (batch, codes, dimensions).
+    """
+    rows = (inputs.flatten(0, 1) - INPUT_MEAN) / INPUT_STD
+    moments = rows.T @ rows / len(rows)
+    return rows.mean(dim=0).square().mean() + (moments - torch.eye(len(moments), device=rows.device)).square().mean()
+
+
+def new_optimizer(weights: list[torch.Tensor]) -> torch.optim.AdamW:
+    """The learning rate is a tensor, so that a recorded step reads it anew."""
+    device = weights[0].device
+    rate = torch.tensor(0.0, device=device)
+    return torch.optim.AdamW(
+        weights, lr=rate, betas=(0.8, 0.99), weight_decay=1e-3, fused=True, capturable=device.type == "cuda"
+    )
+
+
+def update(optimizer: torch.optim.AdamW, loss: torch.Tensor) -> None:
+    weights = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+
+
+def set_fast_kernels(fast: bool) -> None:
+    """On a GPU: TF32 and the fastest convolutions for training; exact float32 for codes that equal a CPU's."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cudnn.benchmark = fast
+
+
+def recorded(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The same step as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return losses
+
+    return replay
+
+
+def fit(
+    name: str,
+    step: Callable[[], torch.Tensor],
+    optimizers: list[torch.optim.AdamW],
+    learning_rate: float,
+    steps: int,
+    max_seconds: float = math.inf,
+) -> None:
+    """Run `step`, with a warm-up of the learning rate and a cosine to 0 over `steps` or `max_seconds`.
+
+    Args:
+        name: of the log lines.
+        step: one update; returns the losses to log, shape (n,).
+    """
+    on_gpu = optimizers[0].param_groups[0]["lr"].is_cuda
+    set_fast_kernels(True)
+    run = recorded(step) if on_gpu else step
+    start, logged, total, progress, number = time.monotonic(), 0, 0, 0.0, 0
+    while progress < 1:
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"].fill_(learning_rate * min(1, progress / WARMUP) * cosine)
+        total = total + run()
+        number += 1
+        if number % 20 == 0 and on_gpu:
+            torch.cuda.synchronize()  # steps are queued otherwise, and the clock would know nothing of them
+        seconds = time.monotonic() - start
+        progress = max(number / steps, seconds / max_seconds)
+        if number - logged == LOG_STEPS or progress >= 1:
+            losses = " ".join(f"{loss:.3f}" for loss in (total / (number - logged)).tolist())
+            logger.info("%s step %d: %s, %.0f s", name, number, losses, seconds)
+            logged, total = number, 0
+    set_fast_kernels(False)
+
+
+def train_codec(
+    codec: Xcodec2Model,
+    frames: Frames,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    max_seconds: float = math.inf,
+) -> None:
+    """Train encoder and decoder together, in place; the losses logged are mel and spread."""
+    torch.manual_seed(seed)
+    device, mel = frames.wavs.device, MelLoss().to(frames.wavs.device)
+    starts, crop = crop_starts(frames.lengths, CROP_CODES, device), torch.arange(CROP_CODES, device=device)
+    codec.to(device).train()
+    weights = list(codec.parameters())
+    optimizer = new_optimizer(weights)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = starts[torch.randint(len(starts), (batch_size, 1), device=device)] + crop
+        return frames.wavs[rows].flatten(1), frames.features[rows]
+
+    def step() -> torch.Tensor:
+        wavs, features = batch()
+        hidden = encode(codec, wavs, features)
+        latents, _ = codec.quantizer(hidden)
+        spread = spread_loss(codec.quantizer.project_in(hidden))
+        loss = mel(codec.acoustic_decoder(latents)[:, 0], wavs)
+        update(optimizer, loss + SPREAD_WEIGHT * spread)
+        return torch.stack([loss, spread]).detach()
+
+    with torch.no_grad():
+        spread_codes(codec, encode(codec, *batch()))
+    fit("codec", step, [optimizer], learning_rate, steps, max_seconds)
+    codec.eval()
+
+
+def train_decoder(
+    codec: Xcodec2Model,
+    frames: Frames,
+    codes: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    max_seconds: float = math.inf,
+) -> None:
+    """Train the decoder alone, in place, against discriminators.
+
+    The losses logged are mel, adversarial, features, and the discriminators' own.
+
+    Args:
+        codes: of all frames, shape (codes,).
+    """
+    torch.manual_seed(seed)
+    device, mel = frames.wavs.device, MelLoss().to(frames.wavs.device)
+    starts, crop = crop_starts(frames.lengths, LONG_CROP_CODES, device), torch.arange(LONG_CROP_CODES, device=device)
+    codec.to(device).train()
+    discriminators = Discriminators().to(device)
+    optimizer = new_optimizer([*codec.quantizer.project_out.parameters(), *codec.acoustic_decoder.parameters()])
+    discriminator_optimizer = new_optimizer(list(discriminators.parameters()))
+
+    def step() -> torch.Tensor:
+        rows = starts[torch.randint(len(starts), (batch_size, 1), device=device)] + crop
+        wavs = frames.wavs[rows].flatten(1)
+        decoded = codec.acoustic_decoder(codec.quantizer.from_codes(codes[rows][..., None]))[:, 0]
+        real = discriminators(wavs)
+        told_apart = discriminator_loss(real, discriminators(decoded.detach()))
+        update(discriminator_optimizer, told_apart)
+        # The features of the recordings are those of before the update, which saves a pass.
+        adversarial, features = generator_losses(real, discriminators(decoded))
+        loss = mel(decoded, wavs)
+        update(optimizer, loss + ADVERSARIAL_WEIGHT * adversarial + FEATURE_WEIGHT * features)
+        return torch.stack([loss, adversarial, features, told_apart]).detach()
+
+    fit("decoder", step, [optimizer, discriminator_optimizer], learning_rate, steps, max_seconds)
+    codec.eval()

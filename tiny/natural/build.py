@@ -1,4 +1,4 @@
-"""Build the natural toy setup: speech of three voices, and XCodec2 and Llasa trained on it.
+"""Build the natural toy setup: speech of three voices, and XCodec2, Whisper and Llasa trained on it.
 
     python -m tiny.natural.build --work_dir build/natural                        # everything; wants a GPU
     python -m tiny.natural.build --work_dir build/natural --stage codec decoder  # two of its stages
@@ -8,6 +8,7 @@ The stages, in order; each reads what the ones before it wrote:
     speech   recordings of the corpus, by tiny/natural/speak.py; on the CPU
     codec    XCodec2's encoder, and the codes of all clips
     decoder  XCodec2's decoder, trained against discriminators
+    whisper  a reward ASR, which speaks its random words first
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech, by train.py
 
@@ -48,10 +49,12 @@ from common.cli import (
 from speech.audio import load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.tokens import SAMPLE_RATE
-from tiny.build import save_rows, ship_policy, whole_codes
+from speech.whisper_scorer import WhisperScorer
+from tiny.build import deflate, save_rows, ship_policy, whole_codes
 from tiny.llasa import new_model, new_tokenizer
 from tiny.natural.speak import heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
+from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
 from tiny.train_codec import NUM_CODES
 
@@ -60,13 +63,14 @@ logger = logging.getLogger("tiny.natural.build")
 SEED = 0
 DEVICE = pick_device()
 CODEC_BATCH, DECODER_BATCH = 32, 16  # crops a step
+SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
 # Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
 DEFAULT_SPEAKER = "joe"
 # Flags of train.py beside configs/tiny_sft.yaml: the weights with the lowest held-out loss are kept.
 SFT_FLAGS = (
     "--per_device_train_batch_size 64 --per_device_eval_batch_size 64 --eval_strategy steps --eval_steps 100 "
     "--save_strategy steps --save_steps 100 --save_total_limit 1 --load_best_model_at_end true "
-    "--metric_for_best_model eval_loss --greater_is_better false --whisper tiny.en --resume_from_checkpoint true"
+    "--metric_for_best_model eval_loss --greater_is_better false --resume_from_checkpoint true"
 )
 
 
@@ -82,16 +86,16 @@ class Clips(NamedTuple):
     wavs: list[np.ndarray]
 
 
-def clips(work_dir: Path) -> Clips:
-    rows = clip_rows(work_dir)
+def clips(work_dir: Path, name: str = "speech") -> Clips:
+    rows = clip_rows(work_dir, name)
     with ThreadPoolExecutor() as pool:
-        wavs = list(pool.map(load_audio, (work_dir / "speech" / f"{row['id']}.flac" for row in rows)))
+        wavs = list(pool.map(load_audio, (work_dir / name / f"{row['id']}.flac" for row in rows)))
     return Clips(rows, wavs)
 
 
-def clip_rows(work_dir: Path) -> list[dict]:
+def clip_rows(work_dir: Path, name: str = "speech") -> list[dict]:
     """The rows alone; InputError before the stage speech."""
-    metadata = made(work_dir / "speech" / "metadata.jsonl", "speech")
+    metadata = made(work_dir / name / "metadata.jsonl", "speech")
     return [json.loads(line) for line in metadata.read_text().splitlines()]
 
 
@@ -184,6 +188,61 @@ def build_decoder(args: argparse.Namespace) -> None:
     codec.half().save_pretrained(args.work_dir / "codec")
 
 
+def build_whisper(args: argparse.Namespace) -> None:
+    """Train on recordings, on their resyntheses, and on codes put together from theirs; test on the held-out clips."""
+    made(args.work_dir / "codec", "decoder")
+    rows, wavs = clips(args.work_dir)
+    heldout = of_split("heldout", rows, wavs, load_codes(args.work_dir))
+    rows, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
+    more_rows, more_wavs, more_codes = random_word_clips(args)
+    rows, wavs, codes = [*rows, *more_rows], [*wavs, *more_wavs], [*codes, *more_codes]
+    by_words = [word_clip(*pair) for pair in zip(rows, codes, strict=True)]
+    rng = np.random.default_rng(SEED)
+    mixed = [*spliced(by_words, SPLICED_CLIPS, rng), *garbled(by_words, GARBLED_CLIPS, rng)]
+    codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
+    resynthesized = codec.decode([*codes, *(ids for _, ids in mixed)])
+    texts = [transcript(row) for row in rows]
+    checkpoint = train_whisper(
+        spectrograms([*wavs, *resynthesized], DEVICE),
+        [*texts, *texts, *(text for text, _ in mixed)],
+        args.whisper_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        seed=SEED,
+        max_seconds=args.max_seconds,
+    )
+    torch.save(checkpoint, args.work_dir / "whisper_stored.pt")
+    deflate(args.work_dir / "whisper_stored.pt", args.work_dir / "whisper.pt")
+    log_error_rates(WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout)
+
+
+def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
+    """Rows, recordings and codes of random words; what is there is kept."""
+    folder, codes_file = args.work_dir / "random", args.work_dir / "random_codes.pkl"
+    record_all(random_rows(SEED), folder, args.threads)
+    rows, wavs = clips(args.work_dir, folder.name)
+    if not codes_file.exists():
+        codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
+        codes_file.write_bytes(pickle.dumps(codec.encode(wavs)))
+    return rows, wavs, pickle.loads(codes_file.read_bytes())
+
+
+def log_error_rates(
+    asr: WhisperScorer, codec: SpeechCodec, rows: list[dict], wavs: list[np.ndarray], codes: list[list[int]]
+) -> None:
+    """Log the WER of recordings and of their resyntheses."""
+    for name, heard in (("natural", wavs), ("resynthesized", codec.decode(codes))):
+        scores = asr.score(heard, [transcript(row) for row in rows])
+        wer = sum(score.edits for score in scores) / sum(score.ref_length for score in scores)
+        nll = np.mean([score.nll for score in scores])
+        logger.info("whisper: held-out clips, %s: WER %.1f %%, NLL %.3f", name, 100 * wer, nll)
+
+
+def transcript(row: dict) -> str:
+    """The text without the marks of emphasis."""
+    return row["text"].replace("*", "")
+
+
 def build_rows(args: argparse.Namespace) -> None:
     """Rows of SFT, and those of the held-out clips for its held-out loss."""
     rows, codes = clip_rows(args.work_dir), load_codes(args.work_dir)
@@ -227,6 +286,7 @@ def build_policy(args: argparse.Namespace) -> None:
         trained = args.work_dir / f"llasa_sft_{steps}"
         if not (trained / "model.safetensors").exists():
             flags = ["--model_name_or_path", str(start), "--codec_id", str(args.work_dir / "codec")]
+            flags += ["--whisper", str(args.work_dir / "whisper.pt")]
             flags += ["--dataset", str(data[0]), "--eval_dataset", str(data[1]), "--max_steps", str(steps)]
             flags += ["--output_dir", str(trained), *SFT_FLAGS.split()]
             train.main(train.parse_args(["--config", "configs/tiny_sft.yaml", *flags]))
@@ -245,6 +305,7 @@ STAGES = {
     "speech": build_speech,
     "codec": build_codec,
     "decoder": build_decoder,
+    "whisper": build_whisper,
     "rows": build_rows,
     "policy": build_policy,
 }
@@ -258,15 +319,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
     add("--codec_steps", type=int, default=6_000, help="steps of encoder and decoder together")
     add("--decoder_steps", type=int, default=4_000, help="adversarial steps of the decoder alone")
+    add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
     add("--policy_steps", type=int, nargs="+", default=[1_000], help="steps of SFT runs, of which the best is kept")
-    add("--max_seconds", type=float, default=math.inf, help="end the training of codec and decoder after")
+    add("--max_seconds", type=float, default=math.inf, help="end the training of codec, decoder and reward ASR after")
     return parse_strictly(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny", timestamps=True)
     with bad_input_exits():
-        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, max_seconds=1)
+        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, whisper_steps=1, max_seconds=1)
         if min(args.policy_steps) < 100:
             raise InputError(f"--policy_steps: must be >= 100, an evaluation's steps (got {min(args.policy_steps)})")
         check_writable(args.work_dir)

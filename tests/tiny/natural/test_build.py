@@ -13,6 +13,7 @@ from inference import main as infer
 from inference import parse_args as inference_args
 from tiny.natural import build
 
+SHORT_WHISPER = (("SPLICED_CLIPS", 3), ("GARBLED_CLIPS", 3), ("record_all", lambda rows, folder, processes: None))
 SHORT_SFT = build.SFT_FLAGS.replace("size 64", "size 2").replace("steps 100", "steps 1")
 
 
@@ -21,21 +22,30 @@ def fake_speech(folder: Path) -> None:
     folder.mkdir(parents=True)
     rows = []
     for speaker, f0_hz in (("joe", 110), ("slt", 190)):
+        words = [[word, 0.4 * i, 0.4 * (i + 1)] for i, word in enumerate("nancy took the lamp".split())]
         for i, split in enumerate(("train", "train", "heldout", "heldout")):
             row = {"id": f"{speaker}_{i}", "text": "Nancy took the lamp.", "speaker": speaker, "split": split}
-            rows.append({**row, "form": "statement", "melody": "right", "duration_s": 1.7})
+            rows.append({**row, "form": "statement", "melody": "right", "duration_s": 1.7, "words": words})
             sf.write(folder / f"{speaker}_{i}.flac", falling(1.7, f0_hz, f0_hz - 10 - i), 16_000)
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_the_stages_after_the_speech(tmp_path, monkeypatch):
+def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="tiny.natural.build")
     fake_speech(tmp_path / "speech")
+    fake_speech(tmp_path / "random")
     # the first step has a learning rate of 0
-    for name, value in (("DEVICE", "cpu"), ("CODEC_BATCH", 2), ("DECODER_BATCH", 1), ("SFT_FLAGS", SHORT_SFT)):
+    for name, value in (
+        ("DEVICE", "cpu"),
+        ("CODEC_BATCH", 2),
+        ("DECODER_BATCH", 1),
+        ("SFT_FLAGS", SHORT_SFT),
+        *SHORT_WHISPER,
+    ):
         monkeypatch.setattr(build, name, value)
-    flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --policy_steps 1 2"
+    flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --whisper_steps 2 --policy_steps 1 2"
     args = build.parse_args(flags.split())
-    for stage in ("codec", "decoder", "rows", "policy"):
+    for stage in ("codec", "decoder", "whisper", "rows", "policy"):
         build.STAGES[stage](args)
     codes = build.load_codes(tmp_path)
     assert [len(ids) for ids in codes] == [86] * 8  # 1.7 s are 85 hops, and the codec pads with one more
@@ -46,6 +56,9 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch):
     assert losses[1] < losses[0]
     shipped = json.loads((tmp_path / "llasa" / "run.json").read_text())
     assert shipped["recipe"]["max_steps"] == 2 and shipped["codec_id"] == str(tmp_path / "codec")
+    assert shipped["whisper"] == str(tmp_path / "whisper.pt")
+    heard = [message for message in caplog.messages if "held-out clips" in message]
+    assert len(heard) == 2 and "natural: WER" in heard[0] and "resynthesized: WER" in heard[1]
     wav = tmp_path / "sample.wav"
     flags = f"--model_name_or_path {tmp_path}/llasa --output {wav} --max_length 110 --text"
     infer(inference_args([*flags.split(), "Nancy took the lamp."]))
@@ -67,7 +80,9 @@ def state(folder: Path, part: str) -> list[np.ndarray]:
     return [weight for name, weight in sorted(load_file(folder / "model.safetensors").items()) if name.startswith(part)]
 
 
-@pytest.mark.parametrize("stage, missing", [("codec", "speech"), ("rows", "speech"), ("policy", "decoder")])
+@pytest.mark.parametrize(
+    "stage, missing", [("codec", "speech"), ("rows", "speech"), ("policy", "decoder"), ("whisper", "decoder")]
+)
 def test_a_stage_names_the_one_it_needs(stage, missing, tmp_path):
     args = build.parse_args(["--work_dir", str(tmp_path)])
     with pytest.raises(InputError, match=f"is missing. Run --stage {missing} first"):

@@ -5,10 +5,10 @@
 
 The stages, in order; each reads what the ones before it wrote:
 
-    speech   recordings of the corpus, by tiny/natural/speak.py; on the CPU
+    speech   recordings of the corpus, by tiny/natural/speak.py, and of random words; on the CPU
     codec    XCodec2's encoder, and the codes of all clips
     decoder  XCodec2's decoder, trained against discriminators
-    whisper  a reward ASR, which speaks its random words first
+    whisper  a reward ASR
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech, by train.py
 
@@ -115,6 +115,7 @@ def of_split(split: str, rows: list[dict], *columns: list) -> list[list]:
 def build_speech(args: argparse.Namespace) -> None:
     check_installed()
     record_all(heldout_rows() + train_rows(), args.work_dir / "speech", args.threads)
+    record_all(random_rows(SEED), args.work_dir / "random", args.threads)
     seconds = [row["duration_s"] for row in clip_rows(args.work_dir)]
     logger.info("speech: %d clips, %.2f h, %.2f s on average", len(seconds), sum(seconds) / 3600, np.mean(seconds))
 
@@ -217,10 +218,9 @@ def build_whisper(args: argparse.Namespace) -> None:
 
 
 def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
-    """Rows, recordings and codes of random words; what is there is kept."""
-    folder, codes_file = args.work_dir / "random", args.work_dir / "random_codes.pkl"
-    record_all(random_rows(SEED), folder, args.threads)
-    rows, wavs = clips(args.work_dir, folder.name)
+    """Rows, recordings and codes of the random words."""
+    codes_file = args.work_dir / "random_codes.pkl"
+    rows, wavs = clips(args.work_dir, "random")
     if not codes_file.exists():
         codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
         codes_file.write_bytes(pickle.dumps(codec.encode(wavs)))

@@ -7,14 +7,22 @@ import numpy as np
 import pytest
 import soundfile as sf
 from fake_vowel import falling
+from safetensors.numpy import load_file
 
 from common.cli import InputError
 from inference import main as infer
 from inference import parse_args as inference_args
 from tiny.natural import build
 
-SHORT_WHISPER = (("SPLICED_CLIPS", 3), ("GARBLED_CLIPS", 3), ("record_all", lambda rows, folder, processes: None))
-SHORT_SFT = build.SFT_FLAGS.replace("size 64", "size 2").replace("steps 100", "steps 1")
+SHORT = {
+    "DEVICE": "cpu",
+    "CODEC_BATCH": 2,
+    "DECODER_BATCH": 1,
+    "SPLICED_CLIPS": 3,
+    "GARBLED_CLIPS": 3,
+    "SFT_FLAGS": build.SFT_FLAGS.replace("size 64", "size 2").replace("steps 100", "steps 1"),
+}
+CODECS = ("codec_joint", "codec")
 
 
 def fake_speech(folder: Path) -> None:
@@ -34,15 +42,9 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="tiny.natural.build")
     fake_speech(tmp_path / "speech")
     fake_speech(tmp_path / "random")
-    # the first step has a learning rate of 0
-    for name, value in (
-        ("DEVICE", "cpu"),
-        ("CODEC_BATCH", 2),
-        ("DECODER_BATCH", 1),
-        ("SFT_FLAGS", SHORT_SFT),
-        *SHORT_WHISPER,
-    ):
+    for name, value in SHORT.items():
         monkeypatch.setattr(build, name, value)
+    # two steps: the first has a learning rate of 0
     flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --whisper_steps 2 --policy_steps 1 2"
     args = build.parse_args(flags.split())
     for stage in ("codec", "decoder", "whisper", "rows", "policy"):
@@ -71,12 +73,7 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
         build.STAGES[stage](args)
 
 
-CODECS = ("codec_joint", "codec")
-
-
 def state(folder: Path, part: str) -> list[np.ndarray]:
-    from safetensors.numpy import load_file
-
     return [weight for name, weight in sorted(load_file(folder / "model.safetensors").items()) if name.startswith(part)]
 
 

@@ -11,8 +11,10 @@ that training used), and the codes of the voice prompt are never decoded, so the
 """
 
 import argparse
+import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from common.cli import (
     read_lines,
     run_script,
     set_up_logging,
+    write_whole,
 )
 from common.run_record import content_digest, short_digest
 from speech.audio import TooLongError, load_audio, save_audio
@@ -97,15 +100,23 @@ def output_paths(output: str, num_texts: int, num_samples: int) -> list[Path]:
     ]
 
 
+def list_path(output: str) -> Path:
+    """Path of the list of several clips: sample.jsonl beside sample_000.wav."""
+    path = Path(output)
+    return path.with_suffix(".jsonl") if path.suffix.lower() == ".wav" else path / "sample.jsonl"
+
+
 def check_no_folders(paths: list[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise InputError(f"--output {path}: is a folder. Use another name, or remove the folder")
 
 
-def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs: list[np.ndarray]) -> int:
-    """Write every clip with samples, warn of truncated and empty ones; the number written."""
-    written = 0
+def write_clips(
+    paths: list[Path], texts: list[str], samples: list[Sample], wavs: list[np.ndarray], voice_prompt: dict
+) -> list[dict]:
+    """Write every clip with samples, warn of truncated and empty ones; a row for the list of clips of each written."""
+    written = []
     for path, text, sample, wav in zip(paths, texts, samples, wavs, strict=True):
         if not len(wav):
             logger.warning("%s: empty, not written: the rollout has no speech codes: %r", path, text)
@@ -114,8 +125,15 @@ def write_clips(paths: list[Path], texts: list[str], samples: list[Sample], wavs
             logger.warning("%s: truncated before END, at --max_length or the model's context: %r", path, text)
         save_audio(path, wav)
         logger.info("%s  %.2f s  %r", path, len(sample.codes) / CODES_PER_SECOND, text)
-        written += 1
+        row = {"text": text, "audio": path.name, "codes": sample.codes, "truncated": sample.truncated}
+        written.append(row | voice_prompt)
     return written
+
+
+def write_list(path: Path, rows: list[dict]) -> None:
+    """Write what the clips say and their codes, a line of JSON for each, as collect_preferences.py reads them."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
 
 
 def synthesize(args: argparse.Namespace) -> None:
@@ -133,7 +151,7 @@ def synthesize(args: argparse.Namespace) -> None:
                 check_reference_text(text, args.language)
         ref_wav = load_short_audio(args.ref_audio, args.max_length) if args.ref_audio else None
         paths = output_paths(args.output or "sample.wav", len(texts), args.num_samples)
-        check_no_folders(paths)
+        check_no_folders([*paths, list_path(args.output or "sample.wav")])
         check_writable(paths[0].parent)
 
         device = pick_device(args.device)
@@ -170,9 +188,13 @@ def synthesize(args: argparse.Namespace) -> None:
         best = best_of_n(scorer, samples, wavs, rollout_texts, languages, args.best_of, **parameters)
         samples, wavs = [samples[i] for i in best], [wavs[i] for i in best]
     clip_texts = [text for text in texts for _ in range(args.num_samples)]
-    if not write_clips(paths, clip_texts, samples, wavs):
+    voice_prompt = {} if ref_codes is None else {"ref_text": args.ref_text, "ref_codes": ref_codes}
+    rows = write_clips(paths, clip_texts, samples, wavs, voice_prompt)
+    if not rows:
         logger.error("nothing was written: no rollout has speech codes")
         sys.exit(1)
+    if len(paths) > 1:
+        write_list(list_path(args.output or "sample.wav"), rows)
 
 
 # --- Speech to text ---------------------------------------------------------------------------------------
@@ -320,8 +342,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--output",
         help="tts: a .wav file (default sample.wav); several clips are numbered from it, text by text: "
         "sample_000.wav, sample_001.wav, with --num_samples sample_000_0.wav, sample_000_1.wav. Anything else is a "
-        "folder for such clips. asr: a .jsonl file of transcripts, one line per clip, which select_rl_data.py reads; "
-        "the same command again resumes an interrupted run",
+        "folder for such clips. Several are listed with their texts and codes in sample.jsonl, for "
+        "collect_preferences.py. asr: a .jsonl file of transcripts, one line per clip, for select_rl_data.py; the same "
+        "command again resumes an interrupted run",
     )
     add("--overwrite", action="store_true", help="asr: replace an --output of other settings or other clips")
     add("--split", default="train", help="asr: split of --dataset")

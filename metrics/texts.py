@@ -34,7 +34,7 @@ def read_items(path: str, language: str) -> list[Item]:
     Raises:
         InputError: names the file, the line, and what is wrong with it.
     """
-    parsers = {".txt": lambda line: {"text": line}, ".jsonl": _parse_json, ".lst": _parse_meta}
+    parsers = {".txt": lambda line: {"text": line}, ".jsonl": parse_json, ".lst": _parse_meta}
     suffix = Path(path).suffix.lower()
     if suffix not in parsers:
         accepted = ", ".join(parsers)
@@ -54,7 +54,8 @@ def read_items(path: str, language: str) -> list[Item]:
     return items
 
 
-def _parse_json(line: str) -> dict[str, str]:
+def parse_json(line: str) -> dict:
+    """A line of JSON Lines; InputError if it is no object."""
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:

@@ -127,7 +127,9 @@ def test_a_truncated_clip_is_reported_and_an_empty_one_not_written(policy_path, 
     monkeypatch.setattr(Policy, "sample", lambda self, prompts, **_: samples)
     run(policy_path, "--num_samples", 2, "--output", tmp_path / "a.wav")
     assert "truncated before END" in caplog.text and "empty, not written" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["a_000_0.wav"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a_000_0.wav", "a.jsonl"}
+    [row] = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert row == {"text": "hello", "audio": "a_000_0.wav", "codes": [1, 2], "truncated": True}
 
 
 def test_nothing_written_exits_1(policy_path, codec, tmp_path, monkeypatch):

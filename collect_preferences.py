@@ -1,0 +1,246 @@
+r"""Make a page for a blind A/B listening test of clips, and read its answers back as preference pairs.
+
+    python inference.py --model_name_or_path tiny/llasa --text_file texts.txt --num_samples 2 --output clips
+    python collect_preferences.py --clips clips/sample.jsonl --output page.html
+    python collect_preferences.py --read anna.jsonl ben.jsonl --pages page.key.jsonl --output pairs.jsonl
+
+The page is one file: send it, open it in any browser, no server is needed. Pairs come in random order with the sides
+at random, and some are planted: their better side is known, and whoever misses too many of them is left out. Beside it
+stands page.key.jsonl, the key, which alone says what is what: keep it from the listeners, and for --read.
+
+Formats, JSON Lines; relative paths start beside the file:
+
+    --clips    {"text", "audio"} and optionally "codes", "ref_text" and "ref_codes": what inference.py writes. One
+               file: two clips of one text are a pair. Two files: the first's clip of a text against the second's
+    --pairs    {"text", "audio_a", "audio_b"} and optionally "id", "codes_a", "codes_b", "ref_text", "ref_codes"
+    --planted  {"text", "audio"}, a good recording, of which a degraded copy is made; or {"text", "chosen_audio",
+               "rejected_audio"}, a pair whose better side you know
+    --read     {"page", "item", "rater", "choice", "plays", "seconds"}: what the page saves
+    --output of --read: {"id", "text", "chosen_codes", "rejected_codes", "source": "human", "chosen_audio",
+               "rejected_audio", "rater"}, a row for each answer but ties and planted pairs
+"""
+
+import argparse
+import json
+import logging
+import random
+from functools import partial
+from pathlib import Path
+
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_ranges,
+    check_seed,
+    check_writable,
+    parse_strictly,
+    pick_device,
+    run_script,
+    set_up_logging,
+    write_whole,
+)
+from metrics.comparison import aligned
+from metrics.formatting import number, percent
+from metrics.listening_page import build
+from metrics.listening_pairs import ClipPair, pair_clips, plant_copies, read_pairs, read_planted
+from metrics.preference_answers import (
+    Rater,
+    choices_by_item,
+    clips_without_codes,
+    judge_raters,
+    krippendorff_alpha,
+    pair_rows,
+    percent_agreement,
+    preferences,
+    read_answers,
+    read_keys,
+    wins,
+)
+from speech.audio import load_audio
+from speech.policy import DEFAULT_CODEC
+
+logger = logging.getLogger("collect_preferences")
+
+# --- The page ---------------------------------------------------------------------------------------------
+
+
+def key_path(page: Path) -> Path:
+    return page.with_suffix(".key.jsonl")
+
+
+def draw_pairs(args: argparse.Namespace, rng: random.Random) -> list[ClipPair]:
+    """At most --num_pairs pairs to ask about, and --num_planted planted ones."""
+    pairs = read_pairs(args.pairs) if args.pairs else pair_clips(args.clips, rng)
+    rng.shuffle(pairs)
+    pairs, left = pairs[: args.num_pairs], pairs[args.num_pairs :]
+    if args.planted:
+        planted = read_planted(args.planted)
+        planted = rng.sample(planted, min(args.num_planted, len(planted)))
+    else:
+        planted = plant_copies([*left, *pairs], args.num_planted, rng)
+    if len(planted) < args.num_planted:
+        logger.warning("%d planted pairs only: there are not %d clips to make them of", len(planted), args.num_planted)
+    return pairs + planted
+
+
+def make_page(args: argparse.Namespace) -> None:
+    page_file = Path(args.output)
+    with bad_input_exits():
+        pairs = draw_pairs(args, random.Random(args.seed))
+        page, key = build(pairs, args.question, args.seed)
+    write_whole(page_file, partial(Path.write_text, data=page, encoding="utf-8"))
+    write_json_lines(key_path(page_file), key)
+    num_planted = sum(pair.better is not None for pair in pairs)
+    num_asked = len(pairs) - num_planted
+    logger.info("%s: %d pairs and %d planted ones, %.1f MB", page_file, num_asked, num_planted, len(page) / 1e6)
+    logger.info("%s: what is what. Keep it from the listeners, and for --read", key_path(page_file))
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
+
+
+# --- The answers ------------------------------------------------------------------------------------------
+
+
+def encode_clips(paths: list[str], codec_id: str, device: str) -> dict[str, list[int]]:
+    """Path → codes of the clips."""
+    if not paths:
+        return {}
+    from speech.codec import SpeechCodec  # here: not needed where the codes are known
+
+    logger.info("%d clips came without codes: encoding them with %s", len(paths), codec_id)
+    wavs = [load_audio(path) for path in paths]
+    codec = SpeechCodec.from_pretrained(codec_id, device)
+    return dict(zip(paths, codec.encode(wavs), strict=True))
+
+
+def read_back(args: argparse.Namespace) -> dict:
+    """Returns the report, as it stands beside --output."""
+    with bad_input_exits():
+        items = read_keys(args.pages)
+        answers = read_answers(args.read, items)
+        raters = judge_raters(answers, items, args.min_planted)
+        kept = [rater.name for rater in raters if rater.kept]
+        preferred = preferences(answers, items, kept)
+        codes = encode_clips(clips_without_codes(preferred), args.codec_id, pick_device(args.device))
+    choices = choices_by_item(answers, items, kept)
+    report = {
+        "raters": [vars(rater) for rater in raters],
+        "pairs": len(preferred),
+        "ties": sum(rater.ties for rater in raters if rater.kept),
+        "items": len(choices),
+        "items_with_two_raters": sum(len(item) > 1 for item in choices),
+        "agreement": percent_agreement(choices),
+        "krippendorff_alpha": krippendorff_alpha(choices),
+        "wins": wins(preferred),
+    }
+    rows = pair_rows(preferred, codes)
+    write_json_lines(Path(args.output), rows)
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    write_whole(report_path(Path(args.output)), partial(Path.write_text, data=text, encoding="utf-8"))
+    log_report(report, raters, args)
+    return report
+
+
+def report_path(output: Path) -> Path:
+    return output.with_suffix(".report.json")
+
+
+def log_report(report: dict, raters: list[Rater], args: argparse.Namespace) -> None:
+    table = [["rater", "answers", "no difference", "planted right", ""]]
+    for rater in raters:
+        planted = f"{rater.right} of {rater.planted}"
+        table.append(
+            [rater.name, str(rater.answers), str(rater.ties), planted, "" if rater.kept else "left out"],
+        )
+    for line in aligned(table, right=range(1, 4)):
+        logger.info(line)
+    left_out = [rater.name for rater in raters if not rater.kept]
+    if left_out:
+        logger.info("left out, below --min_planted %g: %s", args.min_planted, ", ".join(left_out))
+    logger.info(
+        "agreement on %d pairs with two or more raters: %s, Krippendorff's alpha %s",
+        report["items_with_two_raters"],
+        percent(report["agreement"]),
+        number(report["krippendorff_alpha"]),
+    )
+    for source, count in report["wins"].items():
+        logger.info("preferred %d of %d times: %s", count, sum(report["wins"].values()), source)
+    logger.info("%s: %d pairs, without %d ties", args.output, report["pairs"], report["ties"])
+    if not report["pairs"]:
+        logger.warning("no pair is left: no kept rater has preferred a clip")
+
+
+# --- The script -------------------------------------------------------------------------------------------
+
+
+def check_args(args: argparse.Namespace) -> None:
+    check_at_least(args, num_pairs=1, num_planted=0)
+    check_ranges(args, {"min_planted": (0, True, 1, True)})
+    check_seed(args.seed)
+    if args.clips is not None and len(args.clips) > 2:
+        raise InputError(f"--clips: one or two files (got {len(args.clips)}). Make a page for each two to compare")
+    if (args.read is None) != (args.pages is None):
+        raise InputError("--read and --pages go together: answers, and the keys of their pages. Add the other")
+    if args.read is not None and args.planted is not None:
+        raise InputError("--planted is for a new page (got --read). Leave it out")
+    if not args.question.strip():
+        raise InputError("--question: is empty. Ask what is to be compared, or leave it out")
+    output = Path(args.output)
+    suffix = ".html" if args.read is None else ".jsonl"
+    if output.suffix != suffix:
+        raise InputError(f"--output: must be a {suffix} file (got {output}). Rename it")
+    beside = key_path(output) if args.read is None else report_path(output)
+    for path in (output, beside):
+        if path.exists() and not args.overwrite:
+            raise InputError(f"--output: {path} exists. Use another name, or replace it with --overwrite")
+        if path.is_dir():
+            raise InputError(f"--output: {path} is a folder. Use another name")
+    check_writable(output.parent)
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    with bad_input_exits():
+        check_args(args)
+    return read_back(args) if args.read else make_page(args)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clips", nargs="+", metavar="FILE", help="one or two lists of clips, from inference.py")
+    source.add_argument("--pairs", metavar="FILE", help="list of pairs of clips")
+    source.add_argument("--read", nargs="+", metavar="FILE", help="answers that listeners have saved, to be read back")
+    add = parser.add_argument
+    add("--output", required=True, help="page to write (.html), or with --read the pairs (.jsonl)")
+    add("--overwrite", action="store_true", help="replace an existing --output, and its key or report")
+    page = parser.add_argument_group("the page")
+    page.add_argument(
+        "--question", default="Which reading sounds better?", help="what listeners are asked of each pair"
+    )
+    page.add_argument("--num_pairs", type=int, default=40, help="largest number of pairs, drawn at random")
+    page.add_argument("--num_planted", type=int, default=8, help="number of planted pairs on top of them")
+    page.add_argument(
+        "--planted", metavar="FILE", help="what to plant; default: clips of the page against degraded copies of them"
+    )
+    page.add_argument("--seed", type=int, default=0, help="random seed of the drawing, the order and the sides")
+    answers = parser.add_argument_group("--read")
+    answers.add_argument("--pages", nargs="+", metavar="FILE", help="keys (.key.jsonl) of the answered pages")
+    answers.add_argument(
+        "--min_planted",
+        type=float,
+        default=0.8,
+        help="fraction of the planted pairs that a rater must have right; those below are left out and named",
+    )
+    answers.add_argument("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")
+    answers.add_argument("--device", default="auto", help="device of the codec: auto, cpu, cuda or cuda:1")
+    return parse_strictly(parser, argv)
+
+
+if __name__ == "__main__":
+    set_up_logging("collect_preferences")
+    run_script(main, parse_args)

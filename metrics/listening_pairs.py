@@ -1,0 +1,208 @@
+"""The pairs of a listening page: of clips that inference.py wrote, or given one by one; and the planted ones."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.cli import InputError, read_lines
+from metrics.degraded_copies import DEGRADATIONS, MIN_DURATION_S
+from metrics.texts import parse_json
+from speech.audio import audio_failure, load_audio
+from speech.tokens import SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One side of a pair.
+
+    Attributes:
+        audio: absolute path.
+        codes: the speech codes that it was decoded from, where they are known.
+        source: what it is counted under when the answers are read, such as the file that it is from.
+        degraded: which of `DEGRADATIONS` the listener hears instead of it, if one.
+    """
+
+    audio: str
+    codes: list[int] | None = None
+    source: str | None = None
+    degraded: str | None = None
+
+
+@dataclass(frozen=True)
+class ClipPair:
+    """Two clips of a text.
+
+    Attributes:
+        better: 0 or 1, the side that is known to be better, of a planted pair; None of a pair to ask about.
+        ref_text, ref_codes: the voice prompt of both, if they had one.
+    """
+
+    id: str
+    text: str
+    clips: tuple[Clip, Clip]
+    better: int | None = None
+    ref_text: str | None = None
+    ref_codes: list[int] | None = None
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str) -> Iterator[tuple[int, dict]]:
+    """Number and content of each row of a .jsonl file; InputError names a line that is none."""
+    if Path(path).suffix.lower() != ".jsonl":
+        raise InputError(f"{path}: not a .jsonl file (got {Path(path).suffix or 'no suffix'}). Use JSON Lines")
+    empty = True
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            yield number, parse_json(line)
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from error
+    if empty:
+        raise InputError(f"{path}: no row in the file. Add at least one line")
+
+
+def text_of(row: dict, where: str, name: str = "text") -> str:
+    text = row.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: {name} must be text (got {text!r:.60}). Correct the row")
+    return text.strip()
+
+
+def codes_of(row: dict, name: str, where: str) -> list[int] | None:
+    codes = row.get(name)
+    if codes is None:
+        return None
+    if not isinstance(codes, list) or not codes or not all(type(code) is int and code >= 0 for code in codes):
+        raise InputError(f"{where}: {name} must be a list of speech codes, whole numbers >= 0 (got {codes!r:.60})")
+    return codes
+
+
+def clip_of(row: dict, audio: str, codes: str, where: str, folder: Path, source: str | None) -> Clip:
+    """The clip of two columns of a row; its path starts beside the file."""
+    path = folder / text_of(row, where, audio)
+    if not path.is_file():
+        raise InputError(f"{where}: {audio} {path}: no such file. Paths start beside the .jsonl file")
+    return Clip(str(path.resolve()), codes_of(row, codes, where), source)
+
+
+def voice_prompt_of(row: dict, where: str) -> tuple[str | None, list[int] | None]:
+    ref_codes = codes_of(row, "ref_codes", where)
+    if (row.get("ref_text") is None) != (ref_codes is None):
+        raise InputError(f"{where}: a voice prompt needs both ref_text and ref_codes. Add the other, or leave both out")
+    return (None, None) if ref_codes is None else (text_of(row, where, "ref_text"), ref_codes)
+
+
+# --- Pairs to ask about -----------------------------------------------------------------------------------
+
+
+def read_pairs(path: str) -> list[ClipPair]:
+    """The pairs of a file with a row {"text", "audio_a", "audio_b"} each, and optionally "id", "codes_a", "codes_b"."""
+    pairs = []
+    for number, row in read_rows(path):
+        where, folder = f"{path}, line {number}", Path(path).parent
+        clips = tuple(clip_of(row, f"audio_{side}", f"codes_{side}", where, folder, side) for side in "ab")
+        ref_text, ref_codes = voice_prompt_of(row, where)
+        pair_id = str(row.get("id") or number)
+        pairs.append(ClipPair(pair_id, text_of(row, where), clips, None, ref_text, ref_codes))
+    check_ids(path, pairs)
+    return pairs
+
+
+def check_ids(path: str, pairs: list[ClipPair]) -> None:
+    seen = set()
+    for pair in pairs:
+        if pair.id in seen:
+            raise InputError(f"{path}: two rows have the id {pair.id!r}. Use each once")
+        seen.add(pair.id)
+
+
+Prompt = tuple[str, str | None, tuple[int, ...] | None]  # text, ref_text, ref_codes
+
+
+def read_clips(path: str, source: str) -> dict[Prompt, list[Clip]]:
+    """The clips of each prompt, of a file with a row {"text", "audio"} each, and optionally "codes"."""
+    clips = defaultdict(list)
+    for number, row in read_rows(path):
+        where = f"{path}, line {number}"
+        ref_text, ref_codes = voice_prompt_of(row, where)
+        prompt = (text_of(row, where), ref_text, None if ref_codes is None else tuple(ref_codes))
+        clips[prompt].append(clip_of(row, "audio", "codes", where, Path(path).parent, source))
+    return dict(clips)
+
+
+def pair_clips(paths: list[str], rng: random.Random) -> list[ClipPair]:
+    """Pairs of the clips of one or two files; each clip is in one pair at most.
+
+    Of one file: two clips of the same text, drawn at random. Of two files, such as two checkpoints' samples of the same
+    texts: the first clip of a text in one and the first in the other, and so on.
+    """
+    by_file = [read_clips(path, path) for path in paths]
+    pairs = []
+    for prompt, clips in by_file[0].items():
+        if len(by_file) == 2:
+            both = zip(clips, by_file[1].get(prompt, []), strict=False)
+        else:
+            drawn = rng.sample(clips, len(clips))
+            both = zip(drawn[::2], drawn[1::2], strict=False)
+        text, ref_text, ref_codes = prompt
+        for first, second in both:
+            if first.codes is None or first.codes != second.codes:  # else one hears the same twice
+                codes = None if ref_codes is None else list(ref_codes)
+                pairs.append(ClipPair(str(len(pairs)), text, (first, second), None, ref_text, codes))
+    if not pairs:
+        what = "no text has two different clips" if len(paths) == 1 else "the files have no text in common"
+        raise InputError(f"--clips {' '.join(paths)}: {what}. Sample with inference.py --num_samples 2, or two models")
+    return pairs
+
+
+# --- Planted pairs ----------------------------------------------------------------------------------------
+
+
+def read_planted(path: str) -> list[ClipPair]:
+    """Pairs whose better side is known, of rows {"text", "audio"} or {"text", "chosen_audio", "rejected_audio"}.
+
+    Of a row with "audio", such as a recording, the other side is a degraded copy; which kind goes by the row's number.
+    """
+    pairs = []
+    for number, row in read_rows(path):
+        where, folder = f"{path}, line {number}", Path(path).parent
+        if "chosen_audio" in row:
+            names = ("chosen_audio", "rejected_audio")
+            clips = tuple(clip_of(row, name, "no codes", where, folder, None) for name in names)
+            pairs.append(ClipPair(f"planted-{number}", text_of(row, where), clips, better=0))
+        else:
+            clip = clip_of(row, "audio", "no codes", where, folder, None)
+            if not can_be_degraded(clip.audio):
+                raise InputError(f"{where}: {clip.audio} is silent or shorter than {MIN_DURATION_S:g} s. Use another")
+            pairs.append(degraded_pair(f"planted-{number}", text_of(row, where), clip, number))
+    return pairs
+
+
+def degraded_pair(pair_id: str, text: str, clip: Clip, number: int) -> ClipPair:
+    """A clip against a copy of it, degraded in the number's way."""
+    kind = list(DEGRADATIONS)[number % len(DEGRADATIONS)]
+    original = replace(clip, source=None)
+    return ClipPair(pair_id, text, (original, replace(original, degraded=kind)), better=0)
+
+
+def plant_copies(pairs: list[ClipPair], count: int, rng: random.Random) -> list[ClipPair]:
+    """At most `count` planted pairs, each of a clip of another of the pairs, the first ones first."""
+    planted = []
+    for pair in pairs:
+        if len(planted) == count:
+            break
+        clip = rng.choice(pair.clips)
+        if can_be_degraded(clip.audio):
+            planted.append(degraded_pair(f"planted-{len(planted)}", pair.text, clip, len(planted)))
+    return planted
+
+
+def can_be_degraded(path: str) -> bool:
+    wav = load_audio(path)
+    return len(wav) >= MIN_DURATION_S * SAMPLE_RATE and audio_failure(wav) is None

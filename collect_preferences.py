@@ -13,8 +13,8 @@ Formats, JSON Lines; relative paths start beside the file:
     --clips    {"text", "audio"} and optionally "codes", "ref_text" and "ref_codes": what inference.py writes. One
                file: two clips of one text are a pair. Two files: the first's clip of a text against the second's
     --pairs    {"text", "audio_a", "audio_b"} and optionally "id", "codes_a", "codes_b", "ref_text", "ref_codes"
-    --planted  {"text", "audio"}, a good recording, of which a degraded copy is made; or {"text", "chosen_audio",
-               "rejected_audio"}, a pair whose better side you know
+    --planted  {"text", "audio"} ("file_name" in an audiofolder), a good recording, of which a degraded copy is made;
+               or {"text", "chosen_audio", "rejected_audio"}, a pair whose better side you know
     --read     {"page", "item", "rater", "choice", "plays", "seconds"}: what the page saves
     --output of --read: {"id", "text", "chosen_codes", "rejected_codes", "source": "human", "chosen_audio",
                "rejected_audio", "rater"}, a row for each answer but ties and planted pairs
@@ -42,9 +42,10 @@ from common.cli import (
     write_whole,
 )
 from metrics.comparison import aligned
+from metrics.degraded_copies import MIN_DURATION_S
 from metrics.formatting import number, percent
 from metrics.listening_page import build
-from metrics.listening_pairs import ClipPair, pair_clips, plant_copies, read_pairs, read_planted
+from metrics.listening_pairs import ClipPair, first_usable, pair_clips, planted_copies, read_pairs, read_planted
 from metrics.preference_answers import (
     Rater,
     choices_by_item,
@@ -76,10 +77,13 @@ def draw_pairs(args: argparse.Namespace, rng: random.Random) -> list[ClipPair]:
     rng.shuffle(pairs)
     pairs, left = pairs[: args.num_pairs], pairs[args.num_pairs :]
     if args.planted:
-        planted = read_planted(args.planted)
-        planted = rng.sample(planted, min(args.num_planted, len(planted)))
+        candidates = read_planted(args.planted)
+        rng.shuffle(candidates)
     else:
-        planted = plant_copies([*left, *pairs], args.num_planted, rng)
+        candidates = planted_copies([*left, *pairs], rng)
+    planted = first_usable(candidates, args.num_planted)
+    if args.planted and args.num_planted and not planted:
+        raise InputError(f"--planted {args.planted}: all clips are silent or shorter than {MIN_DURATION_S:g} s")
     if len(planted) < args.num_planted:
         logger.warning("%d planted pairs only: there are not %d clips to make them of", len(planted), args.num_planted)
     return pairs + planted
@@ -242,5 +246,5 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    set_up_logging("collect_preferences")
+    set_up_logging("collect_preferences", "metrics")
     run_script(main, parse_args)

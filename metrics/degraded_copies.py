@@ -15,6 +15,8 @@ MIN_DURATION_S = 1.0  # of a clip to copy: eight pieces
 
 def hurried(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The clip at `HURRY` times its pace and its own pitch, by Praat's overlap-add: 2.2 s become 1 s."""
+    # Praat draws the periods of unvoiced stretches from a generator of its own
+    parselmouth.praat.run(f"random_initializeWithSeedUnsafelyButPredictably ({rng.integers(2**31)})")
     sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
     shorter = parselmouth.praat.call(sound, "Lengthen (overlap-add)", PITCH_FLOOR, PITCH_CEILING, 1 / HURRY)
     return shorter.values[0].astype(np.float32)

@@ -1,5 +1,6 @@
 """The pairs of a listening page: of clips that inference.py wrote, or given one by one; and the planted ones."""
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from metrics.degraded_copies import DEGRADATIONS, MIN_DURATION_S
 from metrics.texts import parse_json
 from speech.audio import audio_failure, load_audio
 from speech.tokens import SAMPLE_RATE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,22 @@ Prompt = tuple[str, str | None, tuple[int, ...] | None]  # text, ref_text, ref_c
 
 
 def read_clips(path: str, source: str) -> dict[Prompt, list[Clip]]:
-    """The clips of each prompt, of a file with a row {"text", "audio"} each, and optionally "codes"."""
+    """The clips of each prompt, of a file with a row {"text", "audio"} each, and optionally "codes".
+
+    Truncated rollouts are left out: trained on, a clip of a pair gets an END, which they never had.
+    """
     clips = defaultdict(list)
+    num_truncated = 0
     for number, row in read_rows(path):
+        if row.get("truncated"):
+            num_truncated += 1
+            continue
         where = f"{path}, line {number}"
         ref_text, ref_codes = voice_prompt_of(row, where)
         prompt = (text_of(row, where), ref_text, None if ref_codes is None else tuple(ref_codes))
         clips[prompt].append(clip_of(row, "audio", "codes", where, Path(path).parent, source))
+    if num_truncated:
+        logger.info("%s: %d truncated clips are left out", path, num_truncated)
     return dict(clips)
 
 
@@ -167,7 +179,8 @@ def pair_clips(paths: list[str], rng: random.Random) -> list[ClipPair]:
 def read_planted(path: str) -> list[ClipPair]:
     """Pairs whose better side is known, of rows {"text", "audio"} or {"text", "chosen_audio", "rejected_audio"}.
 
-    Of a row with "audio", such as a recording, the other side is a degraded copy; which kind goes by the row's number.
+    Of a row with "audio" (or "file_name", as in an audiofolder), such as a recording, the other side is a degraded
+    copy; which kind goes by the row's number.
     """
     pairs = []
     for number, row in read_rows(path):
@@ -177,11 +190,18 @@ def read_planted(path: str) -> list[ClipPair]:
             clips = tuple(clip_of(row, name, "no codes", where, folder, None) for name in names)
             pairs.append(ClipPair(f"planted-{number}", text_of(row, where), clips, better=0))
         else:
-            clip = clip_of(row, "audio", "no codes", where, folder, None)
-            if not can_be_degraded(clip.audio):
-                raise InputError(f"{where}: {clip.audio} is silent or shorter than {MIN_DURATION_S:g} s. Use another")
+            name = "file_name" if "audio" not in row and "file_name" in row else "audio"
+            clip = clip_of(row, name, "no codes", where, folder, None)
             pairs.append(degraded_pair(f"planted-{number}", text_of(row, where), clip, number))
     return pairs
+
+
+def planted_copies(pairs: list[ClipPair], rng: random.Random) -> list[ClipPair]:
+    """A planted pair of each pair: one of its clips against a degraded copy."""
+    return [
+        degraded_pair(f"planted-{number}", pair.text, rng.choice(pair.clips), number)
+        for number, pair in enumerate(pairs)
+    ]
 
 
 def degraded_pair(pair_id: str, text: str, clip: Clip, number: int) -> ClipPair:
@@ -191,16 +211,15 @@ def degraded_pair(pair_id: str, text: str, clip: Clip, number: int) -> ClipPair:
     return ClipPair(pair_id, text, (original, replace(original, degraded=kind)), better=0)
 
 
-def plant_copies(pairs: list[ClipPair], count: int, rng: random.Random) -> list[ClipPair]:
-    """At most `count` planted pairs, each of a clip of another of the pairs, the first ones first."""
-    planted = []
-    for pair in pairs:
-        if len(planted) == count:
+def first_usable(planted: list[ClipPair], count: int) -> list[ClipPair]:
+    """The first `count` of the planted pairs, without those of a clip too short or too silent to be degraded."""
+    usable = []
+    for pair in planted:
+        if len(usable) == count:
             break
-        clip = rng.choice(pair.clips)
-        if can_be_degraded(clip.audio):
-            planted.append(degraded_pair(f"planted-{len(planted)}", pair.text, clip, len(planted)))
-    return planted
+        if pair.clips[1].degraded is None or can_be_degraded(pair.clips[1].audio):
+            usable.append(pair)
+    return usable
 
 
 def can_be_degraded(path: str) -> bool:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORTER = {  # what a command holds: flags that make it short
     "inference.py --task asr .*--dataset": "--dataset sixty.parquet --max_completion_length 20",
+    "inference.py (?!--task asr).*--num_samples": "--text_file eight.txt",
     "select_rl_data.py": "--dataset sixty.parquet",
     "train_token2text.py": "--steps 2 --batch_size 4",
     "train.py (?!.*sft)": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
@@ -32,6 +33,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "benchmarks/gradient_noise.py": "--batches 2 --draws 1",
 }
 NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
+NEEDS_PEOPLE = re.compile(r"collect_preferences.py --read")
 NEEDS_HOURS = re.compile(r"-m tiny\.|--size real|accelerate launch --|torchrun|vllm")
 PROGRAMS = ("python ", "accelerate ")
 
@@ -45,7 +47,8 @@ def commands_of(page: Path) -> list[str]:
 
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
-PARSED = [command for command in COMMANDS if NEEDS_THE_HUB.search(command) or NEEDS_HOURS.search(command)]
+TOO_LONG = (NEEDS_THE_HUB, NEEDS_HOURS, NEEDS_PEOPLE)
+PARSED = [command for command in COMMANDS if any(reason.search(command) for reason in TOO_LONG)]
 RUN = [command for command in COMMANDS if command not in PARSED]
 
 

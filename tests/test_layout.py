@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
+    "collect_preferences",
     "create_dataset",
     "evaluation",
     "inference",

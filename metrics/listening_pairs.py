@@ -164,11 +164,16 @@ def pair_clips(paths: list[str], rng: random.Random) -> list[ClipPair]:
             both = zip(drawn[::2], drawn[1::2], strict=False)
         text, ref_text, ref_codes = prompt
         for first, second in both:
-            if first.codes is None or first.codes != second.codes:  # else one hears the same twice
+            same_codes = first.codes is not None and first.codes == second.codes
+            if first.audio != second.audio and not same_codes:  # else one hears the same twice
                 codes = None if ref_codes is None else list(ref_codes)
                 pairs.append(ClipPair(str(len(pairs)), text, (first, second), None, ref_text, codes))
     if not pairs:
-        what = "no text has two different clips" if len(paths) == 1 else "the files have no text in common"
+        what = (
+            "no text has two different clips"
+            if len(paths) == 1
+            else "the files have no text in common, or the same clips of it"
+        )
         raise InputError(f"--clips {' '.join(paths)}: {what}. Sample with inference.py --num_samples 2, or two models")
     return pairs
 

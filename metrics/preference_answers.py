@@ -59,12 +59,13 @@ def read_answers(paths: list[str], items: dict[ItemId, dict]) -> Answers:
     for path in paths:
         for number, row in read_rows(path):
             where = f"--read {path}, line {number}"
-            if row.get("choice") not in CHOICES or not isinstance(row.get("rater"), str):
+            is_text = all(isinstance(row.get(name), str) for name in ("page", "item", "rater", "choice"))
+            if not is_text or row["choice"] not in CHOICES:
                 raise InputError(
                     f"{where}: no answer of a listening page. Expected page, item, rater, and a choice of "
                     f"{', '.join(CHOICES)} (got {str(row):.80})"
                 )
-            item, rater = (row.get("page"), row.get("item")), row["rater"].strip()
+            item, rater = (row["page"], row["item"]), row["rater"].strip()
             if item not in items:
                 raise InputError(
                     f"{where}: pair {item[1]!r} of page {item[0]!r} is in none of the keys. Add its key to --pages"

@@ -191,7 +191,8 @@ def test_a_listener_with_keys_reloads_saves_and_is_read_back(page, folder, brows
     key = read_rows(page.with_suffix(".key.jsonl"))
     wanted = [row["better"] or ("none" if row["text"] == "three" else side_of(row, "b")) for row in key]
     anna = Listener(browser, page)
-    assert not anna.element("pair").is_displayed() and anna.element("total").text == "7"
+    assert not anna.element("unkept").is_displayed() and not anna.element("pair").is_displayed()
+    assert anna.element("total").text == "7"
     anna.start("Anna B.")
     for number, (row, choice) in enumerate(zip(key, wanted, strict=True)):
         assert anna.element("counter").text == f"Pair {number + 1} of 7"
@@ -252,6 +253,19 @@ def test_a_listener_with_a_mouse_goes_back_and_another_one_follows(page, folder,
     clara.element("other").click()
     clara.start("Ben")
     assert clara.element("counter").text == "Pair 3 of 7"
+
+
+def test_a_browser_that_keeps_nothing_says_so(page, folder, browser):
+    refuse = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied') }})"
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
+    dora = Listener(browser, page)
+    assert dora.element("unkept").is_displayed()
+    dora.start("Dora")
+    dora.hear_both()
+    dora.press("0")
+    dora.press("s")
+    [answer] = read_rows(dora.saved(folder / "saved", 1))
+    assert answer["choice"] == "none" and dora.element("counter").text == "Pair 2 of 7"
 
 
 # --- Bad input --------------------------------------------------------------------------------------------

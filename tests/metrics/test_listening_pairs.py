@@ -56,6 +56,12 @@ def test_clips_of_the_same_codes_are_no_pair(folder):
         pair_clips([write_rows(folder / "c.jsonl", rows)], random.Random(0))
 
 
+def test_a_list_against_itself_is_no_pair(folder):
+    path = write_rows(folder / "c.jsonl", [clip("one", "0.wav"), clip("one", "1.wav")])
+    with pytest.raises(InputError, match="the files have no text in common, or the same clips of it"):
+        pair_clips([path, path], random.Random(0))
+
+
 def test_truncated_clips_are_in_no_pair(folder, caplog):
     caplog.set_level(logging.INFO)
     rows = [clip("one", f"{i}.wav", truncated=i == 1) for i in range(3)]

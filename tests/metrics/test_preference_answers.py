@@ -139,6 +139,8 @@ def test_reads_answers_of_several_files_once(tmp_path):
     [
         ([answer("0", "C")], r"a.jsonl, line 1: no answer of a listening page.*A, B, none \(got"),
         ([{"text": "a"}], "line 1: no answer of a listening page"),
+        ([answer(["0"])], "line 1: no answer of a listening page"),
+        ([answer("0", ["A"])], "line 1: no answer of a listening page"),
         ([answer("0", rater=None)], "line 1: no answer of a listening page"),
         ([answer("0"), answer("9")], "line 2: pair '9' of page 'p' is in none of the keys. Add its key to --pages"),
         ([answer("0", page="q")], "pair '0' of page 'q' is in none"),

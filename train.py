@@ -1,13 +1,14 @@
-"""Train Llasa with reinforcement learning: GRPO on a Whisper reward (arXiv 2509.18798), DiffRO, or both; or with SFT.
+"""Train Llasa with GRPO on a Whisper reward (arXiv 2509.18798), DiffRO, or both; or with SFT, or DPO on preferences.
 
     accelerate launch train.py --model_name_or_path HKUSTAudio/Llasa-1B-Multilingual --dataset your_dataset.json \\
       --reward_config reward_models/prosody_reward.json --output_dir llasa-grpo-exp1
     python train.py --config configs/tiny.yaml                       # the toy setup, two CPU cores
     python train.py --method sft --dataset tokenized_dataset --output_dir llasa-sft
+    python train.py --method dpo --dataset pairs.jsonl …             # preferences (docs/dpo.md)
     python train.py --method grpo+diffro --token2text token2text …   # with the differentiable reward
     python train.py --task asr --dataset rl_data.parquet …           # speech recognition (arXiv 2509.18569)
 
-Every flag of TRL's GRPOConfig (SFTConfig with --method sft) and ModelConfig is a flag here, and a key of --config.
+Every flag of TRL's GRPOConfig (sft: SFTConfig; dpo: DPOConfig) and ModelConfig is a flag here, and a key of --config.
 
 Differs from textbook GRPO: 1. the policy is confined to speech codes and END, in sampling and scoring alike. 2. Each
 rollout serves one update, so PPO's clip does nothing. 3. The prompts of a run are one long shuffled epoch, so that it
@@ -47,11 +48,13 @@ from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver
 from training.checkpoints import find_checkpoint
 from training.diffro import DiffROTrainer
+from training.dpo_trainer import SpeechDPOTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
 from training.held_out import HeldOutEvaluation
 from training.model_card import model_card
 from training.models import check_vllm_head, load_model, load_rollout_scorer
-from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
+from training.preference_rows import preference_datasets
+from training.recipes import DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
 from training.rows import grpo_dataset, sft_datasets
 
 logger = logging.getLogger("train")
@@ -160,7 +163,32 @@ def sft_trainer(
         )
 
 
+def dpo_trainer(
+    script_args: ScriptArguments, training_args: DPORecipe, model_args: ModelConfig, tokenizer, tokens: SpeechTokens
+) -> SpeechDPOTrainer:
+    train_rows, held_out_rows = preference_datasets(script_args, training_args, tokenizer, tokens)
+    if model_args.model_revision not in (None, "main"):  # the reference model too
+        training_args.model_init_kwargs = {"revision": model_args.model_revision}
+    model = load_model(model_args, tokenizer, tokens, script_args.task)
+    with library_errors_are_input("train.py", ValueError, OSError):
+        return SpeechDPOTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_rows,
+            eval_dataset=held_out_rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            allowed_ids=tokens.answer_ids(script_args.task),
+        )
+
+
+SUPERVISED = {"sft": sft_trainer, "dpo": dpo_trainer}  # without rewards
+
+
 # --- The run ----------------------------------------------------------------------------------------------
+
+
+UNITS = {"sft": "rows", "dpo": "pairs"}  # what a batch is counted in; else rollouts
 
 
 def console_header(
@@ -171,7 +199,7 @@ def console_header(
     millions = f"{size / 1e6:.1f} M" if size < 1e9 else f"{size / 1e9:.2f} B"
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    amount = f"{steps} steps × {batch} {'rows' if rewards is None else 'rollouts'}"
+    amount = f"{steps} steps × {batch} {UNITS.get(script_args.method, 'rollouts')}"
     parts = [f"{script_args.method.upper()} {script_args.task.upper()}", f"{model_name} ({millions})"]
     parts += [f"reward {' + '.join(rewards)}"] if rewards else []
     return " · ".join([*parts, amount, f"logs {args.output_dir}"])
@@ -218,9 +246,9 @@ def main(arguments: recipes.Arguments) -> None:
         tokenizer, tokens = load_tokenizer(policy, script_args.task, model_args.model_revision)
         script_args.codec_id = script_args.codec_id or recorded(policy, "codec_id", DEFAULT_CODEC)
         script_args.whisper = script_args.whisper or recorded(policy, "whisper", DEFAULT_WHISPER)
-        if script_args.method == "sft":
+        if script_args.method in SUPERVISED:
             rewards = None
-            trainer = sft_trainer(script_args, training_args, model_args, tokenizer, tokens)
+            trainer = SUPERVISED[script_args.method](script_args, training_args, model_args, tokenizer, tokens)
         else:
             rewards = load_config(script_args.reward_config, script_args.task)
             trainer = grpo_trainer(script_args, training_args, model_args, rewards, tokenizer, tokens)

@@ -26,6 +26,8 @@ CURVES = (
     ("insertions", "insertions per word"),
     ("deletions", "deletions per word"),
     ("kl", "KL to the reference"),
+    ("rewards/accuracies", "pairs ordered rightly"),
+    ("rewards/margins", "margin of chosen over rejected"),
     ("entropy", "entropy per token"),
     ("loss", "loss"),
 )

@@ -1,76 +1,31 @@
 """The transcripts of inference.py --task asr: a file that is whole or not there, and what an interrupted run left.
 
-Beside `t.jsonl` stands `t.jsonl.run.json`, which says what run it is of, and until all is done `t.jsonl.partial`: a
-line for each finished batch, from which the same command resumes as if it had never stopped, its random state included.
+A resumed run goes on as if it had never stopped: each finished batch is kept with the random state after it.
 """
 
 import base64
-import json
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from common.cli import InputError, write_whole
-from common.run_record import changed_settings, provenance
+from common.resumable_file import ResumableFile
 from speech.policy import Transcript
 
 
-class TranscriptFile:
-    """A .jsonl file, whole once `finish` is called.
+class TranscriptFile(ResumableFile):
+    """A `ResumableFile` of transcripts.
 
     Args:
-        path: of the file.
-        run: JSON; all that decides what the transcripts are.
         device: where they are sampled.
-        overwrite: whether to discard what another run, or this one, has left.
-    Raises:
-        InputError: `path` has transcripts of another run, finished or not, and they are not to be overwritten.
     """
 
     def __init__(self, path: Path, run: dict, device: str, overwrite: bool):
-        self.path, self.run, self.device = path, json.loads(json.dumps(run)), torch.device(device)
-        self.partial = path.with_name(f"{path.name}.partial")
-        self.run_file = path.with_name(f"{path.name}.run.json")
-        self.overwrite = overwrite
-        if not overwrite and (path.exists() or self.partial.exists()):
-            self._check_run()
-
-    def _check_run(self) -> None:
-        try:
-            earlier = json.loads(self.run_file.read_text(encoding="utf-8"))["run"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"--output {self.path}: exists, and no {self.run_file.name} tells what is in it. Use another file, or "
-                "replace it with --overwrite"
-            ) from None
-        changed = changed_settings(earlier, self.run)
-        if changed:
-            raise InputError(
-                f"--output {self.path}: has the transcripts of a run with other {changed}. Use another file, or "
-                "replace them with --overwrite"
-            )
-
-    @property
-    def finished(self) -> bool:
-        return self.path.exists() and not self.overwrite
+        super().__init__(path, run, "transcripts", overwrite)
+        self.device = torch.device(device)
 
     def resume(self) -> list[dict[int, Transcript]]:
-        """The batches that are done, by the rollouts' indices; torch's random state is then that after the last one.
-
-        Starts the record of this run where there are none.
-        """
-        if self.overwrite:
-            self.path.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
-        lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
-        # Without the line that was cut off, if one was
-        write_whole(
-            self.partial, partial(Path.write_text, data="".join(f"{line}\n" for line in lines), encoding="utf-8")
-        )
-        record = json.dumps({**provenance(), "run": self.run}, indent=1, ensure_ascii=False)
-        write_whole(self.run_file, partial(Path.write_text, data=record + "\n", encoding="utf-8"))
-        batches = [json.loads(line) for line in lines]
+        """The batches that are done, by the rollouts' indices; torch's random state is then that after the last one."""
+        batches = self.finished_batches()
         if batches:
             set_random_state(batches[-1]["random_state"], self.device)
         return [{i: Transcript(text, truncated) for i, text, truncated in batch["rollouts"]} for batch in batches]
@@ -78,15 +33,7 @@ class TranscriptFile:
     def add(self, batch: dict[int, Transcript]) -> None:
         """Append a batch that has just been sampled."""
         rollouts = [[i, transcript.text, transcript.truncated] for i, transcript in batch.items()]
-        line = json.dumps({"rollouts": rollouts, "random_state": random_state(self.device)}, ensure_ascii=False)
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def finish(self, records: list[dict]) -> None:
-        """Write the file, a line for each record."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole(self.path, partial(Path.write_text, data=lines, encoding="utf-8"))
-        self.partial.unlink()
+        self.add_batch({"rollouts": rollouts, "random_state": random_state(self.device)})
 
 
 def random_state(device: torch.device) -> str:

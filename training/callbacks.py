@@ -27,6 +27,8 @@ COLUMNS = {
     "frac_hallucination": lambda v: f"hallucinations {100 * v:.1f} %",
     "kl": lambda v: f"KL {v:.3f}",
     "duration_s": lambda v: f"{v:.2f} s",
+    "rewards/accuracies": lambda v: f"pair accuracy {100 * v:.1f} %",
+    "rewards/margins": lambda v: f"margin {v:.3f}",
     "frac_truncated": lambda v: f"truncated {100 * v:.1f} %",
     "mean_token_accuracy": lambda v: f"token accuracy {100 * v:.1f} %",
 }

@@ -29,7 +29,16 @@ from speech.confined_head import ConfinedHead, confine_head
 from training.held_out import HeldOutEvaluation
 
 
-class SpeechGRPOTrainer(GRPOTrainer):
+class OutputsKeepTheirDtype:
+    """For a trainer of TRL's: FSDP2 leaves the model's outputs in the dtype they were computed in."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
+            keep_output_dtype(self.accelerator.state.fsdp_plugin)
+
+
+class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
     """GRPOTrainer for a policy that `confine_head` was applied to.
 
     Args:
@@ -45,11 +54,6 @@ class SpeechGRPOTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None and not self.args.cast_lm_head_to_fp32:
                 score_confined(causal_lm(self.accelerator.unwrap_model(model)), self.temperature)
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        if self.is_fsdp_enabled and self.accelerator.is_fsdp2:
-            keep_output_dtype(self.accelerator.state.fsdp_plugin)
 
     def _generate_single_turn(self, *args, **kwargs):
         if self.use_vllm:  # it computes by itself, and merges LoRA weights in full precision
@@ -132,17 +136,19 @@ def whole_rows(head: ConfinedHead) -> Iterator[tuple[torch.Tensor, torch.Tensor]
         yield weight.full_tensor() if isinstance(weight, DTensor) else weight, bias  # of FSDP2
 
 
-def score_confined(model, temperature: float) -> None:
-    """Have TRL's GRPOTrainer score completions over the head's rows alone, and at the completions' positions alone.
+def score_confined(model, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
+    """Have TRL's trainers score completions over the head's rows alone, and at the completions' positions alone.
 
-    `model(..., labels=, fused_lm_head=True)` is how it asks for log-probs and entropies; its own answer takes every
-    row of the head and, on a CPU, every position of the prompt. Call it after the trainer is built.
+    `model(..., labels=, fused_lm_head=True)` is how GRPOTrainer and DPOTrainer ask for log-probs and entropies; TRL's
+    own answer takes every row of the head and, on a CPU, every position of the prompt. Call it after the trainer is
+    built.
     With `from_head=` the output has `from_head` = from_head(hidden, weight, bias), of the same pass: hidden
     (batch, time − 1, width), which predicts the tokens from the second on, and the head's `whole_rows`.
 
     Args:
         model: the causal LM under PEFT and other wrappers, with a ConfinedHead.
         temperature: of sampling; the logits are divided by it.
+        outputs: what is computed of each token, by TRL's names in `FusedCausalLMOutput`; the others are None.
     """
     forward = model.forward
 
@@ -150,6 +156,7 @@ def score_confined(model, temperature: float) -> None:
     def forward_or_score(*args, labels=None, fused_lm_head=False, from_head=None, **kwargs):
         if not fused_lm_head and from_head is None:
             return forward(*args, **kwargs) if labels is None else forward(*args, labels=labels, **kwargs)
+        kwargs.pop("use_cache", None)  # DPOTrainer says False, and nothing else is of use here
         hidden = _hidden_states(model, args, kwargs, None if from_head else labels)
         head, output = model.get_output_embeddings(), ScoredOutput()
         with whole_rows(head) as (weight, bias):
@@ -157,9 +164,9 @@ def score_confined(model, temperature: float) -> None:
                 output.from_head = from_head(hidden, weight, bias)
             if fused_lm_head:
                 targets = labels[:, 1:]
-                output.log_probs, output.entropy = _token_log_probs(
-                    hidden, weight, bias, targets, head.first_row, temperature
-                )
+                values = _token_values(hidden, weight, bias, targets, head.first_row, temperature, outputs)
+                for name, value in values.items():
+                    setattr(output, name, value)
                 output.label_mask = targets != -100
         return output
 
@@ -181,21 +188,26 @@ def _hidden_states(model, args: tuple, inputs: dict, labels: torch.Tensor | None
     return model.base_model(*args, **inputs, use_cache=False).last_hidden_state[:, :-1]
 
 
-def _token_log_probs(
+TOKEN_VALUES = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the kernel's order
+
+
+def _token_values(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     targets: torch.Tensor,
     first_row: int,
     temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the targets and entropies of their distributions, both (batch, time − 1); 0 where a target is −100.
+    outputs: tuple[str, ...],
+) -> dict[str, torch.Tensor]:
+    """Each of `outputs` at the targets, shape (batch, time − 1); 0 where a target is −100.
 
     Args:
         weight, bias: of the head's allowed rows, the first of which is `first_row` of the vocabulary.
+        outputs: some of TOKEN_VALUES.
     """
     mask = targets != -100
-    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
+    values = ChunkedLogProbFunction.apply(
         hidden[mask],
         weight,
         bias,
@@ -204,11 +216,14 @@ def _token_log_probs(
         _CHUNKED_LOGPROB_CHUNK_SIZE,
         None,  # no softcap and no scale: Llama has neither
         1.0,
-        ("log_probs", "entropy"),
+        outputs,
     )
     # masked_scatter keeps the output connected to the model where no position is scored
-    log_probs, entropy = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy))
-    return log_probs, entropy
+    return {
+        name: value.new_zeros(mask.shape).masked_scatter(mask, value)
+        for name, value in zip(TOKEN_VALUES, values, strict=True)
+        if value is not None
+    }
 
 
 PACKED_FRAC = 0.5  # of the tokens: attention to a packed row costs more than to a causal one

@@ -17,12 +17,14 @@ from speech.tokens import (
 
 METHODS = {
     "sft": "supervised fine-tuning on speech codes",
+    "dpo": "DPO on pairs of preferences, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290), by TRL",
     "grpo": "GRPO, [arXiv 2402.03300](https://arxiv.org/abs/2402.03300), by TRL",
     "diffro": "DiffRO, a differentiable reward, [arXiv 2507.05911](https://arxiv.org/abs/2507.05911)",
     "grpo+diffro": "GRPO and DiffRO combined, [arXiv 2509.18569](https://arxiv.org/abs/2509.18569)",
 }
 TASKS = {"tts": "text to speech", "asr": "speech recognition", "both": "text to speech and speech recognition"}
 FINAL_METRICS = ("reward", "loss", "wer", "nll", "kl", "duration_s", "frac_truncated", "frac_hallucination")
+FINAL_METRICS += ("rewards/accuracies", "rewards/margins")
 PUBLISHED_LICENCE = "cc-by-nc-4.0"  # of HKUSTAudio's Llasa checkpoints
 
 
@@ -59,7 +61,7 @@ def model_card(
 
     Args:
         name: what the card's code loads: a hub id, or the folder.
-        rewards: the reward config; None for SFT.
+        rewards: the reward config; None for SFT and DPO.
         log_history: of the trainer.
     """
     licence = licence_of(base_model)
@@ -86,8 +88,9 @@ def model_card(
     ]
     if metrics:
         table = "\n".join(f"| {key} | {value:.4g} |" for key, value in metrics.items())
+        source = "rollouts" if rewards else "rows"
         parts.append(
-            f"## At the end of training\n\nOf the training's own rollouts, not of held-out texts.\n\n"
+            f"## At the end of training\n\nOf the training's own {source}, not of held-out texts.\n\n"
             f"| metric | value |\n|---|---|\n{table}"
         )
     parts += [_usage(name, task, codec_id, max_length)]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOConfig, ModelConfig, SFTConfig, TrlParser
+from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from common.cli import (
     InputError,
@@ -27,6 +27,9 @@ from reward_models import DEFAULT_CONFIG
 from training.diffro import FILTERS, METHODS
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]  # TRL's
+# TRL's of DPO; exo_pair and robust need --label_smoothing
+DPO_LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"]
+DPO_LOSSES += ["aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 # Of the held-out metrics; of all others lower is better
 HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact")
 # Ranges of numbers that transformers and TRL take unchecked: a NaN among them trains to NaN weights without a word
@@ -64,6 +67,7 @@ GRPO_RANGES = TRAINING_RANGES | {
     "max_completion_length": COUNT,
     "vllm_gpu_memory_utilization": (0, False, 1, True),
 }
+DPO_RANGES = TRAINING_RANGES | {"beta": POSITIVE, "label_smoothing": (0, True, 0.5, False)}
 SCRIPT_RANGES = {
     "diffro_weight": NOT_NEGATIVE,
     "gumbel_temperature": POSITIVE,
@@ -97,8 +101,9 @@ class ScriptArguments:
     method: str = field(
         default="grpo",
         metadata={
-            "help": "training method; diffro is the differentiable reward, sft supervised training",
-            "choices": [*METHODS, "sft"],
+            "help": "training method; diffro is the differentiable reward, sft supervised training, dpo learns from "
+            "pairs of preferences",
+            "choices": [*METHODS, "sft", "dpo"],
         },
     )
     task: str = field(
@@ -254,6 +259,53 @@ class SFTRecipe(SFTConfig):
         super().__post_init__()
 
 
+@dataclass
+class DPORecipe(DPOConfig):
+    """TRL's DPOConfig, with every value that shapes the experiment stated here."""
+
+    output_dir: str = "llasa-dpo"
+    # DPO (arXiv 2305.18290): β = 0.1, the sigmoid loss on log-probs summed over an answer, no label smoothing
+    beta: float = 0.1
+    loss_type: list[str] = field(
+        default_factory=lambda: ["sigmoid"], metadata={"help": f"losses that are summed, of {', '.join(DPO_LOSSES)}"}
+    )
+    label_smoothing: float = 0.0
+    # Ours. There lr 1e-6 and 64 pairs a step, for 100,000s of pairs; a round of preferences is a few hundred
+    # (arXiv 2509.18531, which states neither)
+    learning_rate: float = 5e-6
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    num_train_epochs: float = 1.0
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer together, Llasa's context"})
+    disable_dropout: bool = True  # policy and reference are one model at the start
+    precompute_ref_log_probs: bool = False
+    sync_ref_model: bool = False
+    gradient_checkpointing: bool = True
+    train_sampling_strategy: str = "random"
+    # Bookkeeping
+    bf16: bool | None = None  # filled in; a bool's default_factory is not called by transformers' parser
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    logging_steps: float = 1
+    save_steps: float = 100
+    eval_steps: float = 100
+    save_total_limit: int = 2
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+    seed: int = 0
+
+    def __post_init__(self):
+        check_training(self, DPO_RANGES)
+        fill_in_number_format(self)
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        for loss in self.loss_type:
+            if loss not in DPO_LOSSES:
+                raise InputError(f"--loss_type: must be of {', '.join(DPO_LOSSES)} (got {loss!r})")
+        super().__post_init__()
+
+
 def check_training(args: TrainingArguments, ranges: dict) -> None:
     """Raises InputError for numbers that nothing can be trained with."""
     check_ranges(args, ranges)
@@ -267,7 +319,9 @@ def fill_in_number_format(args: TrainingArguments) -> None:
         args.bf16 = torch.cuda.is_available() and not (args.use_cpu or args.fp16)
 
 
-Arguments = tuple[ScriptArguments, GRPORecipe | SFTRecipe, ModelConfig]
+Recipe = GRPORecipe | SFTRecipe | DPORecipe
+RECIPES = {"sft": SFTRecipe, "dpo": DPORecipe}  # of the other methods GRPORecipe
+Arguments = tuple[ScriptArguments, Recipe, ModelConfig]
 
 # TRL's flags that --help shows beside ours; --help_all has them all
 COMMON_FLAGS = {
@@ -277,14 +331,14 @@ COMMON_FLAGS = {
     "max_steps": "number of optimizer steps; else --num_train_epochs",
     "num_train_epochs": "number of passes over the data set",
     "learning_rate": "learning rate of AdamW",
-    "per_device_train_batch_size": "rollouts (sft: rows) of one forward of the loss",
+    "per_device_train_batch_size": "rollouts (sft: rows, dpo: pairs) of one forward of the loss",
     "gradient_accumulation_steps": "forwards per optimizer step",
     "num_generations": "rollouts per prompt, the group size G",
     "max_length": "tokens of prompt and answer together",
     "max_completion_length": "tokens of an answer (default: 1500 for tts, 30 s; 256 for asr)",
     "temperature": "sampling temperature of the rollouts",
     "multi_objective_aggregation": "normalize_then_sum: each reward is normalised in its group before the sum (GDPO)",
-    "beta": "weight of the KL to the reference policy; 0 drops the reference",
+    "beta": "weight of the KL to the reference policy; 0 drops the reference (dpo: above 0)",
     "bf16": "bfloat16 autocast (default: true on a GPU)",
     "dtype": "dtype of the weights, float32 or (with LoRA) bfloat16",
     "gradient_checkpointing": "recompute activations in the backward pass",
@@ -314,7 +368,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
     argv = _take_debug(argv)
     with bad_input_exits():
         config = _read_config(argv)
-        recipe = SFTRecipe if _method(argv, config) == "sft" else GRPORecipe
+        recipe = RECIPES.get(_method(argv, config), GRPORecipe)
         # A lone --help is answered below, with fewer flags than the parser would print.
         parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=description, usage="train.py [flags]")
         if {"-h", "--help", "--help_all"} & set(argv):
@@ -330,7 +384,9 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         check_ranges(script_args, SCRIPT_RANGES)
         check_ranges(model_args, LORA_RANGES)
         _check_evaluation(script_args, training_args)
-        if script_args.method != "sft":
+        if script_args.method == "dpo" and script_args.task != "tts":
+            raise InputError(f"--task {script_args.task}: for --method dpo tts only, its pairs are of speech")
+        if script_args.method not in RECIPES:
             _fill_in(script_args)
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
             training_args.max_completion_length = longest
@@ -417,7 +473,7 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
     parser.print_help()
 
 
-def _check_machine(training_args: GRPORecipe | SFTRecipe, model_args: ModelConfig) -> None:
+def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
     """Raises InputError for what TRL accepts and this project does not do, or cannot do on this machine."""
     for bits in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, bits):
@@ -434,7 +490,7 @@ def _check_machine(training_args: GRPORecipe | SFTRecipe, model_args: ModelConfi
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
 
 
-def _check_evaluation(script_args: ScriptArguments, training_args: GRPORecipe | SFTRecipe) -> None:
+def _check_evaluation(script_args: ScriptArguments, training_args: Recipe) -> None:
     """Raises InputError for held-out rows that would not be used, and for an evaluation without them."""
     evaluates = training_args.eval_strategy != "no" or training_args.eval_on_start
     if evaluates and not script_args.eval_dataset:

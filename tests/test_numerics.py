@@ -34,7 +34,8 @@ ADAPTERS = {
     "all weights in bfloat16": ["--dtype", "bfloat16"],
     "lora on float32": [*LORA, "--dtype", "float32"],
 }
-TASKS = {"sft": ("tts", "asr"), "grpo": ("tts", "asr"), "diffro": ("tts",), "grpo+diffro": ("tts",)}
+TASKS = {"sft": ("tts", "asr"), "grpo": ("tts", "asr"), "diffro": ("tts",), "grpo+diffro": ("tts",), "dpo": ("tts",)}
+RL = ("grpo", "diffro", "grpo+diffro")  # of rollouts
 CELLS = [(method, task, adapter) for method in TASKS for task in TASKS[method] for adapter in [*ADAPTERS][:3]]
 CELLS += [("grpo", "tts", "all weights in bfloat16"), ("grpo", "tts", "lora on float32")]
 
@@ -95,17 +96,25 @@ class Setup:
             {"text": text, "audio_codes": [(7 * i + 3 * j) % 64 for j in range(30 + 3 * i)]}
             for i, text in enumerate(texts)
         ]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs = [
+            {"text": row["text"], "chosen_codes": row["audio_codes"], "rejected_codes": row["audio_codes"][:20]}
+            for row in rows
+        ]
+        for name, lines in (("rows", rows), ("pairs", pairs)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def flags(self, method: str, task: str, adapter: str) -> list[str]:
         start = self.whole("sft", task, "lora").folder if adapter == "on an sft lora" else self.policy
         flags = ["--method", method, "--task", task, "--model_name_or_path", str(start), *ADAPTERS[adapter]]
-        flags += ["--dataset", str(self.folder / "rows.jsonl"), "--max_steps", "2", "--save_steps", "1"]
+        dataset = self.folder / ("pairs.jsonl" if method == "dpo" else "rows.jsonl")
+        flags += ["--dataset", str(dataset), "--max_steps", "2", "--save_steps", "1"]
         flags += ["--logging_steps", "1", "--learning_rate", "3e-3", "--lr_scheduler_type", "constant"]
         flags += ["--per_device_train_batch_size", str(2 * GROUP), "--gradient_accumulation_steps", "1"]
-        if method != "sft":
+        if method == "dpo":
+            flags += ["--warmup_steps", "0"]  # or the first step changes nothing
+        if method in RL:
             flags += ["--num_generations", str(GROUP), "--max_completion_length", "8", "--sample_steps", "0"]
-        if method != "sft" and task == "tts":
+        if method in RL and task == "tts":
             flags += ["--reward_config", str(self.folder / "duration.json")]
         if "diffro" in method:
             flags += ["--token2text", str(self.folder / "token2text"), "--diffro_filter", "none"]
@@ -128,7 +137,11 @@ def test_two_steps_and_a_resumed_run(setup, tmp_path, method, task, adapter):
     whole = setup.whole(method, task, adapter)
     assert len(whole.log) == 2
     assert all(math.isfinite(entry["loss"]) and 0 < entry["grad_norm"] < math.inf for entry in whole.log)
-    if method != "sft":
+    if method == "dpo":
+        # Policy and reference are one model before the first update, whose two steps see all pairs
+        assert whole.log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and whole.log[0]["rewards/margins"] == 0
+        assert whole.log[1]["rewards/margins"] > 0
+    if method in RL:
         assert whole.log[0]["reward_std"] > 0
         assert abs(whole.log[0]["kl"]) < 1e-3  # policy and reference are one model before the first update
     if "diffro" in method:
@@ -146,7 +159,7 @@ def test_two_steps_and_a_resumed_run(setup, tmp_path, method, task, adapter):
     assert resumed.saved.keys() == whole.saved.keys()
     assert [name for name, weights in whole.saved.items() if not torch.equal(weights, resumed.saved[name])] == []
 
-    if method != "sft":
+    if method in RL:
         difference, cache_dtype = sampled_minus_scored(whole.trainer)
         assert difference.mean() < 0.01 and cache_dtype == torch.bfloat16  # 0.003 at most here; LoRA's dropout: 0.02
 

@@ -24,13 +24,15 @@ class SpeechDPOTrainer(OutputsKeepTheirDtype, DPOTrainer):
 
     def __init__(self, *args, allowed_ids: list[int], **kwargs):
         super().__init__(*args, **kwargs)
-        if self.ref_model is not None:
-            confine_head(self.accelerator.unwrap_model(self.ref_model), allowed_ids)
         outputs = ("log_probs", "entropy", "mean_logits", "is_top1")  # TRL logs the last two
         outputs += ("log_sum_sq_probs",) if self.use_weighting else ()
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                score_confined(causal_lm(self.accelerator.unwrap_model(model)), temperature=1.0, outputs=outputs)
+        score_confined(causal_lm(self.accelerator.unwrap_model(self.model)), temperature=1.0, outputs=outputs)
+        if self.ref_model is not None:
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            confine_head(reference, allowed_ids)
+            score_confined(reference, temperature=1.0, outputs=outputs)
+            # accelerate has prepared it already, and its autocast went with the forward that was replaced
+            reference.forward = self.accelerator.autocast()(reference.forward)
 
     def _prepare_dataset(self, dataset: Dataset, *_) -> Dataset:
         return dataset

@@ -12,6 +12,7 @@ SCRIPTS = {
     "evaluation",
     "inference",
     "reward_whisper",
+    "sample_preferences",
     "select_rl_data",
     "train",
     "train_token2text",

@@ -217,6 +217,39 @@ def test_sft_trains_on_speech_alone(tmp_path):
     assert (tmp_path / "run.json").exists()
 
 
+def test_dpo_moves_every_parameter_and_leaves_what_the_other_methods_do(tmp_path):
+    pairs = [{"text": "Anna found two boxes.", "chosen_codes": [i, i + 1, 7], "rejected_codes": [i]} for i in range(4)]
+    flags = ["--method", "dpo", "--model_name_or_path", "tiny/llasa", "--max_steps", "2", "--warmup_steps", "0"]
+    flags += ["--dataset", write_rows(tmp_path / "pairs.jsonl", pairs), "--eval_strategy", "steps", "--eval_steps", "2"]
+    flags += ["--eval_dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "run")]
+    train.main(train.parse_args(flags))
+    before, after = Policy.from_pretrained("tiny/llasa").model.state_dict(), weights(tmp_path / "run")
+    assert [name for name in after if torch.equal(before[name], after[name])] == []
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["rewards/margins"] == 0 and log[1]["rewards/margins"] > 0
+    assert log[2]["eval_rewards/accuracies"] == 1 and log[2]["eval_loss"] < log[0]["loss"]
+    run_json = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run_json["codec_id"] == "tiny/codec" and run_json["recipe"]["beta"] == 0.1 and run_json["reward"] is None
+    assert "DPO on pairs of preferences" in (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "run" / "reward_curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([{"text": "Hi.", "audio_codes": [1]}], "no column 'chosen_codes'"),
+        ([{"text": "Hi.", "chosen_codes": [4096], "rejected_codes": [1]}], "row 0: chosen_codes must be"),
+        ([{"text": "Hi.", "chosen_codes": [1], "rejected_codes": [1]}], "none of the 1 pairs can be used"),
+    ],
+)
+def test_bad_pairs_of_dpo(pairs, message, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(train, "load_model", None)  # refused before
+    flags = ["--method", "dpo", "--model_name_or_path", "tiny/llasa", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse_args([*flags, "--dataset", write_rows(tmp_path / "pairs.jsonl", pairs)]))
+    assert stop.value.code == 2 and message in caplog.text + capsys.readouterr().err
+
+
 def test_asr_moves_every_parameter_and_logs_its_rules(tmp_path):
     flags = ["--config", "configs/tiny_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
     flags += ["--per_device_train_batch_size", "16", "--sample_steps", "1"]
@@ -297,7 +330,7 @@ def test_bad_input(tmp_path, capsys, caplog):
     assert "cannot write" in refused(capsys, caplog, "--output_dir", str(tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("method", ["grpo", "sft"])
+@pytest.mark.parametrize("method", ["grpo", "sft", "dpo"])
 def test_zero_3_is_refused_before_anything_is_loaded(method, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(SystemExit):

@@ -26,7 +26,14 @@ def folder(tmp_path_factory):
 
 def dpo_trainer(folder, *flags: str):
     """The trainer that train.py would run."""
-    given = ["--method", "dpo", "--model_name_or_path", str(folder / "policy"), "--dataset", str(folder / "pairs.jsonl")]
+    given = [
+        "--method",
+        "dpo",
+        "--model_name_or_path",
+        str(folder / "policy"),
+        "--dataset",
+        str(folder / "pairs.jsonl"),
+    ]
     given += ["--output_dir", str(folder / "run"), "--use_cpu", "true", "--gradient_checkpointing", "false"]
     script_args, training_args, model_args = train.parse_args([*given, *flags])
     tokenizer, tokens = train.load_tokenizer(str(folder / "policy"))
@@ -103,7 +110,7 @@ def test_the_reference_may_say_what_the_policy_may(folder):
 
 
 def test_reference_log_probs_computed_beforehand(folder):
-    """--precompute_ref_log_probs true keeps no reference in memory; its numbers are those of the policy at the start."""
+    """--precompute_ref_log_probs true keeps no reference in memory; its numbers are those of the start."""
     trainer = dpo_trainer(folder, "--precompute_ref_log_probs", "true")
     assert trainer.ref_model is None
     batch = trainer.data_collator(list(trainer.train_dataset))

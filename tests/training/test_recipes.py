@@ -8,7 +8,7 @@ from transformers import TrainingArguments, training_args
 
 import train
 from common.cli import InputError
-from training.recipes import MAX_COMPLETION_LENGTH, GRPORecipe, ScriptArguments, SFTRecipe
+from training.recipes import MAX_COMPLETION_LENGTH, DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
 
 
 def shown(capsys, *flags: str) -> str:
@@ -32,6 +32,7 @@ def test_help_all_shows_trls_flags_too(capsys):
     text = shown(capsys, "--help_all")
     assert "--adam_beta1" in text and "--epsilon_high" in text and "--dataset " in text
     assert "--packing" in shown(capsys, "--method", "sft", "--help_all")
+    assert "--label_smoothing" in shown(capsys, "--method", "dpo", "--help_all")
 
 
 def test_the_two_ways_to_name_a_config_file():
@@ -56,7 +57,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(TrainingArguments, "distributed_state", None, raising=False)
 
 
-@pytest.mark.parametrize("method", ["grpo", "sft"])
+@pytest.mark.parametrize("method", ["grpo", "sft", "dpo"])
 def test_a_gpu_computes_in_bfloat16_without_a_flag(gpu, method):
     def formats(*flags: str) -> tuple[bool, bool, str]:
         _, args, model_args = train.parse_args(["--method", method, *flags])
@@ -69,10 +70,10 @@ def test_a_gpu_computes_in_bfloat16_without_a_flag(gpu, method):
 
 
 def test_a_cpu_computes_in_float32_without_a_flag():
-    assert [train.parse_args(["--method", method])[1].bf16 for method in ("grpo", "sft")] == [False, False]
+    assert [train.parse_args(["--method", method])[1].bf16 for method in ("grpo", "sft", "dpo")] == [False] * 3
 
 
-@pytest.mark.parametrize("recipe", [ScriptArguments, GRPORecipe, SFTRecipe])
+@pytest.mark.parametrize("recipe", [ScriptArguments, GRPORecipe, SFTRecipe, DPORecipe])
 def test_no_switch_has_a_default_that_the_parser_ignores(recipe):
     """transformers' parser takes False for a bool with a default_factory: bf16 was off on every GPU."""
     assert [one.name for one in fields(recipe) if one.type in (bool, "bool") and one.default is MISSING] == []
@@ -111,7 +112,7 @@ def test_a_broken_config_file_is_named_whatever_else_is_given(tmp_path, caplog):
     ("content", "message"),
     [
         ("task: foo", "task must be one of tts, asr, both (got 'foo')"),
-        ("method: sftt", "method must be one of grpo, diffro, grpo+diffro, sft (got 'sftt')"),
+        ("method: sftt", "method must be one of grpo, diffro, grpo+diffro, sft, dpo (got 'sftt')"),
     ],
 )
 def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_path, caplog):
@@ -120,6 +121,31 @@ def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_
     with pytest.raises(SystemExit):
         train.parse_args(["--config", str(config)])
     assert f"{config}: {message}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta", "0"], "--beta: must be in (0, inf) (got 0.0)"),
+        (["--label_smoothing", "0.5"], "--label_smoothing: must be in [0, 0.5) (got 0.5)"),
+        (["--loss_type", "sigmoid", "sigmod"], "--loss_type: must be of sigmoid, hinge"),
+        (["--learning_rate", "nan"], "--learning_rate: must be in [0, inf) (got nan)"),
+        (["--task", "asr"], "--task asr: for --method dpo tts only"),
+        (["--num_generations", "4"], "unknown flag --num_generations"),
+    ],
+)
+def test_values_that_dpo_refuses(flags, message, caplog):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--method", "dpo", *flags])
+    assert stop.value.code == 2 and message in caplog.text
+
+
+def test_losses_of_dpo_from_a_config_file(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("method: dpo\nloss_type: [sigmoid, sft]\nloss_weights: [1.0, 0.2]\n")
+    assert train.parse_args(["--config", str(config)])[1].loss_type == ["sigmoid", "sft"]
+    config.write_text("method: dpo\nloss_type: ipo\n")
+    assert train.parse_args(["--config", str(config)])[1].loss_type == ["ipo"]
 
 
 def test_one_label_in_a_config_file_is_a_list_of_one(tmp_path):

@@ -1,0 +1,159 @@
+"""sample_preferences.py on the toy policy: pairs by their scores, a resumed run, and what is refused."""
+
+import doctest
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample_preferences
+from sample_preferences import best_and_worst, make_pairs, weighted_scores
+from speech.policy import Policy, load_tokenizer
+from speech.tokens import tts_prompt
+from training.preference_rows import preference_rows
+
+TEXTS = [json.loads(line)["text"] for line in Path("tiny/texts/train.jsonl").read_text().splitlines()[:6]]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return load_tokenizer("tiny/llasa")[1]
+
+
+@pytest.fixture
+def inputs(tmp_path) -> list[str]:
+    """Six texts, one of them after a voice prompt, and a reward that needs no model."""
+    rows = [{"text": text, "ref_text": None, "ref_codes": None} for text in TEXTS]
+    rows[0] |= {"ref_text": "Go.", "ref_codes": [1, 2, 3]}
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "duration.json").write_text('{"duration": {"weight": 2.0}}')
+    flags = ["--model_name_or_path", "tiny/llasa", "--dataset", str(tmp_path / "texts.jsonl"), "--num_samples", "4"]
+    flags += ["--reward_config", str(tmp_path / "duration.json"), "--max_completion_length", "80", "--batch_size", "8"]
+    return [*flags, "--min_margin", "0.01"]
+
+
+def run(flags: list[str], output: Path) -> list[dict]:
+    sample_preferences.main(sample_preferences.parse_args([*flags, "--output", str(output)]))
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_pairs_of_a_policy_are_what_dpo_reads(inputs, tmp_path, caplog):
+    pairs = run(inputs, tmp_path / "pairs.jsonl")
+    assert 3 <= len(pairs) <= len(TEXTS)
+    for pair in pairs:
+        assert pair["text"] == TEXTS[int(pair["id"])]
+        assert pair["chosen_codes"] != pair["rejected_codes"]
+        assert pair["chosen_score"] - pair["rejected_score"] >= 0.01
+        assert (pair["source"], pair["rater"]) == ("machine", str(tmp_path / "duration.json"))
+    assert [pair["id"] for pair in pairs if "ref_codes" in pair] in ([], ["0"])
+    assert "6 texts × 4 rollouts, mean score -0." in caplog.text and f": {len(pairs)} pairs; left out" in caplog.text
+    from common.dataset_io import load_any_dataset
+
+    rows = load_any_dataset(str(tmp_path / "pairs.jsonl"))
+    assert len(preference_rows(rows, "pairs", *load_tokenizer("tiny/llasa"), 512)) == len(pairs)
+
+
+def test_a_resumed_run_writes_the_same_file(inputs, tmp_path, monkeypatch):
+    run(inputs, tmp_path / "whole.jsonl")
+    answer, calls = Policy.answer, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(Policy, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(inputs, tmp_path / "killed.jsonl")
+    assert not (tmp_path / "killed.jsonl").exists()
+    with (tmp_path / "killed.jsonl.partial").open("a") as file:
+        file.write('{"pairs": [{"id"')  # the line that was being written
+    run(inputs, tmp_path / "killed.jsonl")
+    assert len(calls) == 4, "two batches of two texts, one interrupted, and that one again"
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    run(inputs, tmp_path / "killed.jsonl")
+    assert len(calls) == 4, "complete already"
+    other = [*inputs, "--seed", "1"]
+    with pytest.raises(SystemExit) as stop:
+        run(other, tmp_path / "killed.jsonl")
+    assert stop.value.code == 2
+    run([*other, "--overwrite"], tmp_path / "killed.jsonl")
+    assert (tmp_path / "killed.jsonl").read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_texts_are_drawn_by_the_seed(inputs, tokens):
+    def drawn(seed: str) -> list[str]:
+        args = sample_preferences.parse_args([*inputs, "--num_texts", "3", "--seed", seed, "--output", "x.jsonl"])
+        return [row["text"] for row in sample_preferences.read_rows(args, tokens.num_codes)]
+
+    draws = [drawn(seed) for seed in "01234"]
+    assert drawn("0") == draws[0] and len({tuple(texts) for texts in draws}) > 1
+    assert all(len(set(texts)) == 3 and texts == sorted(texts, key=TEXTS.index) for texts in draws)
+
+
+def test_best_and_worst():
+    assert doctest.testmod(sample_preferences).attempted == 2 and doctest.testmod(sample_preferences).failed == 0
+    assert best_and_worst([0.5, 0.5], 0.0) is None  # no margin at all
+    assert best_and_worst([math.nan, 0.5], 0.0) is None
+    assert best_and_worst([1.0, 0.0, 1.0, 0.0], 1.0) == (0, 1)
+
+
+def test_scores_are_the_weighted_sum():
+    rewards = [lambda completion_ids, **_: [1.0, 2.0], lambda completion_ids, **_: [0.5, None]]
+    scores = weighted_scores(rewards, [2.0, 4.0], {"completion_ids": [[1], [2]]})
+    assert scores[0] == 2 * 1.0 + 4 * 0.5 and math.isnan(scores[1])
+
+
+def test_rollouts_without_an_end_or_without_codes_are_in_no_pair(tokens):
+    ids, end = tokens.ids, tokens.end_id
+    row = {"id": "0", "text": "Go.", "prompt": tts_prompt("Go."), "voice": {}}
+    completions = [ids([1]), [end], [*ids([2]), end], [*ids([3]), end]]  # truncated, empty, and two that count
+    completions += [ids([1]), [end], ids([2]), [*ids([3]), end]]
+    scores = np.asarray([0.0, 0.0, 0.3, 0.8, 0.0, 0.0, 1.0, 0.5])
+    [pair], outcomes = make_pairs([row, row], completions, scores, tokens, 0.1, "r.json")
+    assert (pair["chosen_codes"], pair["rejected_codes"]) == ([3], [2])
+    assert outcomes == Counter(pairs=1, too_few=1)
+    pairs, outcomes = make_pairs([row], completions[:4], scores[:4], tokens, 0.6, "r.json")
+    assert pairs == [] and outcomes == Counter(too_close=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_samples", "1"], "--num_samples: must be >= 2 (got 1)"),
+        (["--temperature", "0"], "--temperature: must be above 0"),
+        (["--min_margin", "nan"], "--min_margin: must be finite and >= 0 (got nan)"),
+        (["--num_texts", "0"], "--num_texts: must be >= 1 (got 0)"),
+        (["--output", "pairs.csv"], "not a .jsonl file"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl: no such dataset"),
+        (["--reward_config", "nowhere.json"], "nowhere.json: no such reward config"),
+        (["--reward_config", "reward_models/asr_rules.json"], "asr_rules is a reward of --task asr"),
+        (["--reward_config", "reward_models/token2text.json"], "the reward token2text needs --token2text"),
+        (["--model_name_or_path", "nowhere/at/all"], "no such model"),
+        (["--max_length", "60"], "is too long"),
+        (["--seed", "-1"], "--seed: must be in"),
+    ],
+)
+def test_bad_input(flags, message, inputs, tmp_path, caplog):
+    with pytest.raises(SystemExit) as stop:
+        sample_preferences.main(
+            sample_preferences.parse_args([*inputs, "--output", str(tmp_path / "pairs.jsonl"), *flags])
+        )
+    assert stop.value.code == 2 and message in caplog.text
+
+
+def test_a_text_that_cannot_be_scored_is_named(inputs, tmp_path, caplog):
+    (tmp_path / "bad.jsonl").write_text('{"text": "Go."}\n{"text": "?!"}\n')
+    with pytest.raises(SystemExit):
+        run([*inputs, "--dataset", str(tmp_path / "bad.jsonl")], tmp_path / "pairs.jsonl")
+    assert "bad.jsonl, row 1: reference text '?!' is empty" in caplog.text
+
+
+def test_no_pair_at_all_is_an_exit_code(inputs, tmp_path, caplog):
+    with pytest.raises(SystemExit) as stop:
+        run([*inputs, "--min_margin", "99"], tmp_path / "pairs.jsonl")
+    assert stop.value.code == 1 and "Lower --min_margin" in caplog.text and not (tmp_path / "pairs.jsonl").exists()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluation
 import inference
+import sample_preferences
 import select_rl_data
 import train
 import train_token2text
@@ -26,10 +27,12 @@ SCRIPTS = {
     "train": (train, "--config configs/tiny.yaml --max_steps 1"),
     "sft": (train, "--config configs/tiny_sft.yaml --model_name_or_path tiny/llasa --max_steps 1"),
     "asr": (train, "--config configs/tiny_asr.yaml --max_steps 1"),
+    "dpo": (train, "--method dpo --model_name_or_path tiny/llasa --dataset pairs.jsonl --max_steps 1"),
     "token2text": (train_token2text, "--dataset tiny/asr/heldout.parquet --num_codes 4096"),
     "inference": (inference, "--model_name_or_path tiny/llasa --text Hi."),
     "transcribe": (inference, "--task asr --model_name_or_path tiny/llasa_asr"),
     "evaluation": (evaluation, "--models tiny/llasa --texts tiny/texts/heldout.txt"),
+    "sample": (sample_preferences, "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl"),
     "select": (select_rl_data, "--dataset tiny/asr/heldout.parquet --select random --num 4"),
 }
 
@@ -38,7 +41,7 @@ def refusal(script: str, flags: list[str], capsys, caplog, output: Path) -> str:
     """The message of a script that ends with exit code 2; `output` must not have been made."""
     module, given = SCRIPTS[script]
     where = {"select": str(output / "rows.parquet"), "transcribe": str(output / "t.jsonl")}
-    where |= {"inference": str(output / "x.wav")}
+    where |= {"inference": str(output / "x.wav"), "sample": str(output / "pairs.jsonl")}
     flag = "--output" if script in where else "--output_dir"
     caplog.clear()
     with pytest.raises(SystemExit) as stop:
@@ -50,7 +53,7 @@ def refusal(script: str, flags: list[str], capsys, caplog, output: Path) -> str:
 
 NAN = ("nan", "inf", "-1")
 NUMBERS = {
-    ("train", "sft"): {
+    ("train", "sft", "dpo"): {
         **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), NAN),
         **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps"), ("0", "-1")),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), ("nan", "1")),
@@ -78,6 +81,15 @@ NUMBERS = {
         "loss_type": ("foo",),
         "scale_rewards": ("foo",),
         "multi_objective_aggregation": ("foo",),
+    },
+    ("dpo",): {"beta": ("0", *NAN), "label_smoothing": ("0.5", *NAN), "loss_type": ("foo",)},
+    ("sample",): {
+        "temperature": ("0", *NAN),
+        "top_p": ("0", "nan", "1.1"),
+        "min_margin": NAN,
+        **dict.fromkeys(("batch_size", "max_length", "max_completion_length", "num_texts"), ("0",)),
+        "num_samples": ("1",),
+        "seed": ("-1", "4294967296"),
     },
     ("token2text",): {
         **dict.fromkeys(("learning_rate", "ctc_weight", "label_weight", "embedding_noise"), NAN),

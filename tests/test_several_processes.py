@@ -46,6 +46,8 @@ class Setup:
         codes = [[(7 * i + 3 * j) % NUM_CODES for j in range(10 + i)] for i in range(len(texts))]
         rows = [{"text": text, "audio_codes": speech} for text, speech in zip(texts, codes, strict=True)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs = [{"text": row["text"], "chosen_codes": row["audio_codes"], "rejected_codes": [1, 2, 3]} for row in rows]
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         (folder / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
 
     def flags(self, output_dir: Path, *flags: str, accumulated: int = 2) -> list[str]:
@@ -53,7 +55,7 @@ class Setup:
         given = ["--model_name_or_path", self.folder / "policy", "--dataset", self.folder / "rows.jsonl"]
         given += ["--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
         given += ["--gradient_accumulation_steps", accumulated, "--use_cpu", "true", "--disable_tqdm", "true"]
-        if "sft" not in flags:
+        if not {"sft", "dpo"} & set(flags):
             given += ["--token2text", self.folder / "token2text", "--reward_config", self.folder / "reward.json"]
             given += ["--num_generations", "4", "--max_completion_length", "12", "--sample_steps", "0"]
             given += ["--diffro_filter", "none"]
@@ -63,10 +65,12 @@ class Setup:
         return {"flags": self.flags(folder, *flags), "fixed": fixed, "environment": environment or {}}
 
     def launch(self, config: str, more: list[tuple]) -> Path:
-        """FIXED_RUNS, SFT, and `more` as (name, environment, *flags), in two processes; the folder of their folders."""
+        """FIXED_RUNS, SFT, DPO, and `more` (name, environment, *flags), in two processes: their folders' folder."""
         out = self.folder / config
         runs = [self.one(out / name, True, None, *FIXED, *flags) for name, flags in FIXED_RUNS.items()]
         runs.append(self.one(out / "sft", False, None, *FIXED, "--method", "sft"))
+        pairs = ["--dataset", self.folder / "pairs.jsonl", "--warmup_steps", "0", "--bf16", "false"]
+        runs.append(self.one(out / "dpo", False, None, *FIXED, "--method", "dpo", *pairs))
         runs += [self.one(out / name, False, environment, *flags) for name, environment, *flags in more]
         (self.folder / f"{config}.json").write_text(json.dumps(runs))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
@@ -80,7 +84,7 @@ class Setup:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        assert done.stderr.count("memory: about") == len(runs) - 1, "once a run of RL, not once a process"
+        assert done.stderr.count("memory: about") == len(runs) - 2, "once a run of RL, not once a process"
         return out
 
 
@@ -164,10 +168,13 @@ def test_two_processes_learn_what_one_does(setup, alone, ddp, name):
             assert entries[0][key] == pytest.approx(entries[1][key], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*FIXED_RUNS, "sft"])
+@pytest.mark.parametrize("name", [*FIXED_RUNS, "sft", "dpo"])
 def test_fsdp2_learns_what_ddp_does(setup, ddp, fsdp2, name):
     assert largest_difference(weights(fsdp2 / name), weights(ddp / name)) < 1e-6
-    if name != "sft":
+    if name == "dpo":
+        assert distance_moved(setup, ddp / name) > 1e-4
+        assert logged(fsdp2 / name)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if name in FIXED_RUNS:
         assert seen(ddp / name)["distributed_type"] == "MULTI_CPU" and not seen(ddp / name)["sharded"]
         assert seen(fsdp2 / name)["distributed_type"] == "FSDP" and seen(fsdp2 / name)["sharded"]
 

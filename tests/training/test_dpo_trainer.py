@@ -109,9 +109,10 @@ def test_the_reference_may_say_what_the_policy_may(folder):
     assert heads[0] is not heads[1] and torch.equal(heads[0].bias, heads[1].bias)
 
 
-def test_reference_log_probs_computed_beforehand(folder):
+@pytest.mark.parametrize("adapter", [[], ["--use_peft", "true", "--lora_r", "2"]], ids=["all weights", "lora"])
+def test_reference_log_probs_computed_beforehand(folder, adapter):
     """--precompute_ref_log_probs true keeps no reference in memory; its numbers are those of the start."""
-    trainer = dpo_trainer(folder, "--precompute_ref_log_probs", "true")
+    trainer = dpo_trainer(folder, "--precompute_ref_log_probs", "true", *adapter)
     assert trainer.ref_model is None
     batch = trainer.data_collator(list(trainer.train_dataset))
     log_probs = scored(trainer, batch).sum(1)

@@ -31,7 +31,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "benchmarks/reward.py": "--threads 1 --repeats 1 --rollouts 8",
     "benchmarks/rollout.py": "--threads 1 --repeats 1 --rollouts 8 --codes 40 --no-growth",
     "benchmarks/train_step.py": "--threads 1 --repeats 1 --steps 1 --per_device_train_batch_size 8",
-    "benchmarks/readiness.py": "--steps 1",
+    "benchmarks/readiness.py": "--steps 2",
     "benchmarks/gradient_noise.py": "--batches 2 --draws 1",
 }
 NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")

@@ -14,7 +14,11 @@ from pathlib import Path
 from common.cli import InputError, unknown_key
 from reward_models.asr_rules import AsrRulesReward
 from reward_models.diversity import DiversityReward
+from reward_models.emphasis import EmphasisReward
+from reward_models.pauses import PausesReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
+from reward_models.question import QuestionReward
+from reward_models.rate import RateReward
 from reward_models.token2text import Token2TextReward
 from reward_models.whisper import WhisperReward
 
@@ -25,6 +29,10 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
         "duration": DurationReward,
         "log_f0_spread": LogF0SpreadReward,
         "diversity": DiversityReward,
+        "emphasis": EmphasisReward,
+        "question": QuestionReward,
+        "pauses": PausesReward,
+        "rate": RateReward,
     },
     "asr": {"asr_rules": AsrRulesReward},
 }
@@ -89,7 +97,7 @@ def _without_weight(parameters: dict[str, float]) -> dict[str, float]:
 
 
 def models_needed(config: RewardConfig, task: str) -> set[str]:
-    """Which of "codec", "whisper" and "token2text" the rewards of a config score with."""
+    """Which of "codec", "whisper", its "word_times", and "token2text" the rewards of a config score with."""
     return {model for name in config for model in REWARDS[task][name].needs}
 
 

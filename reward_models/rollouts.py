@@ -13,6 +13,7 @@ from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 from speech.measures import is_repetitive, log_f0_std
+from speech.pitch import PitchTrack, pitch_track
 from speech.tokens import CODES_PER_SECOND, SpeechTokens
 from speech.whisper_scorer import Score, WhisperScorer
 
@@ -55,6 +56,7 @@ class Rollouts:
         self.codes = [codes for codes, _ in parsed]
         self.truncated = [truncated for _, truncated in parsed]
         self._log_f0_cache: dict[int, float] = {}
+        self._pitch_cache: dict[int, PitchTrack] = {}
 
     @cached_property
     def wavs(self) -> list[np.ndarray]:
@@ -62,7 +64,7 @@ class Rollouts:
 
     @cached_property
     def scores(self) -> list[Score]:
-        return self.models.whisper.score(self.wavs, self.texts, self.languages)
+        return self.models.whisper.score(self.wavs, self.texts, self.languages, word_times=self.models.word_times)
 
     @cached_property
     def text_log_probs(self) -> list[float]:
@@ -88,6 +90,12 @@ class Rollouts:
             audible = audio_failure(self.wavs[i]) is None
             self._log_f0_cache[i] = log_f0_std(self.wavs[i]) if audible else float("nan")
         return self._log_f0_cache[i]
+
+    def pitch_track(self, i: int) -> PitchTrack:
+        """Of rollout i, which has not failed."""
+        if i not in self._pitch_cache:
+            self._pitch_cache[i] = pitch_track(self.wavs[i])
+        return self._pitch_cache[i]
 
     def grouped(self, values: list[float]) -> np.ndarray:
         """One value per rollout as an array of shape (prompts, group_size)."""
@@ -137,6 +145,7 @@ class SpeechRolloutScorer:
         group_size: number of rollouts of one prompt.
         offload: keep codec and Whisper on the CPU, and on their device only while they score; each move copies all
             their weights.
+        word_times: whether the scores have the words' times.
     Raises:
         InputError: the codec's or the token-to-text model's codebook is not the policy's.
     """
@@ -149,6 +158,7 @@ class SpeechRolloutScorer:
         group_size: int,
         offload: bool = False,
         token2text: Token2Text | None = None,
+        word_times: bool = False,
     ):
         if codec is None and whisper is not None:
             raise ValueError("whisper: it scores decoded audio and needs a codec (got None). Pass a codec as well")
@@ -160,6 +170,7 @@ class SpeechRolloutScorer:
         self.codec = codec
         self.whisper = whisper
         self.token2text = token2text
+        self.word_times = word_times
         self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None

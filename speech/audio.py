@@ -126,7 +126,12 @@ def split_at_pauses(wav: np.ndarray, window: int) -> list[np.ndarray]:
     Returns:
         At least one piece.
     """
-    pieces = []
+    return [piece for _, piece in cut_at_pauses(wav, window)]
+
+
+def cut_at_pauses(wav: np.ndarray, window: int) -> list[tuple[int, np.ndarray]]:
+    """The pieces of `split_at_pauses`, each with its first sample's place in the waveform."""
+    pieces, start = [], 0
     while len(wav) > window:
         if len(wav) > 1.6 * window:
             low, high = int(0.8 * window), window
@@ -136,7 +141,7 @@ def split_at_pauses(wav: np.ndarray, window: int) -> list[np.ndarray]:
         width = min(PAUSE_FRAMES, len(frames))
         energy = np.convolve(np.square(frames, dtype=np.float64).sum(axis=1), np.ones(width), mode="valid")
         cut = low + int((energy.argmin() + width / 2) * FRAME)
-        pieces.append(wav[:cut])
-        wav = wav[cut:]
-    pieces.append(wav)
-    return [piece for piece in pieces if audio_failure(piece) is None] or pieces[:1]
+        pieces.append((start, wav[:cut]))
+        wav, start = wav[cut:], start + cut
+    pieces.append((start, wav))
+    return [(start, piece) for start, piece in pieces if audio_failure(piece) is None] or pieces[:1]

@@ -54,6 +54,18 @@ _DIMENSIONS = {
     "decoder_attention_heads": ("n_text_head",),
     "decoder_layers": ("n_text_layer",),
 }
+# Layers and width of the decoder → OpenAI's name
+_SIZES = {
+    (4, 384): "tiny",
+    (6, 512): "base",
+    (12, 768): "small",
+    (24, 1024): "medium",
+    (32, 1280): "large",
+    (4, 1280): "large-v3-turbo",
+}
+# How far the attention of a model runs behind the speech (ahead of it, where negative), in s; measured on clips with
+# known word times (docs/rewards.md)
+_ATTENTION_LAG_S = {"tiny.en": 0.06, "base": -0.08}
 
 
 def load_whisper(name_or_path: str | os.PathLike) -> whisper.Whisper:
@@ -184,7 +196,33 @@ def build_whisper(dims: dict[str, int], state: dict[str, torch.Tensor], name: st
     refuse(name, "of another shape", [key for key in expected if shapes[key] != expected[key].shape])
     refuse(name, "NaN or infinite", [key for key, weight in state.items() if not weight.isfinite().all()])
     model.load_state_dict(state)
+    set_alignment_heads(model)
     return model
+
+
+def set_alignment_heads(model: whisper.Whisper) -> None:
+    """Give a model of one of OpenAI's sizes the heads that follow the audio in OpenAI's weights of that size.
+
+    `whisper.load_model` knows them by a model's name. A model of another size keeps the library's default, all heads
+    of the upper half of the decoder. large-v1 and large-v2 are of one size: v2's.
+    """
+    size = openai_size(model.dims)
+    if size is not None:
+        model.set_alignment_heads(whisper._ALIGNMENT_HEADS[size])
+
+
+def openai_size(dims: whisper.ModelDimensions) -> str | None:
+    """OpenAI's name of the model of these dimensions, such as 'tiny.en'; None for another size."""
+    size = _SIZES.get((dims.n_text_layer, dims.n_text_state))
+    if size == "large":
+        return "large-v3" if dims.n_mels == 128 else "large-v2"
+    has_english = size in ("tiny", "base", "small", "medium")
+    return f"{size}.en" if has_english and dims.n_vocab == 51_864 else size
+
+
+def attention_lag_s(dims: whisper.ModelDimensions) -> float:
+    """How far the alignment heads of a model run behind the speech, in s; 0 where nobody has measured it."""
+    return _ATTENTION_LAG_S.get(openai_size(dims), 0.0)
 
 
 def refuse(name: str, problem: str, keys: list[str]) -> None:

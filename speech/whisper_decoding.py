@@ -17,6 +17,8 @@ import torch.nn.functional as F
 import whisper
 from whisper.decoding import DecodingTask
 
+from speech.word_times import token_frames
+
 # Positions whose logits exist at a time: 13 MB of float32. Below 32, a CPU waits for the token embedding (20 MB in
 # tiny/, 265 MB in large-v3) to be read; from 160 on, 32 MiB, glibc maps fresh pages at every allocation.
 LOGIT_ROWS = 64
@@ -31,6 +33,8 @@ class Reading:
     tokens: list[int]  # without the end-of-text
     nll: float  # nats, summed over `nll_tokens` tokens
     nll_tokens: int  # length of the draft and its end-of-text, or as many as the decoder's context can predict
+    # Of the same tokens, the encoder position at which each begins; None unless asked for
+    frames: list[int] | None = None
 
 
 class WindowReader:
@@ -49,19 +53,26 @@ class WindowReader:
         self.forbidden_first, self.forbidden = (row.isinf().nonzero()[:, 0] for row in forbidden)
 
     @torch.inference_mode()
-    def read(self, features: torch.Tensor, drafts: list[list[int]], max_tokens: list[int]) -> list[Reading]:
+    def read(
+        self,
+        features: torch.Tensor,
+        drafts: list[list[int]],
+        max_tokens: list[int],
+        num_frames: list[int] | None = None,
+    ) -> list[Reading]:
         """Each window's greedy transcript, which is the same with any draft, and the NLL of its draft.
 
         Args:
             features: the encoder's, shape (windows, n_audio_ctx, n_state).
             drafts: text tokens without the end-of-text, one list a window.
             max_tokens: length of a window's transcript at most; 0 where only the NLL is needed.
+            num_frames: encoder positions that a window's clip fills; with them the readings have `frames`.
         """
         limits = [min(limit, self.room) for limit in max_tokens]
         targets = [[*draft, self.end][: self.room] for draft in drafts]
         before = len(self.prompt) - 1  # positions before the one that predicts the first token
         decoder = _Decoder(self.model, features, before + max(chain(map(len, targets), limits)))
-        nlls, choices = self._read_drafts(decoder, targets)
+        nlls, choices, frames = self._read_drafts(decoder, targets, num_frames)
         tokens = []
         for target, choice in zip(targets, choices, strict=True):
             agrees = [a == b for a, b in zip(target, choice, strict=True)]
@@ -84,17 +95,26 @@ class WindowReader:
             for row, token in zip(active, self._choose(self._logits(hidden)).tolist(), strict=True):
                 tokens[row].append(token)
         return [
-            Reading([token for token in row[:limit] if token != self.end], nll, len(target))
-            for row, limit, nll, target in zip(tokens, limits, nlls, targets, strict=True)
+            Reading([token for token in row[:limit] if token != self.end], nll, len(target), starts)
+            for row, limit, nll, target, starts in zip(tokens, limits, nlls, targets, frames, strict=True)
         ]
 
-    def _read_drafts(self, decoder: "_Decoder", targets: list[list[int]]) -> tuple[list[float], list[list[int]]]:
-        """For each target its summed NLL, and the greedy choice in the place of each of its tokens."""
+    def _read_drafts(
+        self, decoder: "_Decoder", targets: list[list[int]], num_frames: list[int] | None
+    ) -> tuple[list[float], list[list[int]], list[list[int] | None]]:
+        """For each target its summed NLL, and for each of its tokens the greedy choice in its place, and its start."""
         before = len(self.prompt) - 1  # positions before the one that predicts the first token
         longest = max(map(len, targets))
         # After a target's end is padding, and no position looks ahead.
         inputs = [[*self.prompt, *target[:-1], *[self.end] * (longest - len(target))] for target in targets]
-        hidden = decoder.forward(inputs, [0] * len(targets))
+        attention = None if num_frames is None else []
+        hidden = decoder.forward(inputs, [0] * len(targets), attention)
+        frames = [None] * len(targets)
+        if attention is not None:
+            attention = torch.cat(attention, dim=1)
+            for row, target in enumerate(targets):
+                positions = slice(before + len(target))
+                frames[row] = token_frames(attention[row, :, positions, : max(1, num_frames[row])], before)
         places = torch.tensor(
             [(row, n, token) for row, target in enumerate(targets) for n, token in enumerate(target)],
             device=hidden.device,
@@ -108,7 +128,7 @@ class WindowReader:
             choices.append(self._choose(logits, first=n == 0))
         nlls = hidden.new_zeros(len(targets), dtype=torch.float32).index_add_(0, places[:, 0], torch.cat(losses))
         choices = iter(torch.cat(choices).tolist())
-        return nlls.tolist(), [[next(choices) for _ in target] for target in targets]
+        return nlls.tolist(), [[next(choices) for _ in target] for target in targets], frames
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(positions, n_state) to float32 (positions, n_vocab)."""
@@ -138,6 +158,7 @@ class _Decoder:
     def __init__(self, model: whisper.Whisper, features: torch.Tensor, num_positions: int):
         self.decoder = model.decoder
         self.dtype = features.dtype
+        self.alignment_heads = model.alignment_heads.to_dense().to(features.device)  # bool, (layers, heads)
         # Keys and values of each layer, shape (rows, positions, n_state)
         self.audio_cache = []
         self.text_cache = []
@@ -153,8 +174,15 @@ class _Decoder:
             for layer, (keys, values) in enumerate(layers):  # layer by layer: old and new caches never exist together
                 layers[layer] = keys[index], values[index]
 
-    def forward(self, tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
-        """Hidden states, shape (rows, n, n_state), of each row's next n tokens, which follow `starts` positions."""
+    def forward(
+        self, tokens: list[list[int]], starts: list[int], attention: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Hidden states, shape (rows, n, n_state), of each row's next n tokens, which follow `starts` positions.
+
+        Args:
+            attention: filled, layer by layer, with the alignment heads' logits over the audio, float32, shape
+                (rows, heads, n, n_audio_ctx).
+        """
         device = self.text_cache[0][0].device
         rows = torch.arange(len(tokens), device=device)[:, None]
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(len(tokens[0]), device=device)
@@ -162,11 +190,15 @@ class _Decoder:
         visible = (torch.arange(used, device=device) <= positions[..., None])[:, None]  # earlier positions, and itself
         x = self.decoder.token_embedding(torch.tensor(tokens, device=device))
         x = (x + self.decoder.positional_embedding[positions]).to(self.dtype)
-        for block, (keys, values), audio in zip(self.decoder.blocks, self.text_cache, self.audio_cache, strict=True):
+        layers = zip(self.decoder.blocks, self.text_cache, self.audio_cache, self.alignment_heads, strict=True)
+        for block, (keys, values), audio, heads in layers:
             normed = block.attn_ln(x)
             keys[rows, positions], values[rows, positions] = block.attn.key(normed), block.attn.value(normed)
             x = x + _attend(block.attn, normed, keys[:, :used], values[:, :used], visible)
-            x = x + _attend(block.cross_attn, block.cross_attn_ln(x), *audio)
+            normed = block.cross_attn_ln(x)
+            if attention is not None:
+                attention.append(_attention_logits(block.cross_attn, normed, audio[0], heads))
+            x = x + _attend(block.cross_attn, normed, *audio)
             x = x + block.mlp(block.mlp_ln(x))
         return self.decoder.ln(x)
 
@@ -181,3 +213,14 @@ def _attend(
     """Output of a `whisper.model.MultiHeadAttention` for x, shape (rows, n, n_state), with cached keys and values."""
     heads = [part.unflatten(2, (attention.n_head, -1)).transpose(1, 2) for part in (attention.query(x), keys, values)]
     return attention.out(F.scaled_dot_product_attention(*heads, attn_mask=visible).transpose(1, 2).flatten(2))
+
+
+def _attention_logits(
+    attention: torch.nn.Module, x: torch.Tensor, keys: torch.Tensor, heads: torch.Tensor
+) -> torch.Tensor:
+    """Logits of these heads (bool, shape (n_head,)), float32, shape (rows, heads, n, positions)."""
+    queries, keys = (
+        part.unflatten(2, (attention.n_head, -1)).transpose(1, 2)[:, heads].float()
+        for part in (attention.query(x), keys)
+    )
+    return queries @ keys.mT / queries.shape[-1] ** 0.5

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
@@ -15,10 +14,13 @@ from whisper.audio import N_FFT, mel_filters
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
 from common.cli import InputError
-from speech.audio import audio_failure, split_at_pauses
+from speech.audio import audio_failure, cut_at_pauses
 from speech.error_rate import SPACELESS_LANGUAGES, error_rate, language_code, split_reference
-from speech.whisper_checkpoint import load_whisper
+from speech.text_marks import plain_text
+from speech.tokens import SAMPLE_RATE
+from speech.whisper_checkpoint import attention_lag_s, load_whisper
 from speech.whisper_decoding import Reading, WindowReader
+from speech.word_times import Word, words_of_tokens
 
 MAX_NLL = 20.0  # nats per token, the worst score: a uniform guess over Whisper's vocabulary is ln 51,866 = 10.9
 SAMPLES_PER_FEATURE = 2 * MEL_HOP_LENGTH  # 20 ms: two mel frames of 10 ms make one encoder position
@@ -34,7 +36,8 @@ MAX_BATCH_SIZE = 32  # windows
 class Score:
     """Whisper's transcript of one clip, and how well it fits the reference text.
 
-    `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL.
+    `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL. `words` are those of
+    `plain_text(text).split()` with their times in the clip, where they were asked for and the text fits the decoder.
     """
 
     hyp_text: str
@@ -43,6 +46,7 @@ class Score:
     edits: int
     ref_length: int
     failure: str | None = None  # 'empty', 'silent', 'non_finite': scored without Whisper, WER 1 and MAX_NLL
+    words: tuple[Word, ...] | None = None
 
 
 def load_model(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
@@ -70,6 +74,18 @@ def log_mel_spectrograms(wavs: torch.Tensor, n_mels: int) -> torch.Tensor:
     log_mel = (power @ mel_filters(wavs.device, n_mels).T).clamp(min=1e-10).log10().mT
     log_mel = torch.maximum(log_mel, log_mel.amax(dim=(1, 2), keepdim=True) - 8.0)
     return (log_mel + 4.0) / 4.0
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of audio: their features, and the first sample and the length in samples of each in its clip."""
+
+    features: torch.Tensor
+    starts: list[int]
+    lengths: list[int]
+
+    def __getitem__(self, part: slice) -> "Windows":
+        return Windows(self.features[part], self.starts[part], self.lengths[part])
 
 
 class WhisperScorer:
@@ -106,19 +122,27 @@ class WhisperScorer:
         self.batch_size = batch_size or max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))
         self.window = dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
 
-    def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str] | str = "en") -> list[Score]:
+    def score(
+        self,
+        wavs: list[np.ndarray],
+        texts: list[str],
+        languages: list[str] | str = "en",
+        word_times: bool = False,
+    ) -> list[Score]:
         """Score each waveform against its reference text.
 
         A transcript is truncated at 2 * (tokens of the text) + 8 tokens per window, so that a loop cannot hold up the
         run. The NLL is that of the text as written, with case and punctuation: the kind of text that Whisper was
-        trained on. A clip longer than the window is cut at pauses; each piece is scored against the stretch of the
-        text that aligns with its transcript, followed by an end-of-text of its own.
+        trained on; marks of emphasis (`*so*`) are taken off first. A clip longer than the window is cut at pauses; each
+        piece is scored against the stretch of the text that aligns with its transcript, followed by an end-of-text of
+        its own.
 
         Args:
             wavs: float mono at 16 kHz, shape (n_samples,) each. Empty, silent and non-finite ones are the
                 policy's failures: they get the stated score, not an exception.
             texts: the reference texts, one per waveform.
             languages: Whisper's code or name of the language; one for all, or one per waveform.
+            word_times: whether the scores have `words`, from the cross-attention of the pass that makes the NLL.
         Returns:
             One `Score` per waveform, in the same order.
         Raises:
@@ -128,6 +152,7 @@ class WhisperScorer:
         wavs, languages = self._check(wavs, languages)
         if isinstance(texts, str) or len(texts) != len(wavs):
             raise ValueError(f"texts: expected one text for each of the {len(wavs)} waveforms (got {texts!r:.80})")
+        texts = [plain_text(text) for text in texts]
         all_deleted = [error_rate(text, "", language) for text, language in zip(texts, languages, strict=True)]
         failures = [audio_failure(wav) for wav in wavs]
         scores = [
@@ -136,16 +161,18 @@ class WhisperScorer:
         ]
         text_ids = [self._text_ids(*item) for item in zip(texts, languages, strict=True)]
         max_tokens = [2 * len(ids) + 8 for ids in text_ids]
-        for i, features, readings in self._readings(wavs, failures, languages, text_ids, max_tokens):
-            language, drafts = languages[i], [text_ids[i]]
+        for i, windows, readings in self._readings(wavs, failures, languages, text_ids, max_tokens, word_times):
+            language, drafts, stretches = languages[i], [text_ids[i]], [texts[i]]
             hyps = self._transcripts(readings, language)
             if len(hyps) > 1:  # only the transcripts tell which stretch of the text is in which window
-                drafts = [self._text_ids(stretch, language) for stretch in split_reference(texts[i], hyps, language)]
-                readings = self._read(features, language, drafts, [0] * len(drafts))
+                stretches = split_reference(texts[i], hyps, language)
+                drafts = [self._text_ids(stretch, language) for stretch in stretches]
+                readings = self._read(windows, language, drafts, [0] * len(drafts), word_times)
             hyp_text = _join(hyps, language)
             errors = error_rate(texts[i], hyp_text, language)
             nll = _mean_nll(readings, drafts)
-            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length)
+            words = self._words(windows, readings, stretches, drafts, language) if word_times else None
+            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length, words=words)
         return scores
 
     def transcribe(
@@ -201,16 +228,17 @@ class WhisperScorer:
         languages: list[str],
         drafts: list[list[int]],
         max_tokens: list[int],
-    ) -> Iterator[tuple[int, torch.Tensor, list[Reading]]]:
-        """For each waveform without a failure: its index, and the features and readings of its windows.
+        word_times: bool = False,
+    ) -> Iterator[tuple[int, "Windows", list[Reading]]]:
+        """For each waveform without a failure: its index, its windows and their readings.
 
         A waveform of several windows is read without a draft.
         """
-        pieces: dict[int, list[np.ndarray]] = {}
+        pieces: dict[int, list[tuple[int, np.ndarray]]] = {}
         for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True)):
             if failure is None:
                 clipped = wav.clip(-1.0, 1.0)  # as a WAV file is; finite but huge samples would overflow in the mel
-                pieces[i] = split_at_pauses(clipped, self.window) if len(clipped) > self.window else [clipped]
+                pieces[i] = cut_at_pauses(clipped, self.window) if len(clipped) > self.window else [(0, clipped)]
         batches: list[list[int]] = []
         room = 0
         # One language per batch, as it has one prompt; similar lengths together, as they finish together.
@@ -222,13 +250,16 @@ class WhisperScorer:
             room -= len(pieces[i])
         for batch in batches:
             owners = [i for i in batch for _ in pieces[i]]  # the waveform of each window
-            features = self._encode([piece for i in batch for piece in pieces[i]])
+            starts, window_wavs = zip(*(piece for i in batch for piece in pieces[i]), strict=True)
+            lengths = [len(wav) for wav in window_wavs]
+            windows = Windows(self._encode(list(window_wavs)), list(starts), lengths)
             window_drafts = [drafts[i] if len(pieces[i]) == 1 else [] for i in owners]
-            readings = self._read(features, languages[batch[0]], window_drafts, [max_tokens[i] for i in owners])
+            limits = [max_tokens[i] for i in owners]
+            readings = self._read(windows, languages[batch[0]], window_drafts, limits, word_times)
             for i in batch:
                 first = owners.index(i)
-                windows = slice(first, first + len(pieces[i]))
-                yield i, features[windows], readings[windows]
+                own = slice(first, first + len(pieces[i]))
+                yield i, windows[own], readings[own]
 
     @torch.inference_mode()
     def _encode(self, wavs: list[np.ndarray]) -> torch.Tensor:
@@ -244,12 +275,35 @@ class WhisperScorer:
         return torch.cat(features)
 
     def _read(
-        self, features: torch.Tensor, language: str, drafts: list[list[int]], max_tokens: list[int]
+        self, windows: "Windows", language: str, drafts: list[list[int]], max_tokens: list[int], word_times: bool
     ) -> list[Reading]:
         """`WindowReader.read`, in batches."""
-        reader = WindowReader(self.model, language)
-        batches = [slice(first, first + self.batch_size) for first in range(0, len(drafts), self.batch_size)]
-        return list(chain(*(reader.read(features[part], drafts[part], max_tokens[part]) for part in batches)))
+        reader, readings = WindowReader(self.model, language), []
+        for first in range(0, len(drafts), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            num_frames = [length // SAMPLES_PER_FEATURE for length in windows.lengths[part]] if word_times else None
+            readings += reader.read(windows.features[part], drafts[part], max_tokens[part], num_frames)
+        return readings
+
+    def _words(
+        self,
+        windows: "Windows",
+        readings: list[Reading],
+        stretches: list[str],
+        drafts: list[list[int]],
+        language: str,
+    ) -> tuple[Word, ...] | None:
+        """The words of a clip with their times; None where the text does not fit the decoder."""
+        words, tokenizer, lag_s = [], self._tokenizer(language), attention_lag_s(self.model.dims)
+        for start, reading, stretch, ids in zip(windows.starts, readings, stretches, drafts, strict=True):
+            if reading.nll_tokens <= len(ids):
+                return None
+            tokens = [tokenizer.encoding.decode_single_token_bytes(token) for token in ids]
+            times = [(start + frame * SAMPLES_PER_FEATURE) / SAMPLE_RATE for frame in reading.frames]
+            # The clip's edges are no lagging attention: the path has to begin and end there.
+            times[1:-1] = [min(max(time - lag_s, times[0]), times[-1]) for time in times[1:-1]]
+            words += words_of_tokens(stretch, tokens, times)
+        return tuple(words)
 
     def _transcripts(self, readings: list[Reading], language: str) -> list[str]:
         """The readings' tokens as text."""

@@ -94,4 +94,5 @@ def load_rollout_scorer(
     if "whisper" in needed:
         whisper = WhisperScorer(script_args.whisper, device=device)
     group_size, offload = training_args.num_generations, script_args.offload_rewards
-    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text)
+    word_times = "word_times" in needed
+    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text, word_times)

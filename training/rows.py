@@ -12,7 +12,9 @@ import numpy as np
 
 from common.cli import InputError
 from common.dataset_io import check_codes, check_keywords, check_texts, load_any_dataset
+from reward_models.pauses import expected_pauses
 from speech.error_rate import check_reference_text
+from speech.text_marks import plain_text
 from speech.tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
 from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
 from training.row_cache import cache_folder, map_rows
@@ -22,9 +24,12 @@ logger = logging.getLogger("train")
 SPEECH_COLUMN = "audio_codes"
 REFERENCE_COLUMNS = ("ref_text", "ref_codes")
 KEYWORDS_COLUMN = "keywords"
+PAUSES_COLUMN = "pauses"
 TASK_COLUMN = "task"
 LENGTH_COLUMN = "prompt_length"  # tokens; not for the trainer
 TEXT, CODES = datasets.Value("string"), datasets.List(datasets.Value("int32"))
+REWARD_FEATURES = {"ref_text": TEXT, "ref_codes": CODES, PAUSES_COLUMN: datasets.List(TEXT)}
+NO_VALUE = {"ref_text": "", "ref_codes": [], PAUSES_COLUMN: []}
 PROMPT = datasets.List({"role": TEXT, "content": TEXT, "opening": TEXT})
 
 
@@ -173,12 +178,16 @@ def grpo_rows(
     labels: list[str] = (),
     cache: Path | None = None,
 ) -> datasets.Dataset:
-    """Rows of RL for TTS: `prompt`, its length, `text`, `language`, and the columns `labels`.
+    """Rows of RL for TTS: `prompt`, its length, `text`, `language`, the columns `labels`, and where the data set has
+    them the voice prompt and the patterns of pauses, for rewards.
 
     Raises:
-        InputError: a row that no prompt can be made of, or too long for the context; a missing column.
+        InputError: a row that no prompt can be made of, or too long for the context; a missing column; a pattern of
+            pauses that is not of its text.
     """
     check_tts_columns(rows, name, tokens.num_codes)
+    check_keywords(rows, PAUSES_COLUMN, name)
+    for_rewards = [column for column in (*REFERENCE_COLUMNS, PAUSES_COLUMN) if column in rows.column_names]
     for label in labels:
         if label not in rows.column_names:
             raise InputError(f"--diffro_labels: {name} has no column {label!r} (got {', '.join(rows.column_names)})")
@@ -188,11 +197,15 @@ def grpo_rows(
         check_reference_text(text, language)
         length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, text)
         columns = {"prompt": prompt, LENGTH_COLUMN: length, "text": text, "language": language}
+        if row.get(PAUSES_COLUMN):
+            expected_pauses(text, row[PAUSES_COLUMN])
+        columns |= {column: row[column] or NO_VALUE[column] for column in for_rewards}
         return columns | {label: row[label] for label in labels}
 
     features = {"prompt": PROMPT, LENGTH_COLUMN: datasets.Value("int32"), "text": TEXT, "language": TEXT}
+    features |= {column: REWARD_FEATURES[column] for column in for_rewards}
     features |= {label: rows.features[label] for label in labels}
-    rows = columns_of(rows, "text", "language", *REFERENCE_COLUMNS, *labels)
+    rows = columns_of(rows, "text", "language", *REFERENCE_COLUMNS, PAUSES_COLUMN, *labels)
     return map_rows(rows, name, make, datasets.Features(features), cache)
 
 
@@ -282,7 +295,7 @@ def sft_rows(
         return prompt_ids(tokenizer, prompt_of_row(row)), [*tokens.ids(row[SPEECH_COLUMN]), tokens.end_id]
 
     def asr_example(row: dict) -> tuple[list[int], list[int]]:
-        text_ids = tokenizer(row["text"].strip(), add_special_tokens=False)["input_ids"]
+        text_ids = tokenizer(plain_text(row["text"]).strip(), add_special_tokens=False)["input_ids"]
         return prompt_ids(tokenizer, asr_prompt(row[SPEECH_COLUMN])), [*text_ids, tokens.text_end_id]
 
     def fitting(example: Callable, row: dict) -> dict | None:

@@ -122,9 +122,9 @@ def test_transcripts_are_bounded(scorer, wavs, monkeypatch):
     bounds = []
     read = WindowReader.read
 
-    def spy(reader, features, drafts, max_tokens):
+    def spy(reader, features, drafts, max_tokens, num_frames):
         bounds.extend(max_tokens)
-        return read(reader, features, drafts, max_tokens)
+        return read(reader, features, drafts, max_tokens, num_frames)
 
     monkeypatch.setattr(WindowReader, "read", spy)
     scorer.score(wavs[:1], ["Hello there."])  # " Hello", " there", "." are 3 tokens: 2 * 3 + 8

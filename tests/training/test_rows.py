@@ -1,12 +1,15 @@
 """From a data set's rows to prompts, ids and masks; what cannot be used is refused with its row."""
 
+import re
+
 import datasets
 import pytest
 
 import training.rows
+from common.cli import InputError
 from speech.policy import load_tokenizer
 from speech.tokens import asr_prompt
-from training.rows import grpo_asr_rows, one_long_epoch, sft_rows
+from training.rows import grpo_asr_rows, grpo_rows, one_long_epoch, sft_rows
 
 CODES, TEXT = [1, 2, 3], "Anna found two boxes."
 
@@ -90,6 +93,38 @@ def test_rows_of_rl_for_asr(llasa):
 def test_rows_that_cannot_be_transcribed(llasa, columns, message):
     with pytest.raises(ValueError, match=message):
         grpo_asr_rows(rows_of(**columns), "rows", *llasa, 50, 512)
+
+
+def test_rows_of_rl_keep_what_rewards_need(llasa):
+    columns = {"ref_text": ["Hi."], "ref_codes": [[1, 2]], "pauses": [[f"{TEXT} |"]], "speaker": ["a"]}
+    [row] = grpo_rows(rows_of(**columns), "rows", *llasa, 50, 512)
+    kept = {"ref_text": "Hi.", "ref_codes": [1, 2], "pauses": [f"{TEXT} |"], "text": TEXT, "language": "en"}
+    assert {name: row[name] for name in row if name not in ("prompt", "prompt_length")} == kept
+    [row] = grpo_rows(rows_of(ref_text=[None], ref_codes=[None], pauses=[None]), "rows", *llasa, 50, 512)
+    assert (row["ref_text"], row["ref_codes"], row["pauses"]) == ("", [], [])
+
+
+@pytest.mark.parametrize(
+    ("pauses", "message"),
+    [
+        ([["Other | words."]], "column 'pauses': a pattern is the text with |"),
+        (["a | b"], "a list of strings"),
+    ],
+)
+def test_pauses_that_do_not_fit_are_refused(llasa, pauses, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        grpo_rows(rows_of(pauses=pauses), "rows", *llasa, 50, 512)
+
+
+def test_marks_of_emphasis_are_for_speech_alone(llasa):
+    tokenizer, tokens = llasa
+    marked, plain = (
+        sft_rows(datasets.Dataset.from_dict({"text": [text], "audio_codes": [CODES]}), "rows", *llasa, 512, task="both")
+        for text in ("I *never* said so.", "I never said so.")
+    )
+    assert len(marked) == len(plain) == 2
+    same = [a["input_ids"] == b["input_ids"] for a, b in zip(marked, plain, strict=True)]
+    assert sorted(same) == [False, True]  # the prompt of TTS has the mark, the answer of ASR has not
 
 
 def test_one_long_epoch_uses_each_row_equally_often():

@@ -1,0 +1,75 @@
+"""Emphasis: cues by hand and on a hum with a higher, longer word; stated scores for failures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_rollouts import call, ids, speech_scorer
+
+from reward_models.emphasis import DECLINATION_ST_PER_S, EmphasisReward, emphasis_cues, emphasis_score
+from speech.pitch import PitchTrack
+from speech.whisper_scorer import Score
+from speech.word_times import Word
+
+TEXT = "He *will* go."
+WORDS = (Word("He", 0.0, 0.4), Word("will", 0.4, 0.8), Word("go.", 0.8, 1.2))
+PLAIN = [20] * 60  # 140 Hz for 1.2 s
+EMPHASISED = [20] * 20 + [50] * 20 + [20] * 20  # 200 Hz on "will", 6.17 semitones higher
+
+
+def test_score_by_hand():
+    # 0.5 + 0.5 (0.6 · 3/6 + 0.2 · 3/6 + 0.2 · ln 1.5 / ln 1.5) = 0.8
+    assert emphasis_score(3.0, 3.0, np.log2(1.5)) == pytest.approx(0.8)
+    assert emphasis_score(0, 0, 0) == 0.5
+    assert emphasis_score(99, 99, 99) == 1 and emphasis_score(-99, -99, -99) == 0
+    assert emphasis_score(99, 0, 0) == emphasis_score(6, 0, 0) == pytest.approx(0.8)  # shouting does not pay
+
+
+def test_cues_by_hand():
+    times = np.arange(0.005, 1.2, 0.01)
+    inside = (times >= 0.4) & (times < 0.8)
+    track = PitchTrack(times, np.where(inside, 92.0, 86.0), np.where(inside, -10.0, -14.0))
+    assert emphasis_cues(track, list(WORDS), 1, [0, 2]) == pytest.approx((6, 4, 0))
+    # The first word: as high as the last, later by -0.6 s than the mean of the others
+    f0_st, level_db, _ = emphasis_cues(track, list(WORDS), 0, [1, 2])
+    assert (f0_st, level_db) == pytest.approx((-3 - 0.6 * DECLINATION_ST_PER_S, -2))
+    longer = [replace(WORDS[0], end_s=0.2), replace(WORDS[1], start_s=0.2), WORDS[2]]
+    assert emphasis_cues(track, longer, 1, [0, 2])[2] == pytest.approx(1.0)  # 0.6 s against a mean of 0.3 s
+    silent = PitchTrack(times[~inside], track.f0[~inside], track.level[~inside])
+    assert emphasis_cues(silent, list(WORDS), 1, [0, 2]) == pytest.approx((0, 0, 0))  # whispered: no cue
+
+
+class TimedScorer:
+    """A Whisper that gives every clip the same words."""
+
+    def __init__(self, hyp_text: str = "He will go.", words=WORDS):
+        self.hyp_text, self.words = hyp_text, words
+
+    def score(self, wavs, texts, languages, word_times=False):
+        assert word_times
+        return [Score(self.hyp_text, 0.0, 0.3, 0, 3, words=self.words) for _ in texts]
+
+
+def emphasis_reward(batch, text: str = TEXT, **scorer) -> list[float | None]:
+    rollout_scorer = speech_scorer(len(batch), word_times=True)
+    rollout_scorer.whisper = TimedScorer(**scorer)
+    return call(EmphasisReward(rollout_scorer), batch, text=[text] * len(batch), language=["en"] * len(batch))
+
+
+def test_emphasis_reward():
+    batch = [ids(EMPHASISED), ids(PLAIN), ids(EMPHASISED, truncated=True), ids([])]
+    high, plain, *failed = emphasis_reward(batch)
+    assert high == pytest.approx(0.8, abs=0.03) and plain == pytest.approx(0.5, abs=0.01) and failed == [0, 0]
+    unsaid, _, *_ = emphasis_reward(batch, text="*He* will go.")
+    assert unsaid < 0.5  # another word is the higher one
+
+
+def test_a_word_that_is_not_heard_earns_no_more_than_a_plain_one():
+    assert emphasis_reward([ids(EMPHASISED)], hyp_text="He go.") == [0.5]
+    assert emphasis_reward([ids(EMPHASISED)], text="*He* will go.", hyp_text="Will go.")[0] < 0.5
+    assert emphasis_reward([ids(EMPHASISED)], words=None) == [0]
+
+
+@pytest.mark.parametrize("text", ["He will go.", "*Go*!", "*He* *will* *go*.", "He 2*3*4 go."])
+def test_other_texts_have_no_reward(text):
+    assert emphasis_reward([ids(EMPHASISED), ids([])], text=text) == [None, None]

@@ -37,10 +37,10 @@ def syllables(text: str) -> int:
 def rate_reward(rate: float, target: float, dead_zone: float = DEAD_ZONE) -> float:
     """1 within a factor `dead_zone` of the target, then falling in the logarithm of the rate to 0 at a factor of 2.
 
-    1.5 times the target, dead zone 1.15: ln(1.5 / 1.15) / ln(2 / 1.15) = 0.2657 / 0.5534 = 0.4802 lost, 0.5198.
+    1.5 times the target, dead zone 1.15: ln(1.5 / 1.15) / ln(2 / 1.15) = 0.2657 / 0.5534 = 0.4801 lost, 0.5199.
 
     >>> round(rate_reward(6.0, 4.0), 4)
-    0.5198
+    0.5199
     """
     off = abs(np.log(rate / target))
     return float(np.clip(1 - (off - np.log(dead_zone)) / np.log(ZERO_AT / dead_zone), 0, 1))

@@ -1,5 +1,7 @@
 """Reward configs: every shipped one builds, and bad ones are refused before anything is loaded."""
 
+import doctest
+import importlib
 import json
 from pathlib import Path
 
@@ -28,6 +30,12 @@ def test_every_shipped_config_builds(path):
     assert weights == [parameters["weight"] for parameters in config.values()]
 
 
+@pytest.mark.parametrize("name", ["emphasis", "pauses", "question", "rate"])
+def test_worked_numbers_of_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"reward_models.{name}"))
+    assert result.attempted > 0 and result.failed == 0
+
+
 def test_the_default_configs_ship():
     for task, path in DEFAULT_CONFIG.items():
         assert Path(path) in SHIPPED and load_config(path, task)
@@ -47,6 +55,7 @@ def test_weights_and_parameters(tmp_path):
     [
         ({"whisper": {}, "duration": {}}, {"codec", "whisper"}),
         ({"duration": {}}, set()),
+        ({"pauses": {}, "question": {}, "rate": {}}, {"codec", "whisper", "word_times"}),
         ({"log_f0_spread": {}, "token2text": {}}, {"codec", "token2text"}),
     ],
 )

@@ -147,12 +147,12 @@ def test_finished_windows_leave_the_batch(tiny, monkeypatch):
     passes = []
     forward = whisper_decoding._Decoder.forward
 
-    def spy(decoder, tokens, starts):
+    def spy(decoder, tokens, starts, attention=None):
         caches = (decoder.audio_cache, decoder.text_cache)
         audio, text = ({len(part) for layer in cache for part in layer} for cache in caches)
         assert audio == text == {len(tokens)}  # keys and values left too
         passes.append((len(tokens), len(tokens[0])))
-        return forward(decoder, tokens, starts)
+        return forward(decoder, tokens, starts, attention)
 
     monkeypatch.setattr(whisper_decoding._Decoder, "forward", spy)
     max_tokens = [1, 2, 2, 4] + [30] * (len(texts) - 4)

@@ -19,6 +19,7 @@ from reward_models.pauses import PausesReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
 from reward_models.question import QuestionReward
 from reward_models.rate import RateReward
+from reward_models.speaker_similarity import SpeakerSimilarityReward
 from reward_models.token2text import Token2TextReward
 from reward_models.whisper import WhisperReward
 
@@ -33,6 +34,7 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
         "question": QuestionReward,
         "pauses": PausesReward,
         "rate": RateReward,
+        "speaker_similarity": SpeakerSimilarityReward,
     },
     "asr": {"asr_rules": AsrRulesReward},
 }
@@ -97,7 +99,7 @@ def _without_weight(parameters: dict[str, float]) -> dict[str, float]:
 
 
 def models_needed(config: RewardConfig, task: str) -> set[str]:
-    """Which of "codec", "whisper", its "word_times", and "token2text" the rewards of a config score with."""
+    """Which of "codec", "whisper", its "word_times", "token2text" and "speaker_encoder" rewards score with."""
     return {model for name in config for model in REWARDS[task][name].needs}
 
 

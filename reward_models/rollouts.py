@@ -1,6 +1,7 @@
 """One batch of speech rollouts, scored once for all rewards.
 
-`SpeechRolloutScorer` holds the codec, Whisper and the token-to-text model, or those of them that the rewards need;
+`SpeechRolloutScorer` holds the codec, Whisper, the token-to-text model and the speaker encoder, or those of them that
+the rewards need;
 `Rollouts` computes each quantity at most once and only if a reward or a metric asks for it.
 """
 
@@ -14,6 +15,7 @@ from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 from speech.measures import is_repetitive, log_f0_std
 from speech.pitch import PitchTrack, pitch_track
+from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import CODES_PER_SECOND, SpeechTokens
 from speech.whisper_scorer import Score, WhisperScorer
 
@@ -134,17 +136,18 @@ class Rollouts:
 
 
 class SpeechRolloutScorer:
-    """Codec, Whisper and token-to-text model, and the batch of rollouts that was scored last.
+    """Codec, Whisper, token-to-text model and speaker encoder, and the batch of rollouts that was scored last.
 
     TRL calls every reward function of a batch with the same list of completions: the first call computes the
     `Rollouts` (and logs their metrics), the others reuse them.
 
     Args:
         tokens: the policy's speech tokens.
-        codec, whisper, token2text: None where no reward needs it; Whisper needs the codec.
+        codec, whisper, token2text, speaker_encoder: None where no reward needs it; Whisper and the speaker encoder
+            need the codec.
         group_size: number of rollouts of one prompt.
-        offload: keep codec and Whisper on the CPU, and on their device only while they score; each move copies all
-            their weights.
+        offload: keep codec, Whisper and speaker encoder on the CPU, and on their device only while they score; each
+            move copies all their weights.
         word_times: whether the scores have the words' times.
     Raises:
         InputError: the codec's or the token-to-text model's codebook is not the policy's.
@@ -159,6 +162,7 @@ class SpeechRolloutScorer:
         offload: bool = False,
         token2text: Token2Text | None = None,
         word_times: bool = False,
+        speaker_encoder: SpeakerEncoder | None = None,
     ):
         if codec is None and whisper is not None:
             raise ValueError("whisper: it scores decoded audio and needs a codec (got None). Pass a codec as well")
@@ -171,16 +175,17 @@ class SpeechRolloutScorer:
         self.whisper = whisper
         self.token2text = token2text
         self.word_times = word_times
+        self.speaker_encoder = speaker_encoder
         self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None
         self.device = codec.device if codec else torch.device("cpu")
         self.offload = offload
         if offload:
-            self._move(torch.device("cpu"))
+            self._move(torch.device("cpu"), codec, whisper, speaker_encoder)
 
-    def _move(self, device: torch.device) -> None:
-        for scorer in (self.codec, self.whisper):
+    def _move(self, device: torch.device, *scorers) -> None:
+        for scorer in scorers:
             if scorer is not None:
                 scorer.model.to(device)
                 scorer.device = device
@@ -217,11 +222,32 @@ class SpeechRolloutScorer:
     ) -> tuple[Rollouts, dict[str, float]]:
         rollouts = Rollouts(self, completion_ids, text, language or ["en"] * len(text), group_size)
         if self.offload:
-            self._move(self.device)
+            self._move(self.device, self.codec, self.whisper)
         metrics = rollouts.metrics()  # runs codec and Whisper
         if self.offload:
-            self._move(torch.device("cpu"))
+            self._move(torch.device("cpu"), self.codec, self.whisper)
         return rollouts, metrics
+
+    def speaker_similarities(self, rollouts: Rollouts, ref_codes: list[list[int]]) -> list[float]:
+        """Cosine of the speaker embeddings of each rollout and its voice prompt, both as the codec decodes them.
+
+        Each voice prompt of the batch is decoded and embedded once.
+
+        Args:
+            ref_codes: the codes of each rollout's voice prompt.
+        Returns:
+            In [−1, 1]; NaN where rollout or prompt has no voice to tell (`SpeakerEncoder.embed`).
+        """
+        prompts = list(dict.fromkeys(map(tuple, ref_codes)))
+        if self.offload:
+            self._move(self.device, self.codec, self.speaker_encoder)
+        prompt_wavs = decode_rollouts(self.codec, [list(codes) for codes in prompts])
+        embeddings = self.speaker_encoder.embed(rollouts.wavs + prompt_wavs)
+        if self.offload:
+            self._move(torch.device("cpu"), self.codec, self.speaker_encoder)
+        number_of = {codes: len(rollouts.wavs) + i for i, codes in enumerate(prompts)}
+        references = embeddings[[number_of[tuple(codes)] for codes in ref_codes]]
+        return cosines(embeddings[: len(rollouts.wavs)], references)
 
     def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:
         """The first rollouts of the batch scored last: a record of each, and its waveform if it has one."""

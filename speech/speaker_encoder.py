@@ -128,7 +128,6 @@ class SpeakerEncoder:
             embeddings = self.model(padded, attention_mask=mask.long()).embeddings.float()
         return torch.nn.functional.normalize(embeddings, dim=-1).cpu().numpy()
 
-
     def _tdnn_lengths(self, lengths: torch.Tensor) -> torch.Tensor:
         """Frames of each clip after the x-vector layers.
 

@@ -48,6 +48,16 @@ class PerfectScorer:
         ]
 
 
+class Moved:
+    """Stands for a model: remembers the devices it was moved to."""
+
+    def __init__(self):
+        self.devices = []
+
+    def to(self, device):
+        self.devices.append(device.type)
+
+
 def speech_scorer(group_size: int = 2, **options) -> SpeechRolloutScorer:
     """A codec and a Whisper that need no checkpoint."""
     return SpeechRolloutScorer(TOKENS, HummingCodec(), PerfectScorer(), group_size, **options)

@@ -12,6 +12,7 @@ import torch
 from accelerate import DistributedType
 
 from reward_models.token2text import BATCH_SIZE
+from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
 from training.diffro import CHUNK_LOGITS
 
 GIB = 2**30
@@ -26,6 +27,8 @@ CHUNK_COPIES, KL_COPIES = 3, 3
 # Float32 numbers per state of the token-to-text model, by width and width of its MLP, as measured: those that one
 # layer's backward keeps, those of the front-end and the decoder, and the most that are alive where nothing is kept
 LAYER_WIDTHS, FRONT_WIDTHS, SCORING_WIDTHS = (6, 7), (13, 0), (8, 4)
+# Copies of the first layer's output while a speaker encoder works: its input, centred, squared, and their products
+SPEAKER_COPIES = 4
 # Peak over the sum of what is alive: rounding of the allocator's blocks, and workspaces of matrix products.
 ALLOCATOR_SLACK = 1.03
 
@@ -174,6 +177,14 @@ def token2text_scoring_bytes(token2text, codes: int) -> int:
     return 4 * BATCH_SIZE * -(-codes // 2) * _widths(token2text.t5.config, SCORING_WIDTHS)
 
 
+def speaker_scoring_bytes(encoder, codes: int) -> int:
+    """What a `SpeakerEncoder` adds for one batch: the first layer's frames over and over, the most there are."""
+    config = encoder.model.config
+    seconds = max(encoder.batch_seconds, codes / CODES_PER_SECOND)
+    frames = seconds * SAMPLE_RATE / config.conv_stride[0]
+    return int(SPEAKER_COPIES * 4 * frames * config.conv_dim[0])
+
+
 def estimate(
     policy,
     reference,
@@ -231,16 +242,20 @@ def estimate_run(
         longest: tokens of the longest prompt and completion together.
         draws, exact_kl: see `diffro_bytes`; no draws: no DiffRO.
     """
-    codec, whisper, token2text = (getattr(rollout_scorer, name, None) for name in ("codec", "whisper", "token2text"))
+    names = ("codec", "whisper", "token2text", "speaker_encoder")
+    codec, whisper, token2text, speaker_encoder = (getattr(rollout_scorer, name, None) for name in names)
     shapes, scoring = shapes_of(policy, training_args, longest), [0]
     if whisper:
         scoring.append(scoring_bytes(whisper))
     if token2text:
         scoring.append(token2text_scoring_bytes(token2text, training_args.max_completion_length))
+    if speaker_encoder:
+        scoring.append(speaker_scoring_bytes(speaker_encoder, training_args.max_completion_length))
     return estimate(
         policy,
         reference,
-        [part.model for part in (codec, whisper) if part],
+        # Offloaded, the speaker encoder takes Whisper's place; its weights are counted beside Whisper's all the same
+        [part.model for part in (codec, whisper, speaker_encoder) if part],
         max(scoring),
         shapes,
         bool(codec) and rollout_scorer.offload,

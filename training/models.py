@@ -14,6 +14,7 @@ from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
 from speech.checkpoint_files import UNREADABLE
 from speech.codec import SpeechCodec
+from speech.speaker_encoder import SpeakerEncoder
 from speech.tokens import SpeechTokens, prepare_model
 from speech.weights import check_adapter, check_finite, load_causal_lm
 from speech.whisper_scorer import WhisperScorer
@@ -82,8 +83,8 @@ def load_rollout_scorer(
     """What the task's rewards are computed from, with those models that they need; text needs none."""
     if script_args.task == "asr":
         return TranscriptScorer(tokenizer, tokens.text_end_id)
-    needed, codec, whisper, token2text = models_needed(rewards, script_args.task), None, None, None
-    device = training_args.device
+    needed, device = models_needed(rewards, script_args.task), training_args.device
+    codec, whisper, token2text, speaker_encoder = None, None, None, None
     if "diffro" in script_args.method or "token2text" in needed:
         if not script_args.token2text:
             raise InputError(f"{script_args.reward_config}: the reward token2text needs --token2text, its model")
@@ -93,6 +94,8 @@ def load_rollout_scorer(
         codec.drop_encoder()
     if "whisper" in needed:
         whisper = WhisperScorer(script_args.whisper, device=device)
+    if "speaker_encoder" in needed:
+        speaker_encoder = SpeakerEncoder.from_pretrained(script_args.speaker_encoder, device)
     group_size, offload = training_args.num_generations, script_args.offload_rewards
     word_times = "word_times" in needed
-    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text, word_times)
+    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text, word_times, speaker_encoder)

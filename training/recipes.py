@@ -24,6 +24,7 @@ from common.cli import (
     show_tracebacks,
 )
 from reward_models import DEFAULT_CONFIG
+from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
 from training.diffro import FILTERS, METHODS
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]  # TRL's
@@ -127,6 +128,10 @@ class ScriptArguments:
         metadata={
             "help": "Whisper of the reward, as in docs/rewards.md (default: the policy's run.json, else large-v3)"
         },
+    )
+    speaker_encoder: str = field(
+        default=DEFAULT_SPEAKER_ENCODER,
+        metadata={"help": "x-vector model of the reward speaker_similarity, hub id or folder in transformers' format"},
     )
     token2text: str = field(
         default=None, metadata={"help": "folder of DiffRO's reward model, from train_token2text.py"}

@@ -14,8 +14,9 @@ from common.cli import InputError
 from common.dataset_io import check_codes, check_keywords, check_texts, load_any_dataset
 from reward_models.pauses import expected_pauses
 from speech.error_rate import check_reference_text
+from speech.speaker_encoder import MIN_SECONDS
 from speech.text_marks import plain_text
-from speech.tokens import TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
+from speech.tokens import CODES_PER_SECOND, TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt
 from training.recipes import GRPORecipe, ScriptArguments, SFTRecipe
 from training.row_cache import cache_folder, map_rows
 
@@ -65,6 +66,16 @@ def prompt_of_row(row: dict) -> list[dict[str, str]]:
     return tts_prompt(row["text"], row.get("ref_text") or None, row.get("ref_codes") or None)
 
 
+def check_voice_prompt(ref_codes: list[int]) -> None:
+    """Raises InputError for a voice prompt that is missing, or too short to compare a voice with."""
+    if len(ref_codes) < MIN_SECONDS * CODES_PER_SECOND:
+        found = f"{len(ref_codes) / CODES_PER_SECOND:.2f} s of one" if ref_codes else "none"
+        raise InputError(
+            f"the reward speaker_similarity compares with the row's voice prompt, of {MIN_SECONDS} s or more (got "
+            f"{found}). Give every row ref_text and ref_codes (docs/data.md), or leave the reward out"
+        )
+
+
 def length_that_fits(tokenizer, prompt: list[dict], max_completion_length: int, max_length: int, text: str) -> int:
     """Tokens of the prompt; InputError where prompt and answer may be longer than the context."""
     length = len(prompt_ids(tokenizer, prompt))
@@ -102,11 +113,21 @@ class GRPORows:
     epoch_steps: int
 
 
-def grpo_dataset(script_args: ScriptArguments, training_args: GRPORecipe, tokenizer, tokens: SpeechTokens) -> GRPORows:
-    """The rows of --dataset and --eval_dataset, checked; fills in the run's number of steps."""
+def grpo_dataset(
+    script_args: ScriptArguments,
+    training_args: GRPORecipe,
+    tokenizer,
+    tokens: SpeechTokens,
+    needs_voice_prompt: bool = False,
+) -> GRPORows:
+    """The rows of --dataset and --eval_dataset, checked; fills in the run's number of steps.
+
+    Args:
+        needs_voice_prompt: see `grpo_rows`.
+    """
     with training_args.main_process_first(desc="rows"):
         cache = cache_folder(training_args)
-        make = partial(_grpo_rows, script_args, training_args, tokenizer, tokens)
+        make = partial(_grpo_rows, script_args, training_args, tokenizer, tokens, needs_voice_prompt)
         train, held_out = make(script_args.dataset, script_args.split, cache / "train.arrow"), None
         if script_args.eval_dataset:
             held_out = make(script_args.eval_dataset, script_args.eval_split, cache / "held_out.arrow")
@@ -136,6 +157,7 @@ def _grpo_rows(
     training_args: GRPORecipe,
     tokenizer,
     tokens: SpeechTokens,
+    needs_voice_prompt: bool,
     name: str,
     split: str,
     cache: Path,
@@ -144,7 +166,7 @@ def _grpo_rows(
     lengths = training_args.max_completion_length, training_args.max_length
     if script_args.task == "asr":
         return grpo_asr_rows(rows, name, tokenizer, tokens, *lengths, cache)
-    return grpo_rows(rows, name, tokenizer, tokens, *lengths, script_args.diffro_labels, cache)
+    return grpo_rows(rows, name, tokenizer, tokens, *lengths, script_args.diffro_labels, cache, needs_voice_prompt)
 
 
 def prompts_per_step(training_args: GRPORecipe) -> int:
@@ -177,13 +199,17 @@ def grpo_rows(
     max_length: int,
     labels: list[str] = (),
     cache: Path | None = None,
+    needs_voice_prompt: bool = False,
 ) -> datasets.Dataset:
     """Rows of RL for TTS: `prompt`, its length, `text`, `language`, the columns `labels`, and where the data set has
     them the voice prompt and the patterns of pauses, for rewards.
 
+    Args:
+        needs_voice_prompt: whether a reward compares with the voice prompt, and so needs the `ref_codes` of each row.
     Raises:
         InputError: a row that no prompt can be made of, or too long for the context; a missing column; a pattern of
-            pauses that is not of its text.
+            pauses that is not of its text; no voice
+            prompt that is needed, or one too short to have a voice.
     """
     check_tts_columns(rows, name, tokens.num_codes)
     check_keywords(rows, PAUSES_COLUMN, name)
@@ -197,6 +223,8 @@ def grpo_rows(
         check_reference_text(text, language)
         length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, text)
         columns = {"prompt": prompt, LENGTH_COLUMN: length, "text": text, "language": language}
+        if needs_voice_prompt:
+            check_voice_prompt(row.get("ref_codes") or [])
         if row.get(PAUSES_COLUMN):
             expected_pauses(text, row[PAUSES_COLUMN])
         columns |= {column: row[column] or NO_VALUE[column] for column in for_rewards}

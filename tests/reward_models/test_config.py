@@ -57,6 +57,7 @@ def test_weights_and_parameters(tmp_path):
         ({"duration": {}}, set()),
         ({"pauses": {}, "question": {}, "rate": {}}, {"codec", "whisper", "word_times"}),
         ({"log_f0_spread": {}, "token2text": {}}, {"codec", "token2text"}),
+        ({"speaker_similarity": {}}, {"codec", "whisper", "speaker_encoder"}),
     ],
 )
 def test_models_needed(config, models):
@@ -84,6 +85,7 @@ def test_models_needed(config, models):
         ({"whisper": {"lambda_wer": 0, "lambda_nll": 0}}, "whisper: lambda_wer, lambda_nll: must not both be 0"),
         ({"token2text": {"alpha": -3}}, "token2text: alpha: must be finite and > 0 (got -3)"),
         ({"log_f0_spread": {"ceiling": 0}}, "log_f0_spread: ceiling: must be finite and > 0 (got 0)"),
+        ({"speaker_similarity": {"max_wer": -1}}, "speaker_similarity: max_wer: must be >= 0 (got -1)"),
         ({"diversity": {"ceiling": -0.3}}, "diversity: ceiling: must be finite and > 0 (got -0.3)"),
         ({"duration": {"ceiling": 1}}, "duration: unknown key 'ceiling'. Did you mean 'weight'? Known: weight"),
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fake_rollouts import TOKENS, HummingCodec, PerfectScorer, call, ids, speech_scorer
+from fake_rollouts import TOKENS, HummingCodec, Moved, PerfectScorer, call, ids, speech_scorer
 
 from common.cli import InputError
 from reward_models import build_rewards, load_config
@@ -67,16 +67,6 @@ def test_last_samples():
     assert [record["transcript"] for record, _ in samples] == ["a", "", "b", ""]
     assert [None if wav is None else len(wav) for _, wav in samples] == [30 * 320, None, 30 * 320, None]
     assert len(scorer.last_samples(1)) == 1
-
-
-class Moved:
-    """Stands for a model: remembers the devices it was moved to."""
-
-    def __init__(self):
-        self.devices = []
-
-    def to(self, device):
-        self.devices.append(device.type)
 
 
 def test_offloaded_models_are_on_their_device_only_while_they_score():

@@ -44,7 +44,7 @@ def test_a_batch_is_what_each_clip_alone_gives(kind, wavs, tmp_path):
         with torch.no_grad():
             alone = bare(inputs.input_values).embeddings[0].numpy()
         assert embedding == pytest.approx(alone / np.linalg.norm(alone), abs=2e-5)
-    assert np.abs(together[0] - together[1]).max() > 1e-3  # clips differ by more than the tolerance
+    assert np.abs(together[0] - together[1]).max() > 2e-4  # clips differ by more than the tolerance
 
 
 def test_batches_are_bounded_and_in_order(wavs, tmp_path):

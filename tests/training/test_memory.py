@@ -5,18 +5,28 @@ from collections.abc import Callable
 from dataclasses import astuple
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from fake_token2text import small
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, Xcodec2Config, Xcodec2Model
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMForXVector,
+    Xcodec2Config,
+    Xcodec2Model,
+)
 from whisper.model import AudioEncoder, ModelDimensions, TextDecoder
 
 import train
 from reward_models.token2text import Token2Text
 from speech.confined_head import confine_head
+from speech.speaker_encoder import SpeakerEncoder
 from training import diffro, memory
 from training.grpo_trainer import SpeechGRPOTrainer, keys_like_values, score_confined
 
@@ -256,3 +266,13 @@ def test_adapters_train_little(real_sizes):
     first, second = memory.report(parts).splitlines()
     assert first.startswith("memory: about ") and first.endswith(" GiB at the peak")
     assert second.startswith("  policy 5.1") and len(second) <= 120
+
+
+def test_a_speaker_encoder_takes_what_was_estimated():
+    """Of the published width, with fewer layers: the first convolution decides."""
+    encoder = SpeakerEncoder(WavLMForXVector(WavLMConfig(num_hidden_layers=1)), Wav2Vec2FeatureExtractor())
+    encoder.batch_seconds = 4
+    wavs = list(0.1 * np.random.default_rng(0).standard_normal((2, 32_000), dtype=np.float32))
+    measured = peak_bytes(lambda: encoder.embed(wavs))
+    assert memory.speaker_scoring_bytes(encoder, codes=100) == pytest.approx(measured, rel=0.15)
+    assert memory.speaker_scoring_bytes(encoder, codes=400) == pytest.approx(2 * measured, rel=0.15)  # one clip of 8 s

@@ -132,3 +132,18 @@ def test_one_long_epoch_uses_each_row_equally_often():
     order = one_long_epoch(rows, 12, seed=0)["i"]
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
     assert order[:5] != order[5:10]
+
+
+def test_a_reward_of_the_voice_needs_a_voice_prompt_in_every_row():
+    llasa = load_tokenizer("tiny/llasa")
+    columns = {"text": ["Hi.", "You."], "ref_text": ["One.", "Two."], "ref_codes": [[5] * 25, [6] * 30]}
+    rows = grpo_rows(datasets.Dataset.from_dict(columns), "rows", *llasa, 50, 512, needs_voice_prompt=True)
+    assert rows["ref_codes"][:] == columns["ref_codes"]
+    assert "ref_codes" not in grpo_rows(datasets.Dataset.from_dict(columns), "rows", *llasa, 50, 512).column_names
+    for ref, found in (({"ref_text": [None] * 2, "ref_codes": [None] * 2}, "none"), ({}, "none")):
+        bare = datasets.Dataset.from_dict({"text": columns["text"]} | ref)
+        with pytest.raises(ValueError, match=rf"rows, row 0: the reward speaker_similarity .* \(got {found}\). Give"):
+            grpo_rows(bare, "rows", *llasa, 50, 512, needs_voice_prompt=True)
+    short = datasets.Dataset.from_dict(columns | {"ref_codes": [[5] * 25, [6] * 24]})
+    with pytest.raises(ValueError, match=r"rows, row 1: .* of 0.5 s or more \(got 0.48 s of one\)"):
+        grpo_rows(short, "rows", *llasa, 50, 512, needs_voice_prompt=True)

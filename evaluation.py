@@ -146,6 +146,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="adds the round-trip error rate: each checkpoint transcribes its own speech; for models of --task both",
     )
     tts.add_argument(
+        "--speaker_encoder",
+        help="an x-vector model of transformers, hub id (microsoft/wavlm-base-plus-sv) or folder: adds the similarity "
+        "of voices, of each clip and its voice prompt; another one than the reward's is fairer",
+    )
+    tts.add_argument(
+        "--dnsmos",
+        action="store_true",
+        help="adds predicted opinions of the sound, DNSMOS P.835; needs requirements-dnsmos.txt",
+    )
+    tts.add_argument(
         "--token2text",
         help="a folder of train_token2text.py: adds the token-to-text score of the codes, DiffRO's reward",
     )

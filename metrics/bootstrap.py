@@ -1,4 +1,6 @@
-"""Corpus error rates with bootstrap intervals over texts."""
+"""Corpus error rates and means with bootstrap intervals over texts."""
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -74,6 +76,57 @@ def paired_change(counts: np.ndarray, first_counts: np.ndarray) -> dict | None:
     sums = resampled_sums(counts)
     sums = sums[:, sums[2] > 0]  # a draw of texts without errors in the first row has no relative change
     return {"relative": float(relative(*counts.sum(axis=1))), "interval": interval(relative(*sums))}
+
+
+def value_sums(row: dict, value: Callable[[dict], float | None]) -> np.ndarray:
+    """Sum of a value of the clips of each text, and in how many clips it is known, shape (2, num_texts)."""
+    values = [value(clip) for clip in row["clips"]]
+    sums = np.array([[v or 0.0 for v in values], [v is not None for v in values]])
+    return sums.reshape(2, len(row["seeds"]), -1).sum(axis=1)
+
+
+def mean_metrics(row: dict, first: dict, value: Callable[[dict], float | None]) -> dict | None:
+    """Mean of a value over the clips in which it is known; None if it is in none.
+
+    Args:
+        first: the row to compare with.
+        value: of a clip; None where it has none.
+    Returns:
+        "mean", its 95 % "interval" over texts, and "change": `mean_change` from the first row, None for the first row
+        and where the rows have different texts.
+    """
+    sums = value_sums(row, value)
+    if sums[1].sum() == 0:
+        return None
+    change = None
+    if row is not first and first_seed_texts(row) == first_seed_texts(first):
+        change = mean_change(sums, value_sums(first, value))
+    resampled, known = resampled_sums(sums)
+    return {
+        "mean": float(sums[0].sum() / sums[1].sum()),
+        "interval": interval((resampled / np.maximum(known, 1))[known > 0]),
+        "change": change,
+    }
+
+
+def mean_change(sums: np.ndarray, first_sums: np.ndarray) -> dict | None:
+    """Difference of two means with its 95 % interval, paired by text: each draw of texts serves both sides.
+
+    Args:
+        sums, first_sums: from `value_sums`, of the same texts in the same order.
+    Returns:
+        "difference" and "interval"; None if the first row has no value.
+    """
+    if first_sums[1].sum() == 0:
+        return None
+
+    def difference(total, known, first_total, first_known):
+        return total / known - first_total / first_known
+
+    sums = np.concatenate([sums, first_sums])
+    resampled = resampled_sums(sums)
+    resampled = resampled[:, (resampled[1] > 0) & (resampled[3] > 0)]
+    return {"difference": float(difference(*sums.sum(axis=1))), "interval": interval(difference(*resampled))}
 
 
 def first_seed_texts(row: dict) -> list[str]:

@@ -10,9 +10,11 @@ from metrics.judges import ROUND_TRIP, EvaluationASR
 from metrics.texts import Item, num_units
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
+from speech.dnsmos import Dnsmos
 from speech.error_rate import error_rate
 from speech.measures import is_repetitive, log_f0_std
 from speech.policy import MIN_ROOM, Policy, Sample
+from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import SAMPLE_RATE, asr_prompt
 
 
@@ -62,6 +64,29 @@ def clip_measures(item: Item, sample: Sample | None, wav: np.ndarray, seed: int 
 def number_or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
+
+
+def add_speaker_similarities(
+    encoder: SpeakerEncoder, voices: dict[str, np.ndarray], items: list[Item], wavs: list[np.ndarray], clips: list[dict]
+) -> None:
+    """Cosine of the speaker embeddings of each clip and its voice prompt; None without a prompt, or without a voice.
+
+    Args:
+        voices: embedding of each voice prompt's recording, by its path.
+    """
+    prompted = [i for i, item in enumerate(items) if item.ref_audio]
+    references = np.array([voices[items[i].ref_audio] for i in prompted])
+    similarities = cosines(encoder.embed([wavs[i] for i in prompted]), references) if prompted else []
+    for clip in clips:
+        clip["speaker_similarity"] = None
+    for i, similarity in zip(prompted, similarities, strict=True):
+        clips[i]["speaker_similarity"] = number_or_none(similarity)
+
+
+def add_dnsmos_scores(dnsmos: Dnsmos, wavs: list[np.ndarray], clips: list[dict]) -> None:
+    """The predicted opinions of each clip; None of one that failed."""
+    for clip, mos in zip(clips, dnsmos.score(wavs), strict=True):
+        clip["dnsmos"] = mos and mos._asdict()
 
 
 def add_token2text_scores(

@@ -23,6 +23,18 @@ def relative_change(change: dict | None) -> str:
     return f"{_signed_percent(change['relative'])} % [{low}, {high}]"
 
 
+def difference(change: dict | None, digits: int = 2) -> str:
+    """A change of `bootstrap.mean_change` with its interval: "−0.02 [−0.05, +0.01]"."""
+    if change is None:
+        return "–"
+    low, high = (_signed(value, digits) for value in change["interval"])
+    return f"{_signed(change['difference'], digits)} [{low}, {high}]"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def _signed_percent(value: float) -> str:
     rounded = round(100 * value)
     return f"{rounded:+d}".replace("-", "−") if rounded else "0"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics.bootstrap import change_from_first, edit_counts, error_metrics
-from metrics.formatting import number, percent, percent_interval, relative_change
+from metrics.bootstrap import change_from_first, edit_counts, error_metrics, mean_metrics
+from metrics.formatting import difference, number, percent, percent_interval, relative_change
 from metrics.html_page import bars, document, explanation_list, marked, metrics_table, player, training_curves
 from metrics.judges import asr_label
 from metrics.result_files import write_results
+from speech.dnsmos import MosScores
 
 
 def summarize(row: dict, first: dict) -> dict:
@@ -28,6 +29,9 @@ def summarize(row: dict, first: dict) -> dict:
     audible = [clip for clip in clips if clip["failure"] is None]
     speech_s = sum(clip["duration_s"] for clip in audible)
 
+    def dnsmos_mean(name: str) -> dict | None:
+        return mean_metrics(row, first, lambda clip: clip["dnsmos"][name] if clip.get("dnsmos") else None)
+
     def fraction(holds: Callable[[dict], bool]) -> float:
         return sum(map(holds, clips)) / len(clips)
 
@@ -40,6 +44,8 @@ def summarize(row: dict, first: dict) -> dict:
             }
             for asr in clips[0]["asr"]
         },
+        "speaker_similarity": mean_metrics(row, first, lambda clip: clip.get("speaker_similarity")),
+        "dnsmos": {name: dnsmos_mean(name) for name in MosScores._fields},
         "token2text": mean([clip.get("token2text") for clip in clips]),
         "duration_s": mean([clip["duration_s"] for clip in audible]),
         "units_per_second": sum(clip["num_units"] for clip in audible) / speech_s if speech_s else None,
@@ -70,6 +76,11 @@ EXPLANATIONS = {
     "vs first": "Relative change of the error rate from the first row, with its 95 % interval paired by text: "
     "an interval below 0 is an improvement.",
     "NLL": "Negative log-likelihood of the text given the clip, by that ASR, in nats per token; a failed clip has 20.",
+    "speaker similarity": "Cosine of the speaker embeddings (--speaker_encoder) of a clip and of the recording of its "
+    "voice prompt: 1 is the same voice. Mean over the clips that have a voice, with its 95 % interval over texts.",
+    "DNSMOS": "Opinions of listeners from 1 to 5 as DNSMOS P.835 predicts them (--dnsmos): overall (OVRL), of the "
+    "speech (SIG) and of the background (BAK). Mean over the audible clips. It does not know the text.",
+    "vs first, of a mean": "Difference from the first row, with its 95 % interval paired by text.",
     "token-to-text": "Mean log P of the text's tokens given the codes (--token2text), in nats per token.",
     "duration": "Mean duration of an audible clip.",
     "per second": "Words (or characters) of the text per second of audible speech.",
@@ -101,12 +112,26 @@ def asr_cells(label: str, unit: str, metrics: dict) -> dict[str, str]:
     return cells
 
 
+def mean_cells(title: str, metrics: dict | None, digits: int) -> dict[str, str]:
+    """The columns of a mean with its interval; none where the row has no such value."""
+    if metrics is None:
+        return {}
+    low, high = (number(value, digits) for value in metrics["interval"])
+    cells = {title: f"{number(metrics['mean'], digits)} [{low}, {high}]"}
+    if metrics["change"]:
+        cells[f"vs first, {title}"] = difference(metrics["change"], digits)
+    return cells
+
+
 def row_cells(row: dict, units: str, asr_roles: dict[str, str]) -> dict[str, str]:
     """Column title -> cell."""
     metrics = row["metrics"]
     cells = {"": row["name"]}
     for asr, asr_metrics in metrics["asr"].items():
         cells |= asr_cells(asr_label(asr, asr_roles[asr]), error_unit(units), asr_metrics)
+    cells |= mean_cells("speaker similarity", metrics["speaker_similarity"], digits=3)
+    for name, mos in metrics["dnsmos"].items():
+        cells |= mean_cells(f"DNSMOS {name.upper()}", mos, digits=2)
     if metrics["token2text"] is not None:
         cells["token-to-text"] = number(metrics["token2text"])
     return cells | {
@@ -177,6 +202,10 @@ def card(text: str, unit: str, asr_roles: dict[str, str], row_name: str, clip: d
         f"<small>{html.escape(asr_label(asr, asr_roles[asr]))}: {unit} {percent(errors['error_rate'], 0)}</small></p>"
         for asr, errors in clip["asr"].items()
     )
+    if clip.get("speaker_similarity") is not None:
+        notes.append(f"speaker similarity {number(clip['speaker_similarity'], 3)}")
+    if clip.get("dnsmos"):
+        notes.append(f"DNSMOS {number(clip['dnsmos']['ovrl'])}")
     note = "".join(f" · {note.replace('_', '-')}" for note in notes if note)
     return f"<div class=card><b>{html.escape(row_name)}</b> {clip['duration_s']:.1f} s{note}{audio}{transcripts}</div>"
 

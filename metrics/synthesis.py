@@ -17,7 +17,9 @@ from common.cli import InputError, bad_input_exits
 from common.run_record import content_digest, short_digest
 from metrics.clip_measures import (
     SynthesizedSpeech,
+    add_dnsmos_scores,
     add_round_trip_errors,
+    add_speaker_similarities,
     add_token2text_scores,
     measure_clips,
 )
@@ -32,6 +34,7 @@ from reward_models.token2text import Token2Text
 from reward_models.whisper import best_of_n
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
+from speech.dnsmos import Dnsmos
 from speech.policy import (
     DEFAULT_CODEC,
     DEFAULT_WHISPER,
@@ -41,6 +44,7 @@ from speech.policy import (
     recorded,
     reward_parameters,
 )
+from speech.speaker_encoder import MIN_SECONDS, SpeakerEncoder
 from speech.tokens import tts_prompt
 from speech.whisper_scorer import WhisperScorer
 
@@ -71,6 +75,7 @@ class EvaluationModels:
     Attributes:
         evaluation_asrs: by name, the held-out ones first.
         asr_roles: by name, see `judges.asr_roles`.
+        voices: speaker embedding of each voice prompt's recording, by its path; none without a speaker encoder.
         reward_scorer, reward_parameters: of best-of-N: the first model's reward; no scorer without best-of-N.
     """
 
@@ -81,6 +86,9 @@ class EvaluationModels:
     reward_scorer: WhisperScorer | None
     reward_parameters: dict[str, float]
     token2text: Token2Text | None
+    speaker_encoder: SpeakerEncoder | None
+    voices: dict[str, np.ndarray]
+    dnsmos: Dnsmos | None
 
 
 def load_texts(args: argparse.Namespace) -> EvaluationTexts:
@@ -106,8 +114,7 @@ def digests_of(args: argparse.Namespace, models: dict[str, str], texts: Evaluati
     items = [*texts.items, *texts.references]
     recordings = {path for item in items for path in (item.ref_audio, item.audio) if path}
     names = {*models.values(), *(args.judge or []), reward_whisper_of(args, models), codec_of(args, models)}
-    if args.token2text:
-        names.add(args.token2text)
+    names |= {name for name in (args.token2text, args.speaker_encoder) if name}
     return {
         "texts": short_digest(vars(item) for item in items),
         "reward parameters": reward_parameters(next(iter(models.values()))),
@@ -132,6 +139,10 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
         reward_scorer = evaluation_asrs.get(reward_whisper) or WhisperScorer(reward_whisper, args.device)
     codec = SpeechCodec.from_pretrained(codec_of(args, models), args.device)
     token2text = Token2Text.from_pretrained(args.token2text, args.device) if args.token2text else None
+    speaker_encoder, voices = None, {}
+    if args.speaker_encoder:
+        speaker_encoder = SpeakerEncoder.from_pretrained(args.speaker_encoder, args.device)
+        voices = voices_of(speaker_encoder, items)
     for tokens in checkpoint_tokens:
         check_codebook(codec, tokens)
         if token2text is not None:
@@ -139,7 +150,33 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
     if args.cycle:
         roles[ROUND_TRIP] = ROUND_TRIP
     parameters = reward_parameters(next(iter(models.values())))
-    return EvaluationModels(args, codec, evaluation_asrs, roles, reward_scorer, parameters, token2text)
+    return EvaluationModels(
+        args,
+        codec,
+        evaluation_asrs,
+        roles,
+        reward_scorer,
+        parameters,
+        token2text,
+        speaker_encoder,
+        voices,
+        dnsmos=Dnsmos() if args.dnsmos else None,
+    )
+
+
+def voices_of(encoder: SpeakerEncoder, items: list[Item]) -> dict[str, np.ndarray]:
+    """Speaker embedding of each voice prompt's recording, by its path; InputError if there is none, or none in it."""
+    paths = sorted({item.ref_audio for item in items if item.ref_audio})
+    if not paths:
+        raise InputError(
+            "--speaker_encoder: no text has a voice prompt to compare with. Add ref_audio and ref_text to --texts "
+            "(.jsonl or .lst), or leave the flag out"
+        )
+    voices = dict(zip(paths, encoder.embed([load_audio(path) for path in paths]), strict=True))
+    for path, embedding in voices.items():
+        if np.isnan(embedding).any():
+            raise InputError(f"{path}: silent, or shorter than the {MIN_SECONDS} s that --speaker_encoder needs")
+    return voices
 
 
 def prompts_of(items: list[Item], codec: SpeechCodec) -> list[list[dict[str, str]]]:
@@ -222,6 +259,10 @@ def evaluated_row(
         speech = synthesis()
         compute_s += time.perf_counter() - start
         seed_clips = measure_clips(models.evaluation_asrs, items, speech, seed)
+        if models.speaker_encoder is not None:
+            add_speaker_similarities(models.speaker_encoder, models.voices, items, speech.wavs, seed_clips)
+        if models.dnsmos is not None:
+            add_dnsmos_scores(models.dnsmos, speech.wavs, seed_clips)
         if models.token2text is not None:
             add_token2text_scores(models.token2text, items, speech.samples, seed_clips)
         if own_asr is not None:

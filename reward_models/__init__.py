@@ -14,6 +14,7 @@ from pathlib import Path
 from common.cli import InputError, unknown_key
 from reward_models.asr_rules import AsrRulesReward
 from reward_models.diversity import DiversityReward
+from reward_models.dnsmos import DnsmosReward
 from reward_models.emphasis import EmphasisReward
 from reward_models.pauses import PausesReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
@@ -35,6 +36,7 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
         "pauses": PausesReward,
         "rate": RateReward,
         "speaker_similarity": SpeakerSimilarityReward,
+        "dnsmos": DnsmosReward,
     },
     "asr": {"asr_rules": AsrRulesReward},
 }
@@ -99,7 +101,7 @@ def _without_weight(parameters: dict[str, float]) -> dict[str, float]:
 
 
 def models_needed(config: RewardConfig, task: str) -> set[str]:
-    """Which of "codec", "whisper", its "word_times", "token2text" and "speaker_encoder" rewards score with."""
+    """What the rewards of a config score with, as their `needs` name it."""
     return {model for name in config for model in REWARDS[task][name].needs}
 
 

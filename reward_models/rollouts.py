@@ -1,8 +1,7 @@
 """One batch of speech rollouts, scored once for all rewards.
 
-`SpeechRolloutScorer` holds the codec, Whisper, the token-to-text model and the speaker encoder, or those of them that
-the rewards need;
-`Rollouts` computes each quantity at most once and only if a reward or a metric asks for it.
+`SpeechRolloutScorer` holds the codec, Whisper, the token-to-text model, the speaker encoder and DNSMOS, or those of
+them that the rewards need; `Rollouts` computes each quantity at most once and only if a reward or a metric asks for it.
 """
 
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
+from speech.dnsmos import Dnsmos, MosScores
 from speech.measures import is_repetitive, log_f0_std
 from speech.pitch import PitchTrack, pitch_track
 from speech.speaker_encoder import SpeakerEncoder, cosines
@@ -38,6 +38,7 @@ class Rollouts:
         failures: None, or why a rollout earns the lowest reward: "empty", "silent", "non_finite" (the last
             two only where there is a codec), "truncated".
         log_f0_stds: in natural-log units; NaN without voiced frames.
+        mos_scores: by DNSMOS; None for a clip that is empty, silent or not finite.
     Raises:
         ValueError: the rollouts cannot be divided into groups, a group has several texts, or an id is no code.
     """
@@ -71,6 +72,10 @@ class Rollouts:
     @cached_property
     def text_log_probs(self) -> list[float]:
         return self.models.token2text.score(self.codes, self.texts, self.languages)
+
+    @cached_property
+    def mos_scores(self) -> list[MosScores | None]:
+        return self.models.dnsmos.score(self.wavs)
 
     @cached_property
     def failures(self) -> list[str | None]:
@@ -130,20 +135,25 @@ class Rollouts:
                 "wer": float(np.mean([score.wer for score in self.scores])),
                 "nll": float(np.mean([score.nll for score in self.scores])),
             }
+        if models.dnsmos is not None:
+            known = [mos for mos in self.mos_scores if mos is not None]
+            for name in MosScores._fields:
+                values = [getattr(mos, name) for mos in known]
+                metrics[f"dnsmos_{name}"] = float(np.mean(values)) if values else float("nan")
         if models.token2text is not None:
             metrics |= {"text_log_prob": float(np.mean(self.text_log_probs))}
         return metrics
 
 
 class SpeechRolloutScorer:
-    """Codec, Whisper, token-to-text model and speaker encoder, and the batch of rollouts that was scored last.
+    """The models that score (see `Args`), and the batch of rollouts that was scored last.
 
     TRL calls every reward function of a batch with the same list of completions: the first call computes the
     `Rollouts` (and logs their metrics), the others reuse them.
 
     Args:
         tokens: the policy's speech tokens.
-        codec, whisper, token2text, speaker_encoder: None where no reward needs it; Whisper and the speaker encoder
+        codec, whisper, token2text, speaker_encoder, dnsmos: None where no reward needs it; all of them but token2text
             need the codec.
         group_size: number of rollouts of one prompt.
         offload: keep codec, Whisper and speaker encoder on the CPU, and on their device only while they score; each
@@ -163,6 +173,7 @@ class SpeechRolloutScorer:
         token2text: Token2Text | None = None,
         word_times: bool = False,
         speaker_encoder: SpeakerEncoder | None = None,
+        dnsmos: Dnsmos | None = None,
     ):
         if codec is None and whisper is not None:
             raise ValueError("whisper: it scores decoded audio and needs a codec (got None). Pass a codec as well")
@@ -176,6 +187,7 @@ class SpeechRolloutScorer:
         self.token2text = token2text
         self.word_times = word_times
         self.speaker_encoder = speaker_encoder
+        self.dnsmos = dnsmos
         self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None

@@ -14,6 +14,7 @@ from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
 from speech.checkpoint_files import UNREADABLE
 from speech.codec import SpeechCodec
+from speech.dnsmos import Dnsmos
 from speech.speaker_encoder import SpeakerEncoder
 from speech.tokens import SpeechTokens, prepare_model
 from speech.weights import check_adapter, check_finite, load_causal_lm
@@ -97,5 +98,14 @@ def load_rollout_scorer(
     if "speaker_encoder" in needed:
         speaker_encoder = SpeakerEncoder.from_pretrained(script_args.speaker_encoder, device)
     group_size, offload = training_args.num_generations, script_args.offload_rewards
-    word_times = "word_times" in needed
-    return SpeechRolloutScorer(tokens, codec, whisper, group_size, offload, token2text, word_times, speaker_encoder)
+    return SpeechRolloutScorer(
+        tokens,
+        codec,
+        whisper,
+        group_size,
+        offload,
+        token2text,
+        word_times="word_times" in needed,
+        speaker_encoder=speaker_encoder,
+        dnsmos=Dnsmos() if "dnsmos" in needed else None,
+    )

@@ -32,7 +32,7 @@ LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"] 
 DPO_LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"]
 DPO_LOSSES += ["aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]
 # Of the held-out metrics; of all others lower is better
-HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact")
+HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact", "dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak")
 # Ranges of numbers that transformers and TRL take unchecked: a NaN among them trains to NaN weights without a word
 POSITIVE, NOT_NEGATIVE, COUNT = (0, False, math.inf, False), (0, True, math.inf, False), (1, True, math.inf, False)
 FRACTION = (0, True, 1, False)

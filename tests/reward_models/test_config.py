@@ -58,6 +58,7 @@ def test_weights_and_parameters(tmp_path):
         ({"pauses": {}, "question": {}, "rate": {}}, {"codec", "whisper", "word_times"}),
         ({"log_f0_spread": {}, "token2text": {}}, {"codec", "token2text"}),
         ({"speaker_similarity": {}}, {"codec", "whisper", "speaker_encoder"}),
+        ({"dnsmos": {}}, {"codec", "dnsmos"}),
     ],
 )
 def test_models_needed(config, models):

@@ -1,14 +1,17 @@
 """The voice against the voice prompt: worked numbers, the gate, failures, one pass a batch, offload, train.py."""
 
 import doctest
+import json
 import math
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from fake_rollouts import HummingCodec, Moved, PerfectScorer, call, ids, speech_scorer
 from fake_speaker_encoder import save_speaker_encoder
 
+import train
 from common.cli import InputError
 from reward_models import build_rewards, load_config, speaker_similarity
 from reward_models.rollouts import SpeechRolloutScorer
@@ -120,3 +123,22 @@ def test_an_offloaded_encoder_is_on_its_device_only_while_it_scores():
 def test_bad_bounds(max_wer):
     with pytest.raises(InputError, match="max_wer: must be >= 0"):
         SpeakerSimilarityReward(None, max_wer)
+
+
+def test_train_takes_rows_with_voice_prompts_and_refuses_others(tmp_path, capsys, caplog):
+    codes = datasets.load_dataset("parquet", data_files="tiny/speech.parquet", split="train[3000:3002]")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({k: row[k] for k in ("text", "ref_text", "ref_codes")}) + "\n" for row in codes))
+    flags = ["--config", "configs/tiny.yaml", "--max_steps", "1", "--num_generations", "4", "--sample_steps", "0"]
+    flags += ["--per_device_train_batch_size", "8", "--reward_config", "reward_models/speaker_similarity.json"]
+    flags += ["--save_strategy", "no", "--output_dir", str(tmp_path / "run")]
+    encoder = save_speaker_encoder(tmp_path / "encoder")
+    train.main(train.parse_args([*flags, "--dataset", str(rows), "--speaker_encoder", encoder]))
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"][0]
+    assert 0 < log["rewards/speaker_similarity/mean"] <= log["speaker_cosine"] <= 1
+
+    with pytest.raises(SystemExit) as stop:  # the shipped texts have none
+        train.main(train.parse_args([*flags, "--output_dir", str(tmp_path / "refused")]))
+    assert stop.value.code == 2
+    message = "row 0: the reward speaker_similarity compares with the row's voice prompt"
+    assert message in caplog.text + capsys.readouterr().err

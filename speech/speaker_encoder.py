@@ -4,6 +4,8 @@ The models are those that `AutoModelForAudioXVector` knows and that take wavefor
 others of WavLM, Wav2Vec2, Wav2Vec2-Conformer, UniSpeech-SAT and Data2Vec-Audio.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForAudioXVector
@@ -124,7 +126,8 @@ class SpeakerEncoder:
         if self._norm is not None:
             config = self.model.config
             self._norm.lengths = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
-        with torch.autocast(self.device.type, enabled=False):
+        with warnings.catch_warnings(), torch.autocast(self.device.type, enabled=False):
+            warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")  # of WavLM's attention
             embeddings = self.model(padded, attention_mask=mask.long()).embeddings.float()
         return torch.nn.functional.normalize(embeddings, dim=-1).cpu().numpy()
 

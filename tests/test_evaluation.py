@@ -10,12 +10,14 @@ import datasets
 import numpy as np
 import pytest
 from fake_policy import NUM_CODES, FirstWordLostASR, ToneCodec, save_policy
+from fake_speaker_encoder import save_speaker_encoder
 from fake_token2text import small
 
 import evaluation
 from metrics import judges, recognition, synthesis
 from metrics.formatting import relative_change
-from speech.audio import save_audio
+from speech.audio import audio_failure, save_audio
+from speech.dnsmos import MosScores
 from speech.policy import Policy
 
 MULTITASK_MODEL = "tiny/llasa_asr"
@@ -31,6 +33,13 @@ def fakes(monkeypatch):
     monkeypatch.setattr(synthesis, "SpeechCodec", ToneCodec)
     monkeypatch.setattr(synthesis, "WhisperScorer", FirstWordLostASR)
     monkeypatch.setattr(judges, "WhisperScorer", FirstWordLostASR)
+
+
+class Opinion:
+    """Stands in for DNSMOS."""
+
+    def score(self, wavs):
+        return [None if audio_failure(wav) else MosScores(3.0, 3.5, 4.0) for wav in wavs]
 
 
 def evaluate(tmp_path, models, *options, texts="red hats\nbig blue shoes\n"):
@@ -208,6 +217,31 @@ def test_num_players(policy_paths, fakes, tmp_path):
         assert (tmp_path / "out" / "report.html").read_text().count("<p class=reference>") == shown
 
 
+def test_voices_and_quality_are_columns(policy_paths, fakes, tmp_path, monkeypatch):
+    """Every clip and the voice prompt are one tone: similarity 1 wherever there is a voice prompt."""
+    monkeypatch.setattr(synthesis, "Dnsmos", Opinion)
+    save_audio(tmp_path / "voice.wav", 0.1 * np.sin(np.arange(16_000) * 0.1))
+    texts = [{"text": "red hats", "ref_audio": "voice.wav", "ref_text": "shoes"}, {"text": "big blue shoes"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    models = [f"before={policy_paths[0]}", f"after={policy_paths[1]}"]
+    options = ["--texts", str(tmp_path / "t.jsonl"), "--seeds", "2", "1", "3", "--dnsmos"]
+    options += ["--speaker_encoder", save_speaker_encoder(tmp_path / "encoder")]
+    before, after = evaluate(tmp_path, models, *options)["rows"]
+    for clip in [*before["clips"], *after["clips"]]:
+        has_voice = clip["text"] == "red hats" and clip["duration_s"] >= 0.5
+        assert clip["speaker_similarity"] == (pytest.approx(1.0, abs=0.01) if has_voice else None)
+        assert clip["dnsmos"] == (None if clip["failure"] else {"ovrl": 3.0, "sig": 3.5, "bak": 4.0})
+    assert after["metrics"]["speaker_similarity"]["mean"] == pytest.approx(1.0, abs=0.01)
+    assert after["metrics"]["dnsmos"]["bak"]["change"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    page = (tmp_path / "out" / "report.html").read_text()
+    for title in ("speaker similarity", "vs first, speaker similarity", "DNSMOS OVRL", "vs first, DNSMOS BAK"):
+        assert f"| {title} |" in (tmp_path / "out" / "results.md").read_text() and f">{title}<" in page
+    on_page = [clip for row in (before, after) for clip in row["clips"][:2]]  # the first seed's
+    voices = [clip for clip in on_page if clip["speaker_similarity"]]
+    assert page.count("· speaker similarity ") == len(voices) > 0
+    assert page.count("· DNSMOS 3.00") == len([clip for clip in on_page if clip["dnsmos"]]) > 0
+
+
 # --- The comparison on the terminal -----------------------------------------------------------------------
 
 
@@ -307,6 +341,14 @@ def test_reports_of_asr(tmp_path, monkeypatch, caplog):
         (["{good}"], ["--references", "{tmp}/t.txt"], "no audio for '1'"),
         (["{good}"], ["--output_dir", "{tmp}/t.txt/out"], "cannot write into"),
         (["{good}"], ["--judge", "pocketsphinx", "--texts", "{tmp}/odd.txt"], "lacks 'xqzzt'"),
+        (["{good}"], ["--speaker_encoder", "{tmp}/encoder"], "--speaker_encoder: no text has a voice prompt"),
+        (["{good}"], ["--speaker_encoder", "{good}"], "is no such model (got"),
+        (
+            ["{good}"],
+            ["--speaker_encoder", "{tmp}/encoder", "--texts", "{tmp}/short.jsonl"],
+            "short.wav: silent, or sh",
+        ),
+        (["{good}"], ["--dnsmos"], "pip install -r requirements-dnsmos.txt"),
         (["{good}"], ["--best_of", "0"], "--best_of: must be >= 1 (got 0)"),
         (["{good}"], ["--temperature", "-1"], "--temperature: must be finite and >= 0"),
         (["{good}"], ["--seeds", "1", "1"], "--seeds: a value is given twice (got 1 1)"),
@@ -318,6 +360,10 @@ def test_bad_input_exits_2_before_a_policy_is_loaded(
     models, options, message, policy_paths, fakes, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "odd.txt").write_text("xqzzt")
+    save_speaker_encoder(tmp_path / "encoder")
+    save_audio(tmp_path / "short.wav", 0.1 * np.sin(np.arange(7_000) * 0.1))
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "a", "ref_text": "b", "ref_audio": "short.wav"}))
+    monkeypatch.setitem(sys.modules, "speechmos", None)  # as if it were not installed
     monkeypatch.setattr(Policy, "from_pretrained", lambda *_: pytest.fail("a policy was loaded"))
 
     def fill(texts):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metrics.bootstrap import change_from_first, edit_counts, error_metrics, paired_change
+from metrics.bootstrap import change_from_first, edit_counts, error_metrics, mean_metrics, paired_change
 
 
 def row_of(edits, lengths):
@@ -59,3 +59,43 @@ def test_paired_change_is_of_rates_over_all_texts():
     first, counts = np.array([[4, 0], [5, 5]]), np.array([[3, 0], [5, 5]])
     result = paired_change(counts, first)
     assert result["relative"] == pytest.approx(-0.25) and result["interval"] == pytest.approx([-0.25, -0.25])
+
+
+def valued_row(*seeds: list[float | None]) -> dict:
+    """A row with one list of values per seed, a value a text."""
+    clips = [{"text": str(i), "value": value} for values in seeds for i, value in enumerate(values)]
+    return {"seeds": list(range(len(seeds))), "clips": clips}
+
+
+def value_of(clip: dict) -> float | None:
+    return clip["value"]
+
+
+def test_means_are_over_the_clips_that_have_a_value():
+    """0.5 and 0.9 of the first text, 0.1 of the second, whose other clip failed: (0.5 + 0.9 + 0.1) / 3 = 0.5. A draw of
+    the first text alone has 0.7, of the second alone 0.1, each with a chance of 1/4."""
+    row = valued_row([0.5, 0.1], [0.9, None])
+    metrics = mean_metrics(row, row, value_of)
+    assert metrics["mean"] == pytest.approx(0.5) and metrics["interval"] == pytest.approx([0.1, 0.7])
+    assert metrics["change"] is None
+    assert mean_metrics(valued_row([None, None]), row, value_of) is None
+
+
+def test_changes_of_means_are_paired_by_text():
+    """Each text 0.1 higher: the difference is 0.1 in every draw, however the texts differ."""
+    first, row = valued_row([0.2, 0.9, 0.4]), valued_row([0.3, 1.0, 0.5])
+    change = mean_metrics(row, first, value_of)["change"]
+    assert change["difference"] == pytest.approx(0.1) and change["interval"] == pytest.approx([0.1, 0.1])
+    # 0.2 higher, 0.1 lower: on average 0.05, and -0.1 to 0.2 by draw
+    change = mean_metrics(valued_row([0.4, 0.8]), valued_row([0.2, 0.9]), value_of)["change"]
+    assert change["difference"] == pytest.approx(0.05) and change["interval"] == pytest.approx([-0.1, 0.2])
+    assert mean_metrics(row, valued_row([0.2]), value_of)["change"] is None  # other texts
+    assert mean_metrics(row, valued_row([None] * 3), value_of)["change"] is None
+
+
+def test_draws_without_any_value_are_left_out():
+    """Of two texts the second has no value in either row: a draw of it alone says nothing."""
+    first, row = valued_row([0.2, None]), valued_row([0.3, None])
+    metrics = mean_metrics(row, first, value_of)
+    assert metrics["interval"] == pytest.approx([0.3, 0.3])
+    assert metrics["change"]["interval"] == pytest.approx([0.1, 0.1])

@@ -6,7 +6,7 @@ from speech.dnsmos import MosScores
 def quality_reward(mos: MosScores) -> float:
     """(OVRL − 1) / 4, at least 0 and at most 1: the scale of opinions, 1 to 5, as 0 to 1.
 
-    OVRL is a polynomial with 3.93 at the model's own 5: no clip earns more than 0.73.
+    OVRL is a polynomial of the model's own score, 3.93 where that is 5: a clip earns hardly more than 0.73.
 
     >>> quality_reward(MosScores(ovrl=3.0, sig=3.4, bak=4.0))  # clean speech
     0.5

@@ -162,7 +162,7 @@ class ScriptArguments:
     sample_steps: int = field(default=50, metadata={"help": "steps between saved rollouts (wav, transcript); 0: never"})
     sample_count: int = field(default=8, metadata={"help": "number of rollouts saved each time"})
     offload_rewards: bool = field(
-        default=False, metadata={"help": "keep codec and Whisper on the CPU while they do not score"}
+        default=False, metadata={"help": "keep codec, Whisper and speaker encoder on the CPU while they do not score"}
     )
 
 

@@ -20,7 +20,7 @@ class DnsmosReward:
     """`quality_reward` of each rollout. A failed one earns 0: truncated, without codes, silent, or with NaN in it.
 
     How it is hacked: DNSMOS knows no text and was made to judge noise, so clear babble, or a few drawn-out clean
-    sounds, earn as much as speech. It needs an intelligibility reward beside it, `whisper`, of a larger weight.
+    sounds, may earn as much as speech. It needs an intelligibility reward beside it, `whisper`, of a larger weight.
 
     Args:
         rollout_scorer: a `SpeechRolloutScorer` with a codec and DNSMOS.

@@ -16,6 +16,7 @@ from speech.tokens import SAMPLE_RATE
 CLIPS = [f"tiny/heldout/{name}.flac" for name in ("slt_000", "rms_001", "slt_002", "rms_003", "slt_004")]
 KINDS = {  # group norm over time in the first layer, or layer norm in all
     "wavlm": {},
+    "wavlm, weighted layers": {"use_weighted_layer_sum": True},  # microsoft/wavlm-base-plus-sv
     "wavlm, layer norm": {"feat_extract_norm": "layer", "do_stable_layer_norm": True},
     "wav2vec2": {},
     "wav2vec2-conformer": {},

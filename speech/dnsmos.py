@@ -1,4 +1,4 @@
-"""DNSMOS P.835, Microsoft's prediction of listeners' opinions of a clip; the weights are those of the package speechmos.
+"""DNSMOS P.835, Microsoft's prediction of listeners' opinions of a clip, by the weights in the package speechmos.
 
 Reddy, Gopal, Cutler: DNSMOS P.835 (ICASSP 2022). It works on the CPU. Of the package only the weights are used:
 its own code runs a second model (P.808) as well, on a spectrogram by librosa.

@@ -39,7 +39,7 @@ from common.cli import (
     set_up_logging,
 )
 from common.run_record import plot_curves, write_run
-from reward_models import RewardConfig, build_rewards, load_config, models_needed
+from reward_models import RewardConfig, build_rewards, load_config, needs_voice_prompt
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.transcripts import TranscriptScorer
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
@@ -73,8 +73,7 @@ def grpo_trainer(
     tokenizer,
     tokens: SpeechTokens,
 ) -> SpeechGRPOTrainer:
-    needs_voice_prompt = "speaker_encoder" in models_needed(rewards, script_args.task)
-    rows = grpo_dataset(script_args, training_args, tokenizer, tokens, needs_voice_prompt)
+    rows = grpo_dataset(script_args, training_args, tokenizer, tokens, needs_voice_prompt(rewards, script_args.task))
     with training_args.main_process_first(desc="reward models"):  # Whisper's download knows no lock
         rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, tokenizer, tokens)
     reward_functions, training_args.reward_weights = build_rewards(rewards, rollout_scorer, script_args.task)

@@ -105,6 +105,11 @@ def models_needed(config: RewardConfig, task: str) -> set[str]:
     return {model for name in config for model in REWARDS[task][name].needs}
 
 
+def needs_voice_prompt(config: RewardConfig, task: str) -> bool:
+    """Whether a reward of a config compares with the voice prompt, `ref_codes`, of each row."""
+    return "speaker_encoder" in models_needed(config, task)
+
+
 def build_rewards(config: RewardConfig, rollout_scorer, task: str = "tts") -> tuple[list, list[float]]:
     """The reward functions and weights that `GRPOTrainer` takes.
 

@@ -205,11 +205,10 @@ def grpo_rows(
     them the voice prompt and the patterns of pauses, for rewards.
 
     Args:
-        needs_voice_prompt: whether a reward compares with the voice prompt, and so needs the `ref_codes` of each row.
+        needs_voice_prompt: whether a reward compares with the voice prompt, and so every row needs one.
     Raises:
         InputError: a row that no prompt can be made of, or too long for the context; a missing column; a pattern of
-            pauses that is not of its text; no voice
-            prompt that is needed, or one too short to have a voice.
+            pauses that is not of its text; no voice prompt that is needed, or one too short to have a voice.
     """
     check_tts_columns(rows, name, tokens.num_codes)
     check_keywords(rows, PAUSES_COLUMN, name)

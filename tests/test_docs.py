@@ -22,7 +22,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "train_token2text.py": "--steps 2 --batch_size 4",
     "sample_preferences.py": "--num_texts 4 --max_completion_length 80 --min_margin 0 --batch_size 8",
     "train.py .*--method dpo": "--max_steps 1 --per_device_train_batch_size 2",
-    "train.py (?!.*(sft|dpo))": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
+    "train.py (?!.*(sft|--method dpo))": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
     "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
     "train.py .*multitask_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset sft.parquet",
     "evaluation.py --models": "--texts eight.txt --references eight.jsonl --num_players 2",

@@ -10,11 +10,18 @@ from pathlib import Path
 import datasets
 
 from common.cli import InputError
-from common.dataset_io import check_codes, load_any_dataset
+from common.dataset_io import check_codes
 from speech.tokens import SpeechTokens, prompt_ids
 from training.recipes import DPORecipe, ScriptArguments
-from training.row_cache import cache_folder, map_rows
-from training.rows import CODES, REFERENCE_COLUMNS, check_tts_columns, columns_of, prompt_of_row
+from training.row_cache import map_rows
+from training.rows import (
+    CODES,
+    REFERENCE_COLUMNS,
+    check_tts_columns,
+    columns_of,
+    prepared_datasets,
+    prompt_of_row,
+)
 
 logger = logging.getLogger("train")
 
@@ -25,18 +32,11 @@ def preference_datasets(
     script_args: ScriptArguments, training_args: DPORecipe, tokenizer, tokens: SpeechTokens
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The pairs of --dataset and of --eval_dataset, None without one."""
-    with training_args.main_process_first(desc="rows"):
-        cache, parts = cache_folder(training_args), []
-        for name, split in (
-            (script_args.dataset, script_args.split),
-            (script_args.eval_dataset, script_args.eval_split),
-        ):
-            if name is None:
-                parts.append(None)
-                continue
-            rows, file = load_any_dataset(name, split), cache / f"{len(parts)}.arrow"
-            parts.append(preference_rows(rows, name, tokenizer, tokens, training_args.max_length, file))
-    return tuple(parts)
+
+    def prepare(rows: datasets.Dataset, name: str, file: Path) -> datasets.Dataset:
+        return preference_rows(rows, name, tokenizer, tokens, training_args.max_length, file)
+
+    return prepared_datasets(script_args, training_args, prepare)
 
 
 def preference_rows(

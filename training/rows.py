@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from transformers import TrainingArguments
 
 from common.cli import InputError
 from common.dataset_io import check_codes, check_keywords, check_texts, load_any_dataset
@@ -281,10 +282,12 @@ def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Da
 # --- SFT --------------------------------------------------------------------------------------------------
 
 
-def sft_datasets(
-    script_args: ScriptArguments, training_args: SFTRecipe, tokenizer, tokens: SpeechTokens
+def prepared_datasets(
+    script_args: ScriptArguments,
+    training_args: TrainingArguments,
+    prepare: Callable[[datasets.Dataset, str, Path], datasets.Dataset],
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """The examples of --dataset and of --eval_dataset, None without one."""
+    """--dataset and --eval_dataset, None without one, each through `prepare(rows, name, cache file)` once a machine."""
     with training_args.main_process_first(desc="rows"):
         cache, parts = cache_folder(training_args), []
         for name, split in (
@@ -294,9 +297,19 @@ def sft_datasets(
             if name is None:
                 parts.append(None)
                 continue
-            rows, file = load_any_dataset(name, split), cache / f"{len(parts)}.arrow"
-            parts.append(sft_rows(rows, name, tokenizer, tokens, training_args.max_length, script_args.task, file))
+            parts.append(prepare(load_any_dataset(name, split), name, cache / f"{len(parts)}.arrow"))
     return tuple(parts)
+
+
+def sft_datasets(
+    script_args: ScriptArguments, training_args: SFTRecipe, tokenizer, tokens: SpeechTokens
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """The examples of --dataset and of --eval_dataset, None without one."""
+
+    def prepare(rows: datasets.Dataset, name: str, file: Path) -> datasets.Dataset:
+        return sft_rows(rows, name, tokenizer, tokens, training_args.max_length, script_args.task, file)
+
+    return prepared_datasets(script_args, training_args, prepare)
 
 
 def sft_rows(

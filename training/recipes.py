@@ -384,7 +384,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
         _check_machine(training_args, model_args)
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
-        if model_args.use_peft and not dtype_given and training_args.bf16:
+        lora = model_args.use_peft or Path(model_args.model_name_or_path or "", "adapter_config.json").is_file()
+        if lora and not dtype_given and training_args.bf16:
             model_args.dtype = "bfloat16"  # autocast would cast the frozen float32 weights anew for every code
         check_ranges(script_args, SCRIPT_RANGES)
         check_ranges(model_args, LORA_RANGES)
@@ -490,6 +491,11 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
         raise InputError(
             "DeepSpeed ZeRO-3: not supported, a policy of 1 B fits on every GPU. Use DDP, or ZeRO-2 or FSDP2 to save "
             "memory"
+        )
+    if getattr(training_args, "use_transformers_continuous_batching", False):
+        raise InputError(
+            "--use_transformers_continuous_batching: TRL rounds the weights themselves to half precision for it, and "
+            "most of AdamW's steps are lost. Leave it out, or use --use_vllm true"
         )
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")

@@ -88,6 +88,17 @@ def test_lora_is_in_half_precision_where_autocast_is(tmp_path):
     assert dtype("--bf16", "true", "--use_peft", "true") == "bfloat16"
     assert dtype("--bf16", "true", "--use_peft", "true", "--dtype", "float32") == "float32"
     assert dtype("--bf16", "true") == dtype("--use_peft", "true") == "float32"
+    (tmp_path / "adapter_config.json").write_text("{}")  # a LoRA folder, which is trained further without --use_peft
+    folder = ["--model_name_or_path", str(tmp_path)]
+    assert dtype("--bf16", "true", *folder) == "bfloat16"
+    assert dtype(*folder) == dtype("--bf16", "true", "--dtype", "float32", *folder) == "float32"
+
+
+@pytest.mark.parametrize("flag", ["--use_transformers_continuous_batching", "--use_transformers_paged"])
+def test_what_would_round_the_weights_for_good_is_refused(flag, caplog):
+    with pytest.raises(SystemExit) as stop:
+        train.parse_args(["--use_cpu", "true", "--bf16", "true", flag, "true"])
+    assert stop.value.code == 2 and "TRL rounds the weights themselves" in caplog.text
 
 
 def test_debug_shows_the_traceback_of_an_input_error(caplog):

@@ -35,6 +35,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         last = last_complete_checkpoint(training_args.output_dir)
         if last:
             logger.info("resuming from %s", last)
+            warn_of_other_processes(Path(last), training_args.world_size)
         else:
             check_no_model(training_args.output_dir)
         return last
@@ -42,7 +43,21 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         raise InputError(
             f"--resume_from_checkpoint {wanted}: no complete checkpoint there. Use a checkpoint-N folder, or true"
         )
+    warn_of_other_processes(Path(wanted), training_args.world_size)
     return wanted
+
+
+def warn_of_other_processes(checkpoint: Path, processes: int) -> None:
+    """Warn where a run goes on with more or fewer processes than wrote the checkpoint; each left its random state."""
+    written = len(list(checkpoint.glob("rng_state*.pth")))
+    if written not in (0, processes):
+        logger.warning(
+            "%s was written by %d processes, and %d resume it: a step has another number of rollouts, and prompts and "
+            "random numbers are not those of the run as it was",
+            checkpoint,
+            written,
+            processes,
+        )
 
 
 def check_no_model(output_dir: str) -> None:

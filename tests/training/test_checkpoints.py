@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from training.checkpoints import find_checkpoint, last_complete_checkpoint
 
 
@@ -19,3 +21,18 @@ def test_no_resuming_however_it_is_written(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     for wanted in (None, False, "false"):
         assert find_checkpoint(SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(("files", "processes"), [(["rng_state.pth"], 2), (["rng_state_0.pth", "rng_state_1.pth"], 1)])
+def test_other_processes_than_before_are_warned_of(files, processes, named, tmp_path, caplog):
+    """Two GPUs make twice the rollouts a step: the run is not the one it was."""
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    for name, content in {"trainer_state.json": "{}", "model.safetensors": "", **dict.fromkeys(files, "")}.items():
+        (checkpoint / name).write_text(content)
+    wanted = str(checkpoint) if named else "true"
+    for world_size, warned in ((len(files), False), (processes, True)):
+        args = SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), world_size=world_size)
+        assert find_checkpoint(args) == str(checkpoint)
+        assert (f"written by {len(files)} processes, and {processes} resume it" in caplog.text) == warned

@@ -100,8 +100,37 @@ def test_a_number_that_is_not_finite(value):
     assert not any(check.passed for check in readiness.check_log([])), "no step was logged"
 
 
+def test_flags_of_the_run_that_is_planned(tmp_path):
+    """A sampling temperature is in both log-probs; of LoRA the adapter is saved, loaded and synthesizes."""
+    lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--learning_rate", "1e-3"]
+    results = run(tmp_path, "--size", "tiny", "--temperature", "0.6", *lora)
+    checks = {check["name"]: check["passed"] for check in results["checks"]}
+    assert checks.pop("memory") is None and all(checks.values()), results["checks"]
+
+
+def test_with_vllm_the_log_probs_are_those_of_its_last_step():
+    steps = [{"reward": 0.1, "sampling/sampling_logp_difference/mean": value} for value in (0.3, 0.004)]
+    trainer = SimpleNamespace(use_vllm=True, state=SimpleNamespace(log_history=[*steps, {"train_runtime": 1.0}]))
+    assert readiness.compare_log_probs(trainer, ["Anna."]) == readiness.LogProbs(0.004)
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [("8", 8), ("1", 8), ("2", 1)])
+def test_several_gpus_are_refused_before_anything_is_built(processes, gpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(readiness, "measure", None)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--size", "real")
+    assert stop.value.code == 2 and "CUDA_VISIBLE_DEVICES=0 python" in caplog.text
+
+
 def test_what_else_falls_short():
-    assert readiness.check_log_probs(0.02).passed and not readiness.check_log_probs(math.nan).passed
+    def log_probs(*values: float) -> bool:
+        return readiness.check_log_probs(readiness.LogProbs(*values)).passed
+
+    assert log_probs(0.02) and log_probs(0.02, 0.5) and not log_probs(0.021, 0.5) and not log_probs(math.nan)
+    # The logits of a trained policy spread further, and bfloat16 rounds them more coarsely
+    assert log_probs(0.05, 2.5) and not log_probs(0.051, 2.5)
     gib = readiness.memory.GIB
     assert readiness.check_memory(30 * gib, 34 * gib).passed and not readiness.check_memory(30 * gib, 35 * gib).passed
     assert not readiness.check_memory(30 * gib, 25 * gib).passed and readiness.check_memory(gib, None).passed is None

@@ -42,7 +42,7 @@ class Shapes:
         head_rows: rows of the head that are computed (confined_head.py).
         activation_bytes: bytes of what the layers compute in, 2 under autocast or in half precision.
         residual_bytes: bytes of the residual stream; 4 where the weights are float32, under autocast too.
-        rollouts: sampled at once by this process; rows: of one forward of the loss.
+        rollouts: sampled at once by this process, in training or evaluation; rows: of one forward of the loss.
         prompt: tokens of the longest prompt; length: of it and a completion together.
         checkpointing: whether the backward recomputes each layer.
         on_gpu: where TRL's Triton kernels run.
@@ -70,6 +70,7 @@ def shapes_of(model, args, length: int) -> Shapes:
     config, head = model.config, model.get_output_embeddings()
     weights = model.get_input_embeddings().weight
     half = args.bf16 or args.fp16
+    held_out = 0 if args.eval_strategy == "no" else args.per_device_eval_batch_size
     return Shapes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -80,7 +81,7 @@ def shapes_of(model, args, length: int) -> Shapes:
         head_rows=head.last_row - head.first_row,
         activation_bytes=2 if half else weights.element_size(),
         residual_bytes=weights.element_size(),
-        rollouts=args.per_device_train_batch_size * args.steps_per_generation,
+        rollouts=max(args.per_device_train_batch_size * args.steps_per_generation, held_out),
         rows=args.per_device_train_batch_size,
         prompt=length - args.max_completion_length,
         length=length,
@@ -159,6 +160,11 @@ def sampling_bytes(s: Shapes) -> int:
     return cache + max(prompts, SAMPLING_COPIES * 4 * s.rollouts * s.vocabulary)
 
 
+def optimizer_copies(args) -> int:
+    """Numbers that the optimizer keeps for each weight: the two moments of AdamW, and none of transformers' SGD."""
+    return 0 if args.optim == "sgd" else 2
+
+
 def gradients_while_sampling(args) -> bool:
     """Whether rollouts are sampled between the micro-batches of one update; after an update gradients are freed."""
     return args.steps_per_generation * args.num_iterations % args.gradient_accumulation_steps > 0
@@ -191,38 +197,37 @@ def estimate(
     reward_models: list,
     scoring: int,
     shapes: Shapes,
-    offload_rewards: bool,
     ddp: bool = False,
     token2text=None,
     diffro: int = 0,
     sampling_with_gradients: bool = False,
+    optimizer_copies: int = 2,
 ) -> dict[str, int]:
     """Bytes by part: what is held, then the three phases, of which the largest counts, then the peak of all.
 
     Args:
         policy: the causal LM, adapters included; reference: another one, or None.
-        reward_models: the modules that score; scoring: what they add while they work, in bytes.
+        reward_models: the modules that score and stay on the device; scoring: what is added while rollouts are scored,
+            in bytes, models that come for it included.
         ddp: whether several GPUs average their gradients by DDP.
-        offload_rewards: whether they are on the device only while they score.
         token2text: the token-to-text model, which stays there; diffro: see `loss_bytes`.
-        sampling_with_gradients: see `gradients_while_sampling`.
+        sampling_with_gradients: see `gradients_while_sampling`; optimizer_copies: see the function of that name.
     """
     trainable = module_bytes(policy, trainable=True)
     mixed = shapes.activation_bytes < shapes.residual_bytes
     copies = linear_bytes(policy) if mixed else 0
-    rewards = module_bytes(*reward_models)
     held = {
         "policy": module_bytes(policy),
         "DDP's buckets": trainable if ddp else 0,  # a second copy of all gradients
-        "optimizer": 2 * trainable,
+        "optimizer": optimizer_copies * trainable,
         "reference": 0 if reference is None else module_bytes(reference),
-        "reward models": 0 if offload_rewards else rewards,
+        "reward models": module_bytes(*reward_models),
         "token2text": 0 if token2text is None else module_bytes(token2text),
     }
     gradients = {"gradients": trainable}
     phases = {
         "sampling": copies + sampling_bytes(shapes),
-        "scoring": scoring + (rewards if offload_rewards else 0),
+        "scoring": scoring,
         "loss": copies + loss_bytes(shapes, policy.get_output_embeddings().weight.requires_grad, diffro),
     }
     with_gradients = {
@@ -244,26 +249,34 @@ def estimate_run(
     """
     names = ("codec", "whisper", "token2text", "speaker_encoder")
     codec, whisper, token2text, speaker_encoder = (getattr(rollout_scorer, name, None) for name in names)
-    shapes, scoring = shapes_of(policy, training_args, longest), [0]
-    if whisper:
-        scoring.append(scoring_bytes(whisper))
-    if token2text:
-        scoring.append(token2text_scoring_bytes(token2text, training_args.max_completion_length))
+    shapes, codes = shapes_of(policy, training_args, longest), training_args.max_completion_length
+    # Whisper and the token-to-text model work one after the other; behind them, the speaker encoder with the codec
+    by_whisper = scoring_bytes(whisper) if whisper else 0
+    by_token2text = token2text_scoring_bytes(token2text, codes) if token2text else 0
+    passes = [([codec, whisper], max(by_whisper, by_token2text))]
     if speaker_encoder:
-        scoring.append(speaker_scoring_bytes(speaker_encoder, training_args.max_completion_length))
+        passes.append(([codec, speaker_encoder], speaker_scoring_bytes(speaker_encoder, codes)))
+    if codec and rollout_scorer.offload:  # each pass has its models brought, and taken away again
+        kept, scoring = [], max(module_bytes(*modules(models)) + added for models, added in passes)
+    else:
+        kept, scoring = modules([codec, whisper, speaker_encoder]), max(added for _, added in passes)
     return estimate(
         policy,
         reference,
-        # Offloaded, the speaker encoder takes Whisper's place; its weights are counted beside Whisper's all the same
-        [part.model for part in (codec, whisper, speaker_encoder) if part],
-        max(scoring),
+        kept,
+        scoring,
         shapes,
-        bool(codec) and rollout_scorer.offload,
         ddp=training_args.distributed_state.distributed_type == DistributedType.MULTI_GPU,
         token2text=token2text,
         diffro=diffro_bytes(shapes, token2text, draws, exact_kl) if draws else 0,
         sampling_with_gradients=gradients_while_sampling(training_args),
+        optimizer_copies=optimizer_copies(training_args),
     )
+
+
+def modules(scorers: list) -> list[torch.nn.Module]:
+    """The models of those scorers that there are."""
+    return [scorer.model for scorer in scorers if scorer]
 
 
 def report(parts: dict[str, int]) -> str:

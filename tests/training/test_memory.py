@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from fake_token2text import small
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
     Wav2Vec2FeatureExtractor,
     WavLMConfig,
     WavLMForXVector,
     Xcodec2Config,
     Xcodec2Model,
 )
+from trl.kernels import chunked_logprob
 from whisper.model import AudioEncoder, ModelDimensions, TextDecoder
 
 import train
@@ -46,7 +51,9 @@ LARGE_V3 = ModelDimensions(128, 1500, 1280, 20, 32, 51_866, 448, 1280, 20, 32)
 def arguments(**settings) -> SimpleNamespace:
     """What `shapes_of` reads of a GRPOConfig."""
     usual = {"bf16": False, "fp16": False, "steps_per_generation": 1, "device": torch.device("cpu")}
-    usual |= {"max_completion_length": 0, "gradient_checkpointing": True}
+    usual |= {"max_completion_length": 0, "gradient_checkpointing": True, "eval_strategy": "no", "optim": "adamw_torch"}
+    usual |= {"gradient_accumulation_steps": 1, "num_iterations": 1}
+    usual |= {"distributed_state": SimpleNamespace(distributed_type=DistributedType.NO)}
     return SimpleNamespace(**usual | settings)
 
 
@@ -91,7 +98,7 @@ def test_the_loss_takes_what_was_estimated(checkpointing):
     measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
     args = arguments(per_device_train_batch_size=rows, gradient_checkpointing=checkpointing)
-    parts = memory.estimate(model, None, [], 0, memory.shapes_of(model, args, length), False)
+    parts = memory.estimate(model, None, [], 0, memory.shapes_of(model, args, length))
     named = ("policy", "gradients", "optimizer", "loss")
     assert sum(parts[name] for name in named) == pytest.approx(measured, rel=0.15)
 
@@ -221,17 +228,22 @@ def test_the_recipe_fits_its_card(real_sizes):
         max_completion_length=recipe["max_completion_length"],
         device=torch.device("cuda"),
     )
-    shapes = memory.shapes_of(policy, args, 100 + recipe["max_completion_length"])
-    scoring = memory.scoring_bytes(scorer)
+    length = 100 + recipe["max_completion_length"]
+    shapes, scoring = memory.shapes_of(policy, args, length), memory.scoring_bytes(scorer)
     assert sum(p.numel() for p in policy.parameters()) == pytest.approx(1.37e9, rel=0.01)
-    parts = memory.estimate(policy, reference, [codec, scorer.model], scoring, shapes, recipe["offload_rewards"])
+
+    def estimated(offload: bool) -> dict[str, int]:
+        scorers = SimpleNamespace(codec=SimpleNamespace(model=codec), whisper=scorer, offload=offload)
+        return memory.estimate_run(policy, reference, scorers, args, length)
+
+    parts, kept = estimated(recipe["offload_rewards"]), estimated(False)
     assert parts["peak"] < 39.4 * memory.GIB
-    kept = memory.estimate(policy, reference, [codec, scorer.model], scoring, shapes, False)
     assert kept["peak"] > parts["peak"]
+    assert kept["reward models"] == parts["scoring"] - scoring == memory.module_bytes(codec, scorer.model)
     # DDP averages gradients in buckets of its own, a second copy of them all.
-    several = memory.estimate(policy, reference, [codec], scoring, shapes, False, ddp=True)
-    one = memory.estimate(policy, reference, [codec], scoring, shapes, False)
-    accumulating = memory.estimate(policy, reference, [codec], scoring, shapes, False, sampling_with_gradients=True)
+    several = memory.estimate(policy, reference, [codec], scoring, shapes, ddp=True)
+    one = memory.estimate(policy, reference, [codec], scoring, shapes)
+    accumulating = memory.estimate(policy, reference, [codec], scoring, shapes, sampling_with_gradients=True)
     assert accumulating["peak"] >= one["peak"]
     assert several["peak"] - one["peak"] == pytest.approx(memory.ALLOCATOR_SLACK * one["gradients"], rel=1e-6)
 
@@ -249,8 +261,8 @@ def test_what_asr_and_diffro_add(real_sizes):
     assert passes[1] < passes[0] / 10
     shapes = memory.shapes_of(policy, arguments(**args, max_completion_length=1_500), 1_580)
     token2text = small()
-    plain = memory.estimate(policy, reference, [], 0, shapes, False)
-    both = memory.estimate(policy, reference, [], 0, shapes, False, token2text=token2text, diffro=8 * memory.GIB)
+    plain = memory.estimate(policy, reference, [], 0, shapes)
+    both = memory.estimate(policy, reference, [], 0, shapes, token2text=token2text, diffro=8 * memory.GIB)
     assert both["token2text"] == memory.module_bytes(token2text) > 0
     assert 7 * memory.GIB < both["loss"] - plain["loss"] < 8 * memory.GIB, "the tile of GRPO's logits is gone by then"
 
@@ -260,7 +272,7 @@ def test_adapters_train_little(real_sizes):
     policy.requires_grad_(False)
     policy.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
     shapes = memory.shapes_of(policy, arguments(per_device_train_batch_size=1, gradient_checkpointing=True), 100)
-    parts = memory.estimate(policy, None, [], 0, shapes, False)
+    parts = memory.estimate(policy, None, [], 0, shapes)
     policy.requires_grad_(True)
     assert parts["gradients"] == 2048 * 2048 * 4 and parts["reference"] == 0
     first, second = memory.report(parts).splitlines()
@@ -276,3 +288,84 @@ def test_a_speaker_encoder_takes_what_was_estimated():
     measured = peak_bytes(lambda: encoder.embed(wavs))
     assert memory.speaker_scoring_bytes(encoder, codes=100) == pytest.approx(measured, rel=0.15)
     assert memory.speaker_scoring_bytes(encoder, codes=400) == pytest.approx(2 * measured, rel=0.15)  # one clip of 8 s
+
+
+def test_offloaded_models_are_counted_with_those_that_work_beside_them():
+    """Codec and Whisper come to the device, then codec and speaker encoder: never all three."""
+    part = {name: SimpleNamespace(model=torch.nn.Linear(1_000, out)) for name, out in (("codec", 10), ("whisper", 300))}
+    part["whisper"].dtype, part["whisper"].batch_size = torch.float16, 1
+    part["whisper"].model.dims = LARGE_V3
+    config = SimpleNamespace(conv_stride=[5], conv_dim=[512])
+    encoder = SimpleNamespace(model=torch.nn.Linear(1_000, 200), batch_seconds=1)
+    encoder.model.config = config
+    policy, args = small_llama(first=19_000), arguments(per_device_train_batch_size=1, max_completion_length=50)
+
+    def estimated(offload: bool) -> dict[str, int]:
+        scorers = SimpleNamespace(**part, speaker_encoder=encoder, offload=offload)
+        return memory.estimate_run(policy, None, scorers, args, 100)
+
+    codec, whisper, speaker = (memory.module_bytes(one.model) for one in (*part.values(), encoder))
+    working = memory.scoring_bytes(part["whisper"]), memory.speaker_scoring_bytes(encoder, 50)
+    assert estimated(False)["reward models"] == codec + whisper + speaker
+    assert estimated(False)["scoring"] == max(working)
+    away = estimated(True)
+    assert away["reward models"] == 0
+    assert away["scoring"] == codec + max(whisper + working[0], speaker + working[1])
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_what_the_optimizer_keeps_is_counted(optim, tmp_path):
+    """As transformers builds it for --optim."""
+    model = torch.nn.Linear(64, 64, bias=False)
+    training_args = TrainingArguments(str(tmp_path), optim=optim, use_cpu=True)
+    optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(training_args)
+    optimizer = optimizer_class(model.parameters(), **settings)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    state = optimizer.state_dict()["state"].values()
+    kept = sum(v.numel() for one in state for v in one.values() if isinstance(v, torch.Tensor) and v.ndim)
+    assert kept == memory.optimizer_copies(training_args) * model.weight.numel()
+    policy = small_llama(first=19_999)
+    parts = memory.estimate_run(policy, None, None, arguments(per_device_train_batch_size=1, optim=optim), 100)
+    assert parts["optimizer"] == memory.optimizer_copies(training_args) * memory.module_bytes(policy, trainable=True)
+
+
+def test_an_evaluation_may_sample_more_than_a_step():
+    """64 held-out rows at once by default, also where a step has 8 rollouts: it would end a run after 100 steps."""
+    model = small_llama(first=19_999)
+    sizes = {"per_device_train_batch_size": 2, "steps_per_generation": 4, "per_device_eval_batch_size": 64}
+    rollouts = [
+        memory.shapes_of(model, arguments(**sizes, eval_strategy=strategy), 100).rollouts
+        for strategy in ("no", "steps")
+    ]
+    assert rollouts == [8, 64]
+
+
+def test_the_loss_of_llasa_1b_takes_what_was_estimated_in_bfloat16(monkeypatch):
+    """On fake tensors, which have sizes and no memory. As on a GPU, where the Triton kernels work on tiles in place."""
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked_logprob, name, lambda *_, **__: None)
+    rows, length, first, vocabulary = 8, 1_100, 128_261, LLASA_1B["vocab_size"]
+    tracker = MemTracker()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = LlamaForCausalLM(LlamaConfig(**LLASA_1B)).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        for parameter in model.parameters():  # as in a step's last micro-batch: gradients and Adam's state are there
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        tracker.track_external(model, optimizer)
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        with tracker:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+                head = model.lm_head.weight[first:], torch.zeros(vocabulary - first)
+                settings = ids[:, 1:].flatten(), 1.0, memory.TILE_ROWS, None, 1.0, ("entropy",)
+                log_probs, *_ = chunked_logprob.ChunkedLogProbFunction.apply(hidden, *head, *settings)
+            log_probs.sum().backward()
+        confine_head(model, [first, vocabulary - 1])
+    measured = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    args = arguments(bf16=True, per_device_train_batch_size=rows, device=torch.device("cuda"))
+    parts = memory.estimate(model, None, [], 0, memory.shapes_of(model, args, length))
+    assert measured > 24 * memory.GIB
+    assert parts["peak"] == pytest.approx(measured, rel=0.15)

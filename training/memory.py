@@ -161,7 +161,7 @@ def sampling_bytes(s: Shapes) -> int:
 
 
 def optimizer_copies(args) -> int:
-    """Numbers that the optimizer keeps for each weight: the two moments of AdamW, and none of transformers' SGD."""
+    """Numbers that the optimizer keeps for each weight: the two moments of AdamW, and none of SGD without momentum."""
     return 0 if args.optim == "sgd" else 2
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_llasa import TEXT, batch
 from trl import GRPOConfig
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
 
 from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids
 from tiny.llasa import new_model, new_tokenizer
@@ -109,6 +109,44 @@ def test_arguments_that_are_none_do_not_stop_the_packing(tokenizer, tokens):
     inputs = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": None, "output_attentions": None}
     assert grpo_trainer.shared_prompts(model, inputs, prompt_length) is not None
     assert grpo_trainer.shared_prompts(model, inputs | {"inputs_embeds": ids}, prompt_length) is None
+
+
+@pytest.mark.parametrize("prompt_length", [10, 3])
+def test_rollouts_of_one_long_prompt_share_a_micro_batch(prompt_length, monkeypatch):
+    """TRL shuffles them before it divides them; what belongs to a row stays with it."""
+    prompts, group, length = 4, 3, 5
+    rows = torch.arange(prompts * group)
+    batch = {
+        "prompt_ids": (rows // group)[:, None].expand(-1, prompt_length),
+        "completion_ids": rows[:, None].expand(-1, length),
+        "advantages": rows.float(),
+        "diffro_text": [f"text of {row}" for row in rows.tolist()],
+        "num_items_in_batch": torch.tensor(60),
+        "old_per_token_logps": None,
+    }
+
+    def generate_and_divide(trainer, generation_batch):
+        if generation_batch is not None:
+            trainer._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(generation_batch), prompts)
+        return trainer._buffered_inputs[trainer._step]
+
+    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_prepare_inputs", generate_and_divide)
+    trainer = object.__new__(grpo_trainer.SpeechGRPOTrainer)
+    trainer.model, trainer._buffered_inputs = SimpleNamespace(training=True), None
+    trainer.args = SimpleNamespace(steps_per_generation=prompts, gradient_accumulation_steps=prompts)
+    torch.manual_seed(0)
+    seen, clips = [], []
+    for trainer._step in range(prompts):
+        inputs = trainer._prepare_inputs(batch if trainer._step == 0 else None)
+        numbers = inputs["completion_ids"][:, 0].tolist()
+        assert inputs["advantages"].tolist() == numbers and inputs["num_items_in_batch"] == 60
+        assert inputs["diffro_text"] == [f"text of {row}" for row in numbers]
+        assert inputs["prompt_ids"][:, 0].tolist() == [row // group for row in numbers]
+        assert inputs["old_per_token_logps"] is None
+        clips.append(len(inputs["prompt_ids"].unique(dim=0)))
+        seen += numbers
+    assert sorted(seen) == rows.tolist()
+    assert (clips == [1] * prompts) == (prompt_length > length)
 
 
 def trainer_with(head, use_vllm: bool = False):

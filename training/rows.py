@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from common.cli import InputError
 from common.dataset_io import check_codes, check_keywords, check_texts, load_any_dataset
-from reward_models.pauses import expected_pauses
 from speech.error_rate import check_reference_text
+from speech.pauses import expected_pauses
 from speech.speaker_encoder import MIN_SECONDS
 from speech.text_marks import plain_text
 from speech.tokens import CODES_PER_SECOND, TASKS, SpeechTokens, asr_prompt, prompt_ids, tts_prompt

@@ -1,13 +1,9 @@
-"""Emphasis: cues by hand and on a hum with a higher, longer word; stated scores for failures."""
+"""Emphasis: rewards of a hum with a higher word; stated scores for failures."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 from fake_rollouts import call, ids, speech_scorer
 
-from reward_models.emphasis import DECLINATION_ST_PER_S, EmphasisReward, emphasis_cues, emphasis_score
-from speech.pitch import PitchTrack
+from reward_models.emphasis import EmphasisReward
 from speech.whisper_scorer import Score
 from speech.word_times import Word
 
@@ -15,28 +11,6 @@ TEXT = "He *will* go."
 WORDS = (Word("He", 0.0, 0.4), Word("will", 0.4, 0.8), Word("go.", 0.8, 1.2))
 PLAIN = [20] * 60  # 140 Hz for 1.2 s
 EMPHASISED = [20] * 20 + [50] * 20 + [20] * 20  # 200 Hz on "will", 6.17 semitones higher
-
-
-def test_score_by_hand():
-    # 0.5 + 0.5 (0.6 · 3/6 + 0.2 · 3/6 + 0.2 · ln 1.5 / ln 1.5) = 0.8
-    assert emphasis_score(3.0, 3.0, np.log2(1.5)) == pytest.approx(0.8)
-    assert emphasis_score(0, 0, 0) == 0.5
-    assert emphasis_score(99, 99, 99) == 1 and emphasis_score(-99, -99, -99) == 0
-    assert emphasis_score(99, 0, 0) == emphasis_score(6, 0, 0) == pytest.approx(0.8)  # shouting does not pay
-
-
-def test_cues_by_hand():
-    times = np.arange(0.005, 1.2, 0.01)
-    inside = (times >= 0.4) & (times < 0.8)
-    track = PitchTrack(times, np.where(inside, 92.0, 86.0), np.where(inside, -10.0, -14.0))
-    assert emphasis_cues(track, list(WORDS), 1, [0, 2]) == pytest.approx((6, 4, 0))
-    # The first word: as high as the last, later by -0.6 s than the mean of the others
-    f0_st, level_db, _ = emphasis_cues(track, list(WORDS), 0, [1, 2])
-    assert (f0_st, level_db) == pytest.approx((-3 - 0.6 * DECLINATION_ST_PER_S, -2))
-    longer = [replace(WORDS[0], end_s=0.2), replace(WORDS[1], start_s=0.2), WORDS[2]]
-    assert emphasis_cues(track, longer, 1, [0, 2])[2] == pytest.approx(1.0)  # 0.6 s against a mean of 0.3 s
-    silent = PitchTrack(times[~inside], track.f0[~inside], track.level[~inside])
-    assert emphasis_cues(silent, list(WORDS), 1, [0, 2]) == pytest.approx((0, 0, 0))  # whispered: no cue
 
 
 class TimedScorer:

@@ -6,25 +6,7 @@ import pytest
 from fake_rollouts import call, ids, speech_scorer
 
 from common.cli import InputError
-from reward_models.rate import RateReward, rate_reward, syllables
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("Did Julia count the hotels?", 7),
-        ("time", 1),
-        ("little", 2),
-        ("don't", 1),
-        ("the", 1),
-        ("5", 1),
-        ("Él comió.", 3),
-        ("今天很好。", 4),
-        ("—", 1),
-    ],
-)
-def test_syllables(text, count):
-    assert syllables(text) == count
+from reward_models.rate import RateReward, rate_reward
 
 
 def test_rate_reward_by_hand():

@@ -1,4 +1,4 @@
-r"""Evaluate checkpoints: error rates by held-out ASR, prosody, failures and speed, and a page to listen to.
+r"""Evaluate checkpoints: error rates by held-out ASR, melody, failures and speed, and a page to listen to.
 
     python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
       --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
@@ -7,16 +7,20 @@ r"""Evaluate checkpoints: error rates by held-out ASR, prosody, failures and spe
       --temperature 0 --long_s 3 --output_dir report
 
 --task tts synthesizes --texts with every checkpoint, at every temperature, once per seed. It measures the corpus WER
-(CER for zh, ja, ko and the like) and the NLL of the text by the evaluation ASRs (--judge), duration, speaking rate and
-log-F0 spread, the fractions of truncated, empty, silent and repetitive clips, and the speed. An ASR that no reward of
-these checkpoints has used is held-out; prefer it to the reward's own, whose score training optimises.
+(CER for zh, ja, ko and the like) and the NLL of the text by the evaluation ASRs (--judge), duration, speaking rate,
+movement of F0 and pauses, the fractions of truncated, empty, silent and repetitive clips, and the real-time factor;
+where the texts have *marked* words or questions, how many are emphasised or rise; with several seeds, Pass@K, Failure@K
+and the diversity of the codes. An ASR that no reward of these checkpoints has used is held-out; prefer it to the
+reward's own, whose score training optimises.
 
 --task asr transcribes --clips. It measures the corpus WER with its insertions and deletions, for short and long clips
 apart, hallucinations (on non-speech too), truncated transcripts, and keyword recall and precision.
 
-Error rates have 95 % bootstrap intervals; changes from the first row are paired by text. Writes results.json (every
-clip), results.md (the table) and report.html (one file, players included), anew after each row, and ends with a
-comparison of the rows on the terminal. Formats of --texts:
+Error rates and means have 95 % bootstrap intervals; changes from the first row are paired by text. Writes results.json
+(every clip), results.md (the table), report.html (one file, players and F0 contours included) and, of several
+checkpoints, pareto.png, anew after each row, and ends with a comparison of the rows on the terminal.
+
+Formats of --texts:
 
     .txt    one text a line
     .jsonl  {"text": …} and optionally "id", "language", "ref_audio" and "ref_text" (voice prompt), "audio" (a natural
@@ -124,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="evaluation ASRs: Whispers by openai-whisper (large-v3, a .pt file, a folder or hub id), Whispers by "
         "faster-whisper (faster-whisper:large-v3, or faster-whisper: and a folder in CTranslate2's format), and "
         "pocketsphinx; default: the reward's Whisper. Those that no reward of the models has used are held-out ASRs, "
-        "and are listed first",
+        "and are listed first. The first one by openai-whisper tells the times of the words, which emphasis needs",
     )
     tts.add_argument(
         "--whisper",

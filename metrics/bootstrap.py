@@ -86,21 +86,30 @@ def value_sums(row: dict, value: Callable[[dict], float | None]) -> np.ndarray:
 
 
 def mean_metrics(row: dict, first: dict, value: Callable[[dict], float | None]) -> dict | None:
-    """Mean of a value over the clips in which it is known; None if it is in none.
+    """`sum_metrics` of a value of the clips: its mean over those in which it is known.
+
+    Args:
+        value: of a clip; None where it has none.
+    """
+    return sum_metrics(row, first, lambda one: value_sums(one, value))
+
+
+def sum_metrics(row: dict, first: dict, sums_of: Callable[[dict], np.ndarray]) -> dict | None:
+    """A mean over texts, each with its weight; None if it is of none.
 
     Args:
         first: the row to compare with.
-        value: of a clip; None where it has none.
+        sums_of: of a row: the sum of each text's values, and of how many, shape (2, num_texts).
     Returns:
         "mean", its 95 % "interval" over texts, and "change": `mean_change` from the first row, None for the first row
         and where the rows have different texts.
     """
-    sums = value_sums(row, value)
+    sums = sums_of(row)
     if sums[1].sum() == 0:
         return None
     change = None
     if row is not first and first_seed_texts(row) == first_seed_texts(first):
-        change = mean_change(sums, value_sums(first, value))
+        change = mean_change(sums, sums_of(first))
     resampled, known = resampled_sums(sums)
     return {
         "mean": float(sums[0].sum() / sums[1].sum()),
@@ -113,7 +122,7 @@ def mean_change(sums: np.ndarray, first_sums: np.ndarray) -> dict | None:
     """Difference of two means with its 95 % interval, paired by text: each draw of texts serves both sides.
 
     Args:
-        sums, first_sums: from `value_sums`, of the same texts in the same order.
+        sums, first_sums: sums and numbers of values, of the same texts in the same order.
     Returns:
         "difference" and "interval"; None if the first row has no value.
     """

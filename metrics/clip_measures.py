@@ -5,17 +5,30 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from rapidfuzz.distance import Levenshtein
 
-from metrics.judges import ROUND_TRIP, EvaluationASR
+from metrics.judges import ROUND_TRIP, EvaluationASR, word_timer
 from metrics.texts import Item, num_units
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.dnsmos import Dnsmos
-from speech.error_rate import error_rate
+from speech.error_rate import error_rate, language_code
 from speech.measures import is_repetitive, log_f0_std
+from speech.melody import (
+    asks,
+    f0_range_st,
+    final_movement_st,
+    is_emphasised,
+    is_rise,
+    marked_word_scores,
+    words_to_emphasise,
+)
+from speech.pauses import expected_pauses, num_pauses, pause_match, realised_pauses
+from speech.pitch import PitchTrack, pitch_track
 from speech.policy import MIN_ROOM, Policy, Sample
 from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import SAMPLE_RATE, asr_prompt
+from speech.whisper_scorer import Score
 
 
 class SynthesizedSpeech(NamedTuple):
@@ -30,9 +43,19 @@ def measure_clips(
 ) -> list[dict]:
     """All measurements of each clip, ready for JSON, in the items' order."""
     clips = [clip_measures(*clip, seed) for clip in zip(items, *speech, strict=True)]
+    audible = [(clip["failure"] is None, wav) for clip, wav in zip(clips, speech.wavs, strict=True)]
+    tracks = [pitch_track(wav) if is_audible else None for is_audible, wav in audible]
+    for item, clip, wav, track in zip(items, clips, speech.wavs, tracks, strict=True):
+        clip |= melody_measures(item, wav, track)
     texts, languages = [item.text for item in items], [item.language for item in items]
+    timer = word_timer(evaluation_asrs)
     for name, asr in evaluation_asrs.items():
-        for clip, score in zip(clips, asr.score(speech.wavs, texts, languages), strict=True):
+        options = {"word_times": True} if name == timer else {}
+        scores = asr.score(speech.wavs, texts, languages, **options)
+        if name == timer:
+            for clip, *measured in zip(clips, items, speech.wavs, tracks, scores, strict=True):
+                clip |= word_measures(*measured)
+        for clip, score in zip(clips, scores, strict=True):
             clip["asr"][name] = {
                 "hyp_text": score.hyp_text,
                 "error_rate": score.wer,
@@ -58,6 +81,49 @@ def clip_measures(item: Item, sample: Sample | None, wav: np.ndarray, seed: int 
         "num_units": num_units(item),
         "log_f0_std": None if failure else number_or_none(log_f0_std(wav)),
         "asr": {},
+    }
+
+
+def melody_measures(item: Item, wav: np.ndarray, track: PitchTrack | None) -> dict:
+    """The measurements of melody that need no times of words.
+
+    "question" and "statement_rise" are whether F0 rises at the end of a yes-no question, and of a statement: 1 or 0,
+    None for other texts. A clip that failed does not rise, and has none of the other values.
+
+    Args:
+        track: None of a clip that failed.
+    """
+    movement_st = math.nan if track is None else final_movement_st(track)
+    question, rise = asks(item.text, language_code(item.language)), float(is_rise(movement_st))
+    return {
+        "final_movement_st": number_or_none(movement_st),
+        "question": rise if question is True else None,
+        "statement_rise": rise if question is False else None,
+        "f0_range_st": None if track is None else number_or_none(f0_range_st(track)),
+        "num_pauses": None if track is None else num_pauses(wav),
+    }
+
+
+def word_measures(item: Item, wav: np.ndarray, track: PitchTrack | None, score: Score) -> dict:
+    """The measurements that need the times of the words.
+
+    "words" are [word, start in s, end in s]; "emphasis" is the fraction of the marked words that are emphasised, 0 in a
+    clip that failed; "pause_match" is of an audible clip and a text with punctuation inside. None where there is none,
+    and where the text is too long for the ASR to tell its words.
+    """
+    marked = words_to_emphasise(item.text)
+    if track is None:
+        return {"words": None, "emphasis": 0.0 if marked else None, "pause_match": None}
+    if score.words is None:
+        return {"words": None, "emphasis": None, "pause_match": None}
+    language = language_code(item.language)
+    scores = marked_word_scores(track, score.words, item.text, score.hyp_text, language)
+    expected = expected_pauses(item.text, patterns=None)
+    realised = realised_pauses(wav, list(score.words))
+    return {
+        "words": [[word.text, round(word.start_s, 3), round(word.end_s, 3)] for word in score.words],
+        "emphasis": sum(map(is_emphasised, scores)) / len(scores) if scores else None,
+        "pause_match": pause_match(realised, expected[0]) if expected else None,
     }
 
 
@@ -87,6 +153,25 @@ def add_dnsmos_scores(dnsmos: Dnsmos, wavs: list[np.ndarray], clips: list[dict])
     """The predicted opinions of each clip; None of one that failed."""
     for clip, mos in zip(clips, dnsmos.score(wavs), strict=True):
         clip["dnsmos"] = mos and mos._asdict()
+
+
+def add_code_distances(samples: list[list[Sample]], clips: list[dict]) -> None:
+    """Normalised edit distance of the codes of each clip to those of the other samples of its text, on average.
+
+    [1, 2, 3, 4] and [1, 2, 5] are 2 edits apart, 2 / 4 = 0.5 of the longer one. None of a clip without codes, or with
+    no other to compare with.
+
+    Args:
+        samples: of each seed, in the texts' order.
+        clips: seed by seed.
+    """
+    by_text = list(zip(*samples, strict=True))
+    for number, clip in enumerate(clips):
+        seed, text = divmod(number, len(by_text))
+        own = by_text[text][seed].codes
+        others = [sample.codes for i, sample in enumerate(by_text[text]) if i != seed and sample.codes]
+        distances = [Levenshtein.normalized_distance(own, other) for other in others]
+        clip["code_distance"] = sum(distances) / len(distances) if own and distances else None
 
 
 def add_token2text_scores(

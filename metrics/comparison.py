@@ -9,7 +9,7 @@ With more than two rows they stand below each other, with the change from the fi
 
 from dataclasses import dataclass
 
-from metrics.formatting import percent, relative_change
+from metrics.formatting import percent, points, relative_change
 from metrics.judges import asr_label
 from metrics.report import error_unit
 
@@ -21,23 +21,31 @@ GAP = "  "
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of every row, None where a row has none; the change of each is from the first row."""
+    """One fraction of every row, None where a row has none; the change of each, as text, is from the first row."""
 
     label: str
     values: list[float | None]
-    changes: list[dict | None]
+    changes: list[str | None]
+
+
+def relative_changes(by_row: list[dict | None]) -> list[str | None]:
+    changes = [metrics and metrics["change"] for metrics in by_row]
+    return [change and relative_change(change) for change in changes]
 
 
 def speech_comparison(results: dict) -> list[str]:
-    """The error rates of `evaluation.py --task tts`, held-out ASRs first."""
+    """The error rates of `evaluation.py --task tts`, held-out ASRs first, and the melody that the texts ask for."""
     rows = results["rows"]
     comparisons = []
     for asr, role in results["asr_roles"].items():
         by_row = [row["metrics"]["asr"].get(asr) for row in rows]
         values = [metrics and metrics["error_rate"] for metrics in by_row]
-        comparisons.append(
-            Comparison(asr_label(asr, role), values, [metrics and metrics["change"] for metrics in by_row])
-        )
+        comparisons.append(Comparison(asr_label(asr, role), values, relative_changes(by_row)))
+    for name, label in (("emphasis", "emphasis realised"), ("question", "question realised")):
+        by_row = [row["metrics"][name] for row in rows]
+        changes = [metrics and metrics["change"] for metrics in by_row]
+        values = [metrics and metrics["mean"] for metrics in by_row]
+        comparisons.append(Comparison(label, values, [change and f"{points(change)} points" for change in changes]))
     unit = error_unit(results["units"])
     title = f"Held-out {unit} ({len(rows[0]['seeds'])} × {results['num_texts']} texts)"
     return lines(title, [row["name"] for row in rows], comparisons)
@@ -50,7 +58,7 @@ def asr_comparison(results: dict) -> list[str]:
     for label, part in (("WER", "all"), (f"WER, up to {long_s:g} s", "short"), (f"WER, above {long_s:g} s", "long")):
         by_row = [row["metrics"][part] for row in rows]
         values = [metrics and metrics["wer"] for metrics in by_row]
-        comparisons.append(Comparison(label, values, [metrics and metrics["change"] for metrics in by_row]))
+        comparisons.append(Comparison(label, values, relative_changes(by_row)))
     no_changes = [None] * len(rows)
     hallucinations = [row["metrics"]["all"]["hallucinations"] for row in rows]
     on_non_speech = [row["metrics"]["nonspeech_hallucinations"] for row in rows]
@@ -72,7 +80,7 @@ def _side_by_side(title: str, names: list[str], comparisons: list[Comparison]) -
     change_title = ["change"] if any(one.changes[-1] for one in comparisons) else []
     cells = [[title, *(shortened(name, NAME_WIDTH) for name in names), *change_title]]
     for one in comparisons:
-        change = [relative_change(one.changes[-1])] if change_title else []
+        change = [one.changes[-1] or "–"] if change_title else []
         cells.append([f"  {shortened(one.label, LABEL_WIDTH)}", *map(percent, one.values), *change])
     return aligned(cells, right=range(1, 1 + len(names)))
 
@@ -86,7 +94,7 @@ def _below_each_other(title: str, names: list[str], comparisons: list[Comparison
         widest = max(map(len, values))
         column = [shortened(one.label, LABEL_WIDTH)]
         for value, change in zip(values, one.changes, strict=True):
-            column.append(f"{value:>{widest}}{GAP}{relative_change(change)}" if change else f"{value:>{widest}}")
+            column.append(f"{value:>{widest}}{GAP}{change}" if change else f"{value:>{widest}}")
         if len(blocks[-1]) > 1 and _width([*blocks[-1], column]) > MAX_WIDTH:
             blocks.append([label_column])
         blocks[-1].append(column)

@@ -31,6 +31,15 @@ def difference(change: dict | None, digits: int = 2) -> str:
     return f"{_signed(change['difference'], digits)} [{low}, {high}]"
 
 
+def points(change: dict | None) -> str:
+    """A change of percentages with its interval: "+12.5 [+3.0, +20.1]", in percentage points."""
+    if change is None:
+        return "–"
+    return difference(
+        {"difference": 100 * change["difference"], "interval": [100 * value for value in change["interval"]]}, digits=1
+    )
+
+
 def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 

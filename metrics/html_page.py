@@ -28,12 +28,20 @@ td:first-child { font-weight: 600; } tbody tr:hover { background: var(--soft); }
 .range { position: absolute; height: 100%; background: var(--accent); opacity: .35; border-radius: .3rem; }
 .point { position: absolute; width: .55rem; height: 100%; margin-left: -.27rem; border-radius: .3rem;
   background: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .8rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .9rem; }
 .card audio { width: 100%; height: 2.2rem; margin: .4rem 0; } .transcript { margin: .2rem 0; }
 .reference { font-size: 1.05rem; margin: 1.6rem 0 .5rem; } .reference audio { height: 2.2rem; vertical-align: middle; }
 mark { background: #e5484d40; color: inherit; border-radius: .2rem; }
 img { max-width: 100%; background: white; border-radius: .6rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
+.contours { width: 100%; height: auto; margin: .8rem 0 0; break-inside: avoid; }
+.contours text { font: 13px system-ui, sans-serif; fill: currentColor; }
+.contours .name, .contours .marked-word { font-weight: 700; } .contours .word { text-anchor: middle; }
+.contours .tick { font-size: 11px; text-anchor: end; opacity: .7; }
+.contours line { stroke: var(--line); } .contours .marked { fill: var(--accent); opacity: .15; }
+.contours polyline { fill: none; stroke: var(--accent); stroke-width: 2.5; stroke-linecap: round;
+  stroke-linejoin: round; }
+@media print { .card { break-inside: avoid; } .card audio { display: none; } }
 """
 
 

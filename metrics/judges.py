@@ -93,6 +93,11 @@ def load_evaluation_asr(name: str, texts: list[str], languages: list[str], devic
     return WhisperScorer(name, device)
 
 
+def word_timer(evaluation_asrs: dict[str, EvaluationASR]) -> str | None:
+    """The first evaluation ASR that tells when each word of a text is spoken, a Whisper by openai-whisper, or None."""
+    return next((name for name, asr in evaluation_asrs.items() if isinstance(asr, WhisperScorer)), None)
+
+
 def transcript_score(text: str, hyp_text: str, language: str, failure: str | None) -> Score:
     """The Score of an ASR that gives transcripts only: its `nll` is NaN."""
     errors = error_rate(text, hyp_text, language)

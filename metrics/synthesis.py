@@ -17,6 +17,7 @@ from common.cli import InputError, bad_input_exits
 from common.run_record import content_digest, short_digest
 from metrics.clip_measures import (
     SynthesizedSpeech,
+    add_code_distances,
     add_dnsmos_scores,
     add_round_trip_errors,
     add_speaker_similarities,
@@ -26,7 +27,7 @@ from metrics.clip_measures import (
 from metrics.comparison import speech_comparison
 from metrics.formatting import percent
 from metrics.html_page import evenly_spaced
-from metrics.judges import ROUND_TRIP, EvaluationASR, asr_roles, load_evaluation_asrs, model_path
+from metrics.judges import ROUND_TRIP, EvaluationASR, asr_roles, load_evaluation_asrs, model_path, word_timer
 from metrics.report import Player, error_unit, summarize, write_reports
 from metrics.result_files import open_results, read_sounds, write_sounds
 from metrics.texts import Item, read_items, units_of
@@ -45,6 +46,7 @@ from speech.policy import (
     reward_parameters,
 )
 from speech.speaker_encoder import MIN_SECONDS, SpeakerEncoder
+from speech.text_marks import marked_words
 from speech.tokens import tts_prompt
 from speech.whisper_scorer import WhisperScorer
 
@@ -251,7 +253,7 @@ def evaluated_row(
         own_asr: the checkpoint that synthesizes, if it is to transcribe its own codes (--cycle).
         about: further keys of the row.
     """
-    clips, first_wavs, compute_s = [], None, 0.0
+    clips, samples, first_wavs, compute_s = [], [], None, 0.0
     for seed in seeds or [None]:
         if seed is not None:
             set_seed(seed)
@@ -268,7 +270,10 @@ def evaluated_row(
         if own_asr is not None:
             add_round_trip_errors(own_asr, items, speech.samples, seed_clips, models.args)
         clips += seed_clips
+        samples.append(speech.samples)
         first_wavs = speech.wavs if first_wavs is None else first_wavs
+    if len(samples) > 1:
+        add_code_distances(samples, clips)
     row = {"name": name, **about, "seeds": seeds or [None], "compute_s": compute_s, "clips": clips}
     return EvaluatedRow(row, first_wavs)
 
@@ -368,6 +373,9 @@ def evaluate(args: argparse.Namespace, checkpoints: dict[str, str]) -> dict:
         prompts = prompts_of(texts.items, models.codec)
     rows = results.pop("rows")
     results |= {"units": texts.units, "asr_roles": models.asr_roles, "models": checkpoints}
+    results["word_timer"] = word_timer(models.evaluation_asrs)
+    if results["word_timer"] is None and any(marked_words(item.text) for item in texts.items):
+        logger.info("No emphasis is measured: only a --judge by openai-whisper (large-v3, a .pt file) has word times")
     results |= {"num_texts": len(texts.items), "rows": rows}
     listened = {item.text for item in evenly_spaced(texts.items, args.num_players)}
     for row in rows:
@@ -378,6 +386,7 @@ def evaluate(args: argparse.Namespace, checkpoints: dict[str, str]) -> dict:
         rows.append(row)
         row["metrics"] = summarize(row, rows[0])
         write_sounds(folder, sounds)
+        sounds = read_sounds(folder)  # as a resumed evaluation has them, so that it draws the same contours
         write_reports(folder, results, players_of(rows, sounds, listened))
         logger.info(row_summary(row, texts.units))
     for line in speech_comparison(results):

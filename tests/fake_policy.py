@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from speech.error_rate import error_rate
 from speech.tokens import SAMPLE_RATE, SPECIAL_TOKENS, code_token
 from speech.whisper_scorer import Score
+from speech.word_times import Word
 
 NUM_CODES = 64
 CONTEXT = 256  # tokens
@@ -80,15 +81,20 @@ class ToneCodec:
 
 
 class FirstWordLostASR:
-    """Stands in for a Whisper: its transcript is the text without the first word, its NLL the clip's seconds."""
+    """Stands in for a Whisper: its transcript is the text without the first word, its NLL the clip's seconds.
+
+    All words are equally long.
+    """
 
     def __init__(self, name="other-asr", device="cpu"):
         assert name in ("other-asr", "the-whisper")
 
-    def score(self, wavs, texts, languages):
+    def score(self, wavs, texts, languages, word_times=False):
         scores = []
         for wav, text in zip(wavs, texts, strict=True):
             hyp_text = " ".join(text.split()[1:]) if len(wav) else ""
-            errors = error_rate(text, hyp_text, "en")
-            scores.append(Score(hyp_text, errors.rate, len(wav) / SAMPLE_RATE, errors.edits, errors.ref_length))
+            errors, duration_s, spoken = error_rate(text, hyp_text, "en"), len(wav) / SAMPLE_RATE, text.split()
+            edges = [duration_s * i / len(spoken) for i in range(len(spoken) + 1)]
+            words = tuple(map(Word, spoken, edges, edges[1:])) if word_times else None
+            scores.append(Score(hyp_text, errors.rate, duration_s, errors.edits, errors.ref_length, words=words))
         return scores

@@ -70,7 +70,7 @@ def test_results_hold_every_row_and_clip(policy_paths, fakes, tmp_path):
         if not row["metrics"]["empty"]:
             assert metrics["error_rate"] == pytest.approx(2 / 5)
             assert metrics["per_seed"] == pytest.approx([2 / 5, 2 / 5])
-        assert row["metrics"]["speech_per_compute_s"] > 0
+        assert row["metrics"]["real_time_factor"] > 0
     natural, resynthesis = results["rows"][5:]
     assert natural["seeds"] == [None] and natural["metrics"]["truncated"] is None
     assert natural["metrics"]["duration_s"] == 0.5 and natural["metrics"]["units_per_second"] == 4
@@ -102,7 +102,7 @@ def test_results_survive_a_later_failure(policy_paths, fakes, tmp_path, monkeypa
 
 
 def without_times(row: dict) -> dict:
-    metrics = {name: value for name, value in row["metrics"].items() if name != "speech_per_compute_s"}
+    metrics = {name: value for name, value in row["metrics"].items() if name != "real_time_factor"}
     return {**row, "metrics": metrics, "compute_s": None}
 
 
@@ -240,6 +240,46 @@ def test_voices_and_quality_are_columns(policy_paths, fakes, tmp_path, monkeypat
     voices = [clip for clip in on_page if clip["speaker_similarity"]]
     assert page.count("· speaker similarity ") == len(voices) > 0
     assert page.count("· DNSMOS 3.00") == len([clip for clip in on_page if clip["dnsmos"]]) > 0
+
+
+def test_melody_and_samples_are_columns_contours_and_a_plot(policy_paths, fakes, tmp_path):
+    """Clips are a tone: no rise, no emphasis, F0 without movement. Two samples of each text."""
+    models = [f"before={policy_paths[0]}", f"after={policy_paths[1]}"]
+    texts = "Is it *red*?\nIt is.\n"
+    results = evaluate(tmp_path, models, "--seeds", "3", "4", "--judge", "other-asr", texts=texts)
+    assert results["word_timer"] == "other-asr"
+    table, page = ((tmp_path / "out" / name).read_text() for name in ("results.md", "report.html"))
+    titles = ["emphasis realised", "question realised", "statements that rise", "Pass@1", "Pass@2", "Failure@2"]
+    for title in [*titles, "code diversity", "F0 movement, st", "real-time factor"]:
+        assert f"| {title} |" in table and f"<td>{title}</td>" in page, title
+    for row in results["rows"]:
+        metrics = row["metrics"]
+        assert metrics["question"]["mean"] == metrics["emphasis"]["mean"] == metrics["statement_rise"]["mean"] == 0
+        assert 0 < metrics["code_distance"]["mean"] <= 1 and metrics["pass_at_k"]["Pass@2"]["mean"] == 0
+    sounding = [text for text in ("Is it *red*?", "It is.") if any(
+        clip["failure"] is None for row in results["rows"] for clip in row["clips"][:2] if clip["text"] == text
+    )]  # fmt: skip
+    assert page.count("<svg class='contours'") == len(sounding) > 0
+    on_page = [clip for row in results["rows"] for clip in row["clips"][:2]]
+    voiced = [clip for clip in on_page if clip["f0_range_st"] is not None]
+    assert page.count("<polyline") == len(voiced) > 0
+    assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h2>Error rate against melody</h2><img" in page and "times by other-asr (held-out)" in page
+
+    one_checkpoint = evaluate(tmp_path, models[:1], "--seeds", "3", "--overwrite", texts="red hats\n")
+    assert not (tmp_path / "out" / "pareto.png").exists()  # the earlier one is not this evaluation's
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert not [title for title in (*titles, "code diversity") if title in table]
+    assert one_checkpoint["rows"][0]["metrics"]["pass_at_k"] == {}
+
+
+def test_without_a_whisper_there_is_no_emphasis(policy_paths, fakes, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="metrics")
+    options = ("--seeds", "0", "--judge", "pocketsphinx")
+    results = evaluate(tmp_path, [policy_paths[0]], *options, texts="Is it *red*?\n")
+    assert results["word_timer"] is None and "emphasis realised" not in (tmp_path / "out" / "results.md").read_text()
+    assert "No emphasis is measured: only a --judge by openai-whisper" in caplog.text
+    assert "no ASR here tells their times" in (tmp_path / "out" / "report.html").read_text()
 
 
 # --- The comparison on the terminal -----------------------------------------------------------------------

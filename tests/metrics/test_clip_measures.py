@@ -3,21 +3,27 @@
 import numpy as np
 import pytest
 from fake_policy import NUM_CODES, FirstWordLostASR
+from fake_rollouts import speech_scorer
 from fake_token2text import small
 
 from metrics.clip_measures import (
     SynthesizedSpeech,
+    add_code_distances,
     add_dnsmos_scores,
     add_speaker_similarities,
     add_token2text_scores,
     measure_clips,
+    melody_measures,
+    word_measures,
 )
 from metrics.report import summarize
 from metrics.texts import Item
 from speech.audio import audio_failure
 from speech.dnsmos import MosScores
+from speech.pitch import pitch_track
 from speech.policy import Sample
-from speech.whisper_scorer import MAX_NLL
+from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
+from speech.word_times import Word
 
 
 def test_each_failure_is_counted():
@@ -31,7 +37,7 @@ def test_each_failure_is_counted():
     assert {name: metrics[name] for name in ("truncated", "empty", "silent", "repetitive")} == {
         "truncated": 0.25, "empty": 0.25, "silent": 0.25, "repetitive": 0.25,
     }  # fmt: skip
-    assert metrics["speech_per_compute_s"] == 0.5  # two clips of half a second in 2 s
+    assert metrics["real_time_factor"] == 2.0  # two clips of half a second in 2 s
     assert metrics["units_per_second"] == 4
 
 
@@ -72,3 +78,88 @@ def test_dnsmos_of_clips():
     clips = [{}, {}]
     add_dnsmos_scores(Opinion(), [np.ones(9, np.float32) * [[-1, 1, 1] * 3][0], np.zeros(0, np.float32)], clips)
     assert clips == [{"dnsmos": {"ovrl": 3.0, "sig": 3.5, "bak": 4.0}}, {"dnsmos": None}]
+
+
+# --- Melody -----------------------------------------------------------------------------------------------
+
+LEVEL = [30] * 50  # codes of the humming codec: 100 + 2 · 30 = 160 Hz for 1 s
+RISING = [30] * 40 + [40, 50, 55, 60, 60, 60, 60, 60, 60, 60]  # to 220 Hz, 5.5 semitones
+
+
+def clip_of(codes: list[int]) -> tuple:
+    """Waveform and pitch track."""
+    [wav] = speech_scorer().codec.decode([codes])
+    return wav, pitch_track(wav)
+
+
+def test_melody_without_word_times():
+    rising = melody_measures(Item("1", "Did he?", "English"), *clip_of(RISING))
+    assert rising["question"] == 1.0 and rising["statement_rise"] is None and rising["num_pauses"] == 0
+    assert rising["final_movement_st"] == pytest.approx(5.5, abs=0.3) and rising["f0_range_st"] > 4
+    level = melody_measures(Item("1", "Did he?", "en"), *clip_of(LEVEL))
+    assert level["question"] == 0.0 and level["f0_range_st"] == pytest.approx(0, abs=0.1)
+    statement = melody_measures(Item("1", "He did.", "en"), *clip_of(RISING))
+    assert statement["question"] is None and statement["statement_rise"] == 1.0
+    other = melody_measures(Item("1", "Where is he?", "en"), *clip_of(RISING))
+    assert other["question"] is None and other["statement_rise"] is None
+
+
+def test_a_failed_clip_does_not_rise_and_has_no_other_value():
+    nothing = np.zeros(0, np.float32)
+    assert melody_measures(Item("1", "Did he?", "en"), nothing, None) == {
+        "final_movement_st": None, "question": 0.0, "statement_rise": None, "f0_range_st": None, "num_pauses": None,
+    }  # fmt: skip
+    score = Score("", 1.0, MAX_NLL, 2, 2, "empty")
+    failed = {"words": None, "emphasis": 0.0, "pause_match": None}
+    assert word_measures(Item("1", "He *will*, go.", "en"), nothing, None, score) == failed
+    assert word_measures(Item("1", "He will go.", "en"), nothing, None, score) == failed | {"emphasis": None}
+
+
+def test_emphasis_and_pauses_by_word_times():
+    """140 Hz, and 200 Hz on the second word, 6.17 semitones above: a score of 0.8. A pause of 0.2 s after it."""
+    wav, track = clip_of([20] * 20 + [50] * 20 + [0] * 10 + [20] * 20)
+    words = (Word("He", 0.0, 0.4), Word("will,", 0.4, 0.9), Word("go.", 0.9, 1.4))
+
+    def measured(text: str, hyp_text: str = "he will go", timed=words) -> dict:
+        score = Score(hyp_text, 0.0, 0.3, 0, 3, words=timed)
+        return word_measures(Item("1", text, "en"), wav, track, score)
+
+    right = measured("He *will*, go.")
+    assert right == {
+        "words": [["He", 0.0, 0.4], ["will,", 0.4, 0.9], ["go.", 0.9, 1.4]], "emphasis": 1.0, "pause_match": 1.0,
+    }  # fmt: skip
+    assert measured("He *will*, go.", hyp_text="he go")["emphasis"] == 0.0
+    assert measured("*He* *will*, go.")["emphasis"] == 0.5  # one of two
+    assert measured("*He* will go.")["emphasis"] == 0.0 and measured("*He* will go.")["pause_match"] is None
+    # One pause made, two expected: 2 · 1 / (1 + 2)
+    assert measured("He, will, go.")["pause_match"] == pytest.approx(2 / 3)
+    unknown = {"words": None, "emphasis": None, "pause_match": None}
+    assert measured("He *will*, go.", timed=None) == unknown
+
+
+class TimedASR(FirstWordLostASR, WhisperScorer):
+    """A Whisper: told to, it times the words."""
+
+
+def test_words_are_timed_by_the_first_whisper_only():
+    asrs = {"sphinx": FirstWordLostASR(), "base": TimedASR(), "small": TimedASR()}
+    asked = []
+    for name, asr in asrs.items():
+        score = asr.score
+        asr.score = lambda *args, name=name, score=score, **options: (
+            asked.append((name, options)) or score(*args, **options)
+        )
+    wav, _ = clip_of(LEVEL)
+    [clip] = measure_clips(asrs, [Item("1", "red hats", "en")], SynthesizedSpeech([Sample([1], False)], [wav]), 0)
+    assert asked == [("sphinx", {}), ("base", {"word_times": True}), ("small", {})]
+    assert clip["words"] == [["red", 0.0, 0.5], ["hats", 0.5, 1.0]] and list(clip["asr"]) == list(asrs)
+
+
+def test_code_distances_by_hand():
+    """Of the first text: [1, 2, 3, 4] and [1, 2, 5] are 2 edits apart, 2/4; [1, 2, 3, 4] and itself 0. So 1/4 for the
+    two equal ones, 1/2 for the other. Of the second text only one sample has codes: nothing to compare with."""
+    samples = [[Sample(codes, False) for codes in seed] for seed in ([[1, 2, 3, 4], []], [[1, 2, 5], [7]])]
+    samples.append([Sample([1, 2, 3, 4], False), Sample([], True)])
+    clips = [{} for _ in range(6)]
+    add_code_distances(samples, clips)
+    assert [clip["code_distance"] for clip in clips] == [0.25, None, 0.5, None, 0.25, None]

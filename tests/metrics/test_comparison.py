@@ -18,7 +18,8 @@ def speech_results(names: list[str], asr_roles: dict[str, str]) -> dict:
             }
             for asr_name, role in asr_roles.items()
         }
-        rows.append({"name": name, "seeds": [0, 1, 2], "metrics": {"asr": asr}})
+        metrics = {"asr": asr, "emphasis": None, "question": None}
+        rows.append({"name": name, "seeds": [0, 1, 2], "metrics": metrics})
     return {"rows": rows, "asr_roles": asr_roles, "units": "words", "num_texts": 100}
 
 
@@ -30,6 +31,17 @@ def test_two_rows_stand_side_by_side():
         "Held-out WER (3 × 100 texts)      before   after  change",
         "  pocketsphinx (held-out)         60.2 %  50.5 %  −16 % [−21, −10]",
         "  tiny/whisper.pt (reward's ASR)  49.9 %  36.1 %  −16 % [−21, −10]",
+    ]
+
+
+def test_melody_that_the_texts_ask_for_has_lines():
+    results = speech_results(["before", "after"], ROLES)
+    for row, share in zip(results["rows"], (0.25, 0.75), strict=True):
+        change = {"difference": 0.5, "interval": [0.251, 0.75]} if share == 0.75 else None
+        row["metrics"]["question"] = {"mean": share, "change": change}
+    assert speech_comparison(results)[2:] == [
+        "  tiny/whisper.pt (reward's ASR)  49.9 %  36.1 %  −16 % [−21, −10]",
+        "  question realised               25.0 %  75.0 %  +50.0 [+25.1, +75.0] points",
     ]
 
 

@@ -23,6 +23,7 @@ from metrics.judges import (
     dictionary_words,
     load_evaluation_asrs,
     load_faster_whisper,
+    word_timer,
 )
 from speech.audio import load_audio
 from speech.ctranslate2_checkpoint import read_ctranslate2_folder
@@ -45,6 +46,12 @@ def test_an_asr_that_a_run_records_is_the_reward_s_and_comes_last(tmp_path):
     ]  # fmt: skip
     assert asr_label("large-v3", roles["large-v3"]) == "large-v3 (held-out)"
     assert asr_label("base", roles["base"]) == "base (reward's ASR)"
+
+
+def test_words_are_timed_by_a_whisper_of_openai_whisper():
+    whisper, other = WhisperScorer.__new__(WhisperScorer), FasterWhisperScorer.__new__(FasterWhisperScorer)
+    assert word_timer({"other": other, "base": whisper, "small": whisper}) == "base"
+    assert word_timer({"other": other}) is None
 
 
 def test_a_file_is_the_same_asr_by_any_path(tmp_path, monkeypatch):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from metrics.formatting import difference, percent, percent_interval, relative_change
-from metrics.report import summarize, table
+from metrics.formatting import difference, percent, percent_interval, points, relative_change
+from metrics.report import pareto_plot, summarize, table
 
 
 def row(name: str, edits: list[int], synthesized: bool = True, nll: float | None = None) -> dict:
@@ -24,7 +24,7 @@ def test_metrics_of_a_row():
     metrics = summarize(second, first)
     assert metrics["asr"]["base"]["error_rate"] == 0.25 and metrics["asr"]["base"]["nll"] == 3.0
     assert metrics["asr"]["base"]["change"]["relative"] == pytest.approx(-0.5)
-    assert (metrics["duration_s"], metrics["units_per_second"], metrics["speech_per_compute_s"]) == (0.5, 4.0, 4.0)
+    assert (metrics["duration_s"], metrics["units_per_second"], metrics["real_time_factor"]) == (0.5, 4.0, 0.25)
     assert summarize(first, first)["asr"]["base"]["change"] is None
 
 
@@ -62,7 +62,89 @@ def test_means_have_columns_where_they_were_measured():
     )
 
 
+def test_melody_has_columns_where_the_texts_ask_for_it():
+    """The first text is a question, the second a statement with a mark."""
+    rows = [row("before", [0, 0]), row("after", [0, 0])]
+    for one, asked, emphasis, movement in zip(rows, (0.0, 1.0), (0.0, 0.5), (3.0, 4.5), strict=True):
+        question, statement = one["clips"]
+        question |= {"question": asked, "statement_rise": None, "emphasis": None, "f0_range_st": movement}
+        statement |= {"question": None, "statement_rise": 0.0, "emphasis": emphasis, "f0_range_st": movement}
+
+    def cells() -> list[dict]:
+        for one in rows:
+            one["metrics"] = summarize(one, rows[0])
+        header, *lines = table({"rows": rows, "units": "words", "asr_roles": {"base": "held-out"}})
+        return [dict(zip(header, line, strict=True)) for line in lines]
+
+    before, after = cells()
+    assert before["question realised"] == before["emphasis realised"] == "0.0 % [0.0, 0.0]"
+    assert (
+        after["question realised"] == "100.0 % [100.0, 100.0]" and after["emphasis realised"] == "50.0 % [50.0, 50.0]"
+    )
+    assert after["vs first, question realised"] == "+100.0 [+100.0, +100.0]"
+    assert after["vs first, emphasis realised"] == "+50.0 [+50.0, +50.0]"
+    assert after["statements that rise"] == "0.0 % [0.0, 0.0]" and after["vs first, statements that rise"][0] == "+"
+    assert after["F0 movement, st"] == "4.50 [4.50, 4.50]" and after["vs first, F0 movement, st"][:5] == "+1.50"
+    assert "pause placement" not in after and "code diversity" not in after
+    assert not any("@" in title for title in after)  # one sample of a text
+    for one in rows:
+        for clip in one["clips"]:
+            clip |= {"question": None, "emphasis": None}
+    for asked_nothing in cells():
+        assert not {"question realised", "emphasis realised", "statements that rise"} & set(asked_nothing)
+
+
+def test_samples_of_a_text_have_columns():
+    """Two samples: of the first text one is good, of the second both; distances of 0.2 and 0.4."""
+    rows = [row("before", [2, 0, 0, 0]), row("after", [0, 0, 0, 0])]
+    for one in rows:
+        one["seeds"] = [0, 1]
+        for i, clip in enumerate(one["clips"]):
+            clip |= {"text": str(i % 2), "code_distance": (0.2, 0.4)[i % 2]}
+            clip["asr"]["base"]["error_rate"] = clip["asr"]["base"]["edits"] / 2
+        one["metrics"] = summarize(one, rows[0])
+    header, *lines = table({"rows": rows, "units": "words", "asr_roles": {"base": "held-out"}})
+    before, after = (dict(zip(header, line, strict=True)) for line in lines)
+    assert before["Pass@1"] == "75.0 % [50.0, 100.0]" and before["Pass@2"] == "100.0 % [100.0, 100.0]"
+    assert before["Failure@2"] == "50.0 % [0.0, 100.0]" and after["Failure@2"] == "0.0 % [0.0, 0.0]"
+    assert after["vs first, Failure@2"] == "−50.0 [−100.0, +0.0]"
+    assert after["code diversity"] == "0.300 [0.200, 0.400]"
+
+
+def with_metrics(name: str, model: str | None, **metrics) -> dict:
+    error = {"base": {"error_rate": 0.2, "interval": [0.1, 0.3]}}
+    none = dict.fromkeys(("emphasis", "question", "f0_range_st", "speaker_similarity"))
+    mean = {key: {"mean": value, "interval": [value, value]} for key, value in metrics.items()}
+    return {"name": name, "model": model, "metrics": {"asr": error} | none | mean}
+
+
+def test_the_plot_needs_two_checkpoints(monkeypatch):
+    drawn = {}
+
+    def spy(x_title, panels):
+        drawn.update(panels)
+        return b"png"
+
+    monkeypatch.setattr("metrics.report.pareto_png", spy)
+
+    def panels(*rows) -> dict:
+        drawn.clear()
+        results = {"rows": rows, "units": "words", "asr_roles": {"base": "held-out", "other": "reward's ASR"}}
+        assert pareto_plot(results) == (b"png" if drawn else None)
+        return {title: [(one.name, one.x, one.y) for one in points] for title, points in drawn.items()}
+
+    before, natural = with_metrics("before", "a", f0_range_st=3.0), with_metrics("natural", None, f0_range_st=9.0)
+    assert panels(before) == panels(before, natural, with_metrics("best of 4", "a", f0_range_st=4.0)) == {}
+    after = with_metrics("after", "b", f0_range_st=4.0)
+    assert panels(before, after, natural) == {"F0 movement, st": [("before", 20.0, 3.0), ("after", 20.0, 4.0)]}
+    asking = with_metrics("after", "b", question=0.5, f0_range_st=4.0, speaker_similarity=0.9)
+    assert panels(before, asking) == {
+        "question realised, %": [("after", 20.0, 50.0)], "speaker similarity": [("after", 20.0, 0.9)],
+    }  # fmt: skip
+
+
 def test_numbers_as_text():
+    assert points({"difference": 0.125, "interval": [-0.03, 0.201]}) == "+12.5 [−3.0, +20.1]" and points(None) == "–"
     assert difference({"difference": -0.02, "interval": [-0.05, 0.012]}) == "−0.02 [−0.05, +0.01]"
     assert difference(None) == "–"
     assert percent(0.161) == "16.1 %" and percent(0.5, 0) == "50 %" and percent(None) == "–"

@@ -30,6 +30,8 @@ from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import SAMPLE_RATE, asr_prompt
 from speech.whisper_scorer import Score
 
+MEASUREMENTS = 2  # one more whenever a clip's measurements change: an earlier code's results are not resumed
+
 
 class SynthesizedSpeech(NamedTuple):
     """One clip per item: its rollout (None for a recording, which has no codes) and its waveform."""
@@ -88,7 +90,7 @@ def melody_measures(item: Item, wav: np.ndarray, track: PitchTrack | None) -> di
     """The measurements of melody that need no times of words.
 
     "question" and "statement_rise" are whether F0 rises at the end of a yes-no question, and of a statement: 1 or 0,
-    None for other texts. A clip that failed does not rise, and has none of the other values.
+    None for other texts. A question that failed does not rise; a failed clip has none of the other values.
 
     Args:
         track: None of a clip that failed.
@@ -98,7 +100,7 @@ def melody_measures(item: Item, wav: np.ndarray, track: PitchTrack | None) -> di
     return {
         "final_movement_st": number_or_none(movement_st),
         "question": rise if question is True else None,
-        "statement_rise": rise if question is False else None,
+        "statement_rise": rise if question is False and track is not None else None,
         "f0_range_st": None if track is None else number_or_none(f0_range_st(track)),
         "num_pauses": None if track is None else num_pauses(wav),
     }

@@ -16,6 +16,7 @@ from transformers import set_seed
 from common.cli import InputError, bad_input_exits
 from common.run_record import content_digest, short_digest
 from metrics.clip_measures import (
+    MEASUREMENTS,
     SynthesizedSpeech,
     add_code_distances,
     add_dnsmos_scores,
@@ -119,6 +120,7 @@ def digests_of(args: argparse.Namespace, models: dict[str, str], texts: Evaluati
     names |= {name for name in (args.token2text, args.speaker_encoder) if name}
     return {
         "texts": short_digest(vars(item) for item in items),
+        "measurements": MEASUREMENTS,
         "reward parameters": reward_parameters(next(iter(models.values()))),
         **{f"content of {name}": content_digest(model_path(name)) for name in sorted({*names, *recordings})},
     }

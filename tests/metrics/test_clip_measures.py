@@ -109,6 +109,7 @@ def test_a_failed_clip_does_not_rise_and_has_no_other_value():
     assert melody_measures(Item("1", "Did he?", "en"), nothing, None) == {
         "final_movement_st": None, "question": 0.0, "statement_rise": None, "f0_range_st": None, "num_pauses": None,
     }  # fmt: skip
+    assert melody_measures(Item("1", "He did.", "en"), nothing, None)["statement_rise"] is None
     score = Score("", 1.0, MAX_NLL, 2, 2, "empty")
     failed = {"words": None, "emphasis": 0.0, "pause_match": None}
     assert word_measures(Item("1", "He *will*, go.", "en"), nothing, None, score) == failed

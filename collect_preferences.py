@@ -42,14 +42,14 @@ from common.cli import (
     write_whole,
 )
 from metrics.comparison import aligned
-from metrics.degraded_copies import MIN_DURATION_S
 from metrics.formatting import number, percent
 from metrics.listening_page import build
-from metrics.listening_pairs import ClipPair, first_usable, pair_clips, planted_copies, read_pairs, read_planted
+from metrics.listening_pairs import draw_pairs
 from metrics.preference_answers import (
     Rater,
     choices_by_item,
     clips_without_codes,
+    encode_clips,
     judge_raters,
     krippendorff_alpha,
     pair_rows,
@@ -59,7 +59,6 @@ from metrics.preference_answers import (
     read_keys,
     wins,
 )
-from speech.audio import load_audio
 from speech.policy import DEFAULT_CODEC
 
 logger = logging.getLogger("collect_preferences")
@@ -71,28 +70,11 @@ def key_path(page: Path) -> Path:
     return page.with_suffix(".key.jsonl")
 
 
-def draw_pairs(args: argparse.Namespace, rng: random.Random) -> list[ClipPair]:
-    """At most --num_pairs pairs to ask about, and --num_planted planted ones."""
-    pairs = read_pairs(args.pairs) if args.pairs else pair_clips(args.clips, rng)
-    rng.shuffle(pairs)
-    pairs, left = pairs[: args.num_pairs], pairs[args.num_pairs :]
-    if args.planted:
-        candidates = read_planted(args.planted)
-        rng.shuffle(candidates)
-    else:
-        candidates = planted_copies([*left, *pairs], rng)
-    planted = first_usable(candidates, args.num_planted)
-    if args.planted and args.num_planted and not planted:
-        raise InputError(f"--planted {args.planted}: all clips are silent or shorter than {MIN_DURATION_S:g} s")
-    if len(planted) < args.num_planted:
-        logger.warning("%d planted pairs only: there are not %d clips to make them of", len(planted), args.num_planted)
-    return pairs + planted
-
-
 def make_page(args: argparse.Namespace) -> None:
     page_file = Path(args.output)
     with bad_input_exits():
-        pairs = draw_pairs(args, random.Random(args.seed))
+        rng = random.Random(args.seed)
+        pairs = draw_pairs(args.clips, args.pairs, args.num_pairs, args.planted, args.num_planted, rng)
         page, key = build(pairs, args.question, args.seed)
     write_whole(page_file, partial(Path.write_text, data=page, encoding="utf-8"))
     write_json_lines(key_path(page_file), key)
@@ -108,18 +90,6 @@ def write_json_lines(path: Path, rows: list[dict]) -> None:
 
 
 # --- The answers ------------------------------------------------------------------------------------------
-
-
-def encode_clips(paths: list[str], codec_id: str, device: str) -> dict[str, list[int]]:
-    """Path → codes of the clips."""
-    if not paths:
-        return {}
-    from speech.codec import SpeechCodec  # here: not needed where the codes are known
-
-    logger.info("%d clips came without codes: encoding them with %s", len(paths), codec_id)
-    wavs = [load_audio(path) for path in paths]
-    codec = SpeechCodec.from_pretrained(codec_id, device)
-    return dict(zip(paths, codec.encode(wavs), strict=True))
 
 
 def read_back(args: argparse.Namespace) -> dict:
@@ -142,7 +112,7 @@ def read_back(args: argparse.Namespace) -> dict:
         "krippendorff_alpha": krippendorff_alpha(choices),
         "wins": wins(preferred),
     }
-    rows = pair_rows(preferred, codes)
+    rows = pair_rows(preferred, codes, source="human")
     write_json_lines(Path(args.output), rows)
     text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
     write_whole(report_path(Path(args.output)), partial(Path.write_text, data=text, encoding="utf-8"))

@@ -50,15 +50,13 @@ logger = logging.getLogger("sample_preferences")
 
 def read_rows(args: argparse.Namespace, num_codes: int) -> list[dict]:
     """The rows of --dataset, or --num_texts of them by chance: id, text, language, prompt, and the voice prompt."""
-    from common.dataset_io import load_any_dataset
+    from common.dataset_io import drawn_rows, load_any_dataset
     from speech.error_rate import check_reference_text
     from training.rows import REFERENCE_COLUMNS, check_tts_columns, columns_of, prompt_of_row
 
     dataset = load_any_dataset(args.dataset, args.split)
     check_tts_columns(dataset, args.dataset, num_codes)
-    indices = np.arange(len(dataset))
-    if args.num_texts is not None and args.num_texts < len(dataset):
-        indices = np.sort(np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_texts])
+    indices = drawn_rows(len(dataset), args.num_texts, args.seed)
     rows = []
     wanted = columns_of(dataset, "id", "text", "language", *REFERENCE_COLUMNS).select(indices)
     for index, row in zip(indices, wanted, strict=True):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -69,6 +70,13 @@ def load_any_dataset(name_or_path: str, split: str = "train", config: str | None
     if len(rows) == 0:
         raise InputError(f"{name_or_path}: no rows in split {split!r}. Use another split or dataset")
     return rows
+
+
+def drawn_rows(num_rows: int, num_drawn: int | None, seed: int) -> list[int]:
+    """Indices of `num_drawn` rows drawn by the seed, in their order; of all where there are no more, or for None."""
+    if num_drawn is None or num_drawn >= num_rows:
+        return list(range(num_rows))
+    return np.sort(np.random.default_rng(seed).permutation(num_rows)[:num_drawn]).tolist()
 
 
 def find_data_file(name_or_path: str, split: str) -> Path | None:

@@ -216,6 +216,36 @@ def degraded_pair(pair_id: str, text: str, clip: Clip, number: int) -> ClipPair:
     return ClipPair(pair_id, text, (original, replace(original, degraded=kind)), better=0)
 
 
+def draw_pairs(
+    clips: list[str] | None,
+    pairs_file: str | None,
+    num_pairs: int | None,
+    planted_file: str | None,
+    num_planted: int,
+    rng: random.Random,
+) -> list[ClipPair]:
+    """At most `num_pairs` pairs to ask about (None: all), and after them `num_planted` planted ones.
+
+    Args:
+        clips: one or two lists of clips, to be paired; or None, and `pairs_file` is a list of pairs.
+        planted_file: what to plant; None: clips of pairs that are left over, against degraded copies of them.
+    """
+    pairs = read_pairs(pairs_file) if pairs_file else pair_clips(clips, rng)
+    rng.shuffle(pairs)
+    pairs, left = pairs[:num_pairs], pairs[len(pairs) if num_pairs is None else num_pairs :]
+    if planted_file:
+        candidates = read_planted(planted_file)
+        rng.shuffle(candidates)
+    else:
+        candidates = planted_copies([*left, *pairs], rng)
+    planted = first_usable(candidates, num_planted)
+    if planted_file and num_planted and not planted:
+        raise InputError(f"--planted {planted_file}: all clips are silent or shorter than {MIN_DURATION_S:g} s")
+    if len(planted) < num_planted:
+        logger.warning("%d planted pairs only: there are not %d clips to make them of", len(planted), num_planted)
+    return pairs + planted
+
+
 def first_usable(planted: list[ClipPair], count: int) -> list[ClipPair]:
     """The first `count` of the planted pairs, without those of a clip too short or too silent to be degraded."""
     usable = []

@@ -1,5 +1,6 @@
 """Reading the answers of a listening page back: who is kept, how far listeners agree, and the pairs to train on."""
 
+import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations
@@ -7,6 +8,9 @@ from itertools import combinations
 from common.cli import InputError
 from metrics.listening_page import NO_DIFFERENCE, SIDES
 from metrics.listening_pairs import read_rows
+from speech.audio import load_audio
+
+logger = logging.getLogger(__name__)
 
 CHOICES = (*SIDES, NO_DIFFERENCE)
 KEY_FIELDS = {"page", "item", "id", "text", "clips", "better", "ref_text", "ref_codes"}
@@ -172,11 +176,12 @@ def wins(preferred: list[tuple[str, dict, int]]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]]) -> list[dict]:
+def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]], source: str) -> list[dict]:
     """Rows of a preference dataset, one for each answer.
 
     Args:
         codes: path → codes, of the clips whose codes the key does not have.
+        source: what judged, "human" or "machine".
     """
     rows = []
     for rater, key_row, side in preferred:
@@ -186,7 +191,7 @@ def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]
             "text": key_row["text"],
             "chosen_codes": chosen["codes"] or codes[chosen["audio"]],
             "rejected_codes": rejected["codes"] or codes[rejected["audio"]],
-            "source": "human",
+            "source": source,
             "chosen_audio": chosen["audio"],
             "rejected_audio": rejected["audio"],
             "rater": rater,
@@ -200,3 +205,15 @@ def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]
 def clips_without_codes(preferred: list[tuple[str, dict, int]]) -> list[str]:
     """Their paths, each once."""
     return sorted({clip["audio"] for _, row, _ in preferred for clip in row["clips"] if not clip["codes"]})
+
+
+def encode_clips(paths: list[str], codec_id: str, device: str) -> dict[str, list[int]]:
+    """Path → codes of the clips."""
+    if not paths:
+        return {}
+    from speech.codec import SpeechCodec  # here: not needed where the codes are known
+
+    logger.info("%d clips came without codes: encoding them with %s", len(paths), codec_id)
+    wavs = [load_audio(path) for path in paths]
+    codec = SpeechCodec.from_pretrained(codec_id, device)
+    return dict(zip(paths, codec.encode(wavs), strict=True))

@@ -21,6 +21,8 @@ SHORTER = {  # what a command holds: flags that make it short
     "select_rl_data.py": "--dataset sixty.parquet",
     "train_token2text.py": "--steps 2 --batch_size 4",
     "sample_preferences.py": "--num_texts 4 --max_completion_length 80 --min_margin 0 --batch_size 8",
+    "iterate_preferences.py": "--num_texts 4 --rounds 1 --sample '--max_completion_length 80 --min_margin 0' --train "
+    "'--max_steps 1' --evaluate '--texts eight.txt --max_length 160 --seeds 0 --judge pocketsphinx'",
     "train.py .*--method dpo": "--max_steps 1 --per_device_train_batch_size 2",
     "train.py (?!.*(sft|--method dpo))": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
     "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
@@ -36,6 +38,7 @@ SHORTER = {  # what a command holds: flags that make it short
 }
 NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
 NEEDS_PEOPLE = re.compile(r"collect_preferences.py --read")
+NEEDS_A_JUDGE = re.compile(r"--judge_url")
 NEEDS_HOURS = re.compile(r"-m tiny\.|--size real|accelerate launch --|torchrun|vllm")
 PROGRAMS = ("python ", "accelerate ")
 
@@ -49,7 +52,7 @@ def commands_of(page: Path) -> list[str]:
 
 
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
-TOO_LONG = (NEEDS_THE_HUB, NEEDS_HOURS, NEEDS_PEOPLE)
+TOO_LONG = (NEEDS_THE_HUB, NEEDS_HOURS, NEEDS_PEOPLE, NEEDS_A_JUDGE)
 PARSED = [command for command in COMMANDS if any(reason.search(command) for reason in TOO_LONG)]
 RUN = [command for command in COMMANDS if command not in PARSED]
 

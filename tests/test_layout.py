@@ -11,6 +11,8 @@ SCRIPTS = {
     "create_dataset",
     "evaluation",
     "inference",
+    "iterate_preferences",
+    "judge_preferences",
     "reward_whisper",
     "sample_preferences",
     "select_rl_data",

@@ -9,7 +9,7 @@ import pytest
 
 from common import dataset_io
 from common.cli import InputError
-from common.dataset_io import load_any_dataset, open_source
+from common.dataset_io import drawn_rows, load_any_dataset, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -256,3 +256,10 @@ def test_an_absent_column_is_an_error_unless_it_is_optional(tmp_path):
     ):
         with pytest.raises(InputError, match=r"^name: no column 'language' \(got id, text\)"):
             check()
+
+
+def test_drawn_rows():
+    assert drawn_rows(5, None, 0) == drawn_rows(5, 5, 0) == drawn_rows(5, 9, 1) == [0, 1, 2, 3, 4]
+    draws = [drawn_rows(20, 6, seed) for seed in range(5)]
+    assert drawn_rows(20, 6, 0) == draws[0] and len({tuple(rows) for rows in draws}) == 5
+    assert all(rows == sorted(set(rows)) and len(rows) == 6 and 0 <= rows[0] and rows[-1] < 20 for rows in draws)

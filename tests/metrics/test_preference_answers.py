@@ -99,7 +99,7 @@ def test_rows_of_pairs():
     with_prompt = key_row("0", ref_text="Hi.", ref_codes=[7])
     without_codes = key_row("1")
     without_codes["clips"][1]["codes"] = None
-    rows = pair_rows([("anna", with_prompt, 1), ("anna", without_codes, 0)], {"/1y.wav": [5, 6]})
+    rows = pair_rows([("anna", with_prompt, 1), ("anna", without_codes, 0)], {"/1y.wav": [5, 6]}, "human")
     assert rows[0] == {
         "id": "p-id-0-anna",
         "text": "0",

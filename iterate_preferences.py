@@ -145,7 +145,7 @@ def flags_of(args: argparse.Namespace, step: Step) -> list[str]:
         words = shlex.split(given)
     except ValueError as error:
         raise InputError(f"--{step.flag}: {error} (got {given!r}). Close each quotation mark") from error
-    taken = [word for word in words if word.startswith("--") and word.split("=")[0] in step.flags]
+    taken = [flag for flag in (word.split("=")[0] for word in words) if flag.startswith("--") and flag in step.flags]
     if taken:
         raise InputError(f"--{step.flag}: the loop sets {taken[0]} of {step.script} itself. Leave it out (see --help)")
     if step.flag == "train":

@@ -13,9 +13,9 @@ rather than a clip (arXiv 2507.12705). Planted pairs, whose better side is known
 The key is read from the environment variable OPENAI_API_KEY only; it is in no file and no log. Clips are sent to
 --judge_url, at one loudness. --clips, --pairs and --planted are those of collect_preferences.py.
 
-An interrupted run is resumed by the same command, and no pair is paid twice. Beside --output stands a report,
-pairs.report.json. Exit codes: 0 pairs were written; 1 there are none, or the judge does not answer; 2 the input was
-wrong, or the judge refuses it.
+An interrupted run is resumed by the same command; a pair that is judged is not asked about again. Beside --output
+stands a report, pairs.report.json. Exit codes: 0 pairs were written; 1 there are none, or the judge does not answer; 2
+the input was wrong, or the judge refuses it.
 """
 
 import argparse
@@ -197,6 +197,15 @@ def log_report(report: dict, unread: list[str]) -> None:
 # --- The script -------------------------------------------------------------------------------------------
 
 
+def api_key() -> str | None:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):  # http.client's error would show it
+        raise InputError(
+            "OPENAI_API_KEY: has characters that are in no key. Set it anew, or unset it if none is needed"
+        )
+    return key or None
+
+
 def report_path(output: Path) -> Path:
     return output.with_suffix(".report.json")
 
@@ -228,7 +237,7 @@ def main(args: argparse.Namespace) -> dict | None:
             return None
         without = {clip.audio for pair in pairs if pair.better is None for clip in pair.clips if not clip.codes}
         codes = encode_clips(sorted(without), args.codec_id, pick_device(args.device))
-        key = os.environ.get("OPENAI_API_KEY", "").strip() or None
+        key = api_key()
         judge = ChatJudge(args.judge_url, args.judge_model, args.question, args.max_tokens, args.timeout_s, key)
         try:
             replies = judge_all(judge, pairs, output, args.num_workers, args.seed)

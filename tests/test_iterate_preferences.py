@@ -221,8 +221,8 @@ def test_an_adapter_is_trained_further(flags, scripts):
 
 
 def test_the_scripts_are_run_as_processes(capfd):
-    assert iterate_preferences.run_process("train.py", ["--method", "nonsense"]) == 2
-    assert "--method" in capfd.readouterr().err
+    assert iterate_preferences.run_process("judge_preferences.py", ["--nonsense"]) == 2
+    assert "judge_preferences.py: error:" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

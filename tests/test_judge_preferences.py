@@ -246,6 +246,12 @@ def test_no_key_where_one_is_wanted(folder, caplog):
     assert code == 2 and "The environment variable OPENAI_API_KEY is not set" in error
 
 
+def test_a_key_that_cannot_be_sent_is_not_shown(folder, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nx")
+    code, error = refused(folder, "http://127.0.0.1:9/v1", caplog)
+    assert code == 2 and "OPENAI_API_KEY: has characters" in error and KEY not in caplog.text
+
+
 def test_a_redirect_is_not_followed(folder, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FakeJudge() as elsewhere, FakeJudge(faults=[(307, {"Location": elsewhere.url})] * 12) as judge:

@@ -14,6 +14,7 @@ from fake_judge import FakeJudge, pitch_hz, prefers_the_higher, prompt_of
 import judge_preferences
 from metrics import chat_judge
 from speech import codec as speech_codec
+from speech.audio import load_audio, save_audio
 
 NUM_PAIRS = 6
 
@@ -80,6 +81,7 @@ def test_a_judge_that_hears(folder, caplog):
 
 
 def test_clips_are_at_one_loudness(folder):
+    save_audio(folder / "0a.wav", 0.2 * load_audio(folder / "0a.wav"))
     levels = []
 
     def choose(first, second):

@@ -256,7 +256,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(folder, monkeypatch, caplog):
 
 def test_a_redirect_is_not_followed(folder, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with FakeJudge() as elsewhere, FakeJudge(faults=[(307, {"Location": elsewhere.url})] * 12) as judge:
+    with FakeJudge() as elsewhere, FakeJudge(faults=[(302, {"Location": elsewhere.url})] * 12) as judge:
         code, error = refused(folder, judge.url, caplog)
     assert code == 2 and f"leads on to {elsewhere.url}" in error and not elsewhere.requests
 

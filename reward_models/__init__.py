@@ -17,11 +17,13 @@ from reward_models.diversity import DiversityReward
 from reward_models.dnsmos import DnsmosReward
 from reward_models.emphasis import EmphasisReward
 from reward_models.pauses import PausesReward
+from reward_models.pitch_height import PitchHeightReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
 from reward_models.question import QuestionReward
 from reward_models.rate import RateReward
 from reward_models.speaker_similarity import SpeakerSimilarityReward
 from reward_models.token2text import Token2TextReward
+from reward_models.variation import VariationReward
 from reward_models.whisper import WhisperReward
 
 REWARDS = {  # by task, then by name: a reward of speech cannot score text
@@ -35,6 +37,8 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
         "question": QuestionReward,
         "pauses": PausesReward,
         "rate": RateReward,
+        "pitch_height": PitchHeightReward,
+        "variation": VariationReward,
         "speaker_similarity": SpeakerSimilarityReward,
         "dnsmos": DnsmosReward,
     },
@@ -107,7 +111,8 @@ def models_needed(config: RewardConfig, task: str) -> set[str]:
 
 def needs_voice_prompt(config: RewardConfig, task: str) -> bool:
     """Whether a reward of a config compares with the voice prompt, `ref_codes`, of each row."""
-    return "speaker_encoder" in models_needed(config, task)
+    rewards, _ = build_rewards(config, None, task)
+    return any(getattr(reward, "needs_voice_prompt", False) for reward in rewards)
 
 
 def build_rewards(config: RewardConfig, rollout_scorer, task: str = "tts") -> tuple[list, list[float]]:

@@ -1,4 +1,4 @@
-"""Reward of the speaking rate: a dead zone around the voice prompt's, or the group's median."""
+"""Reward of the speaking rate: a dead zone around a target, the voice prompt's, or the group's median."""
 
 import numpy as np
 
@@ -24,24 +24,30 @@ def rate_reward(rate: float, target: float, dead_zone: float = DEAD_ZONE) -> flo
 
 
 class RateReward:
-    """`rate_reward` of the syllables a second, in [0, 1]; the target is the voice prompt's, or the group's median.
+    """`rate_reward` of the syllables a second, in [0, 1].
 
-    A failed rollout earns 0 and is not part of the median. A group in which all failed earns 0.
+    The target is `target`, or else the voice prompt's rate, or else the group's median. A failed rollout earns 0 and is
+    not part of the median. A group in which all failed earns 0.
+
+    How a slow target is hacked: with silence, which counts as time; evaluation and `pauses` show it.
 
     Args:
         rollout_scorer: a `SpeechRolloutScorer`; no model of it is used.
         dead_zone: factor.
+        target: syllables a second, for a slow or a fast style.
     Raises:
-        InputError: a dead zone that is not between 1 and 2.
+        InputError: a dead zone that is not between 1 and 2, a target that is not above 0.
     """
 
     __name__ = "rate"
     needs = ()
 
-    def __init__(self, rollout_scorer, dead_zone: float = DEAD_ZONE):
+    def __init__(self, rollout_scorer, dead_zone: float = DEAD_ZONE, target: float | None = None):
         if not 1 <= dead_zone < ZERO_AT:
             raise InputError(f"dead_zone: must be >= 1 and < {ZERO_AT:g}, a factor (got {dead_zone})")
-        self.rollout_scorer, self.dead_zone = rollout_scorer, dead_zone
+        if target is not None and not target > 0:
+            raise InputError(f"target: must be > 0, syllables a second (got {target})")
+        self.rollout_scorer, self.dead_zone, self.target = rollout_scorer, dead_zone, target
 
     def __call__(
         self, completion_ids, text, language=None, ref_text=None, ref_codes=None, log_metric=None, **_
@@ -61,8 +67,11 @@ class RateReward:
         for first in range(0, len(text), rollouts.group_size):
             group = rates[first : first + rollouts.group_size]
             spoken = group[np.isfinite(group)]
-            target = float(np.median(spoken)) if len(spoken) else 1.0
-            if ref_text and ref_codes and ref_text[first] and ref_codes[first]:
+            if self.target is not None:
+                target = self.target
+            elif ref_text and ref_codes and ref_text[first] and ref_codes[first]:
                 target = syllables(plain_text(ref_text[first])) * CODES_PER_SECOND / len(ref_codes[first])
+            else:
+                target = float(np.median(spoken)) if len(spoken) else 1.0
             rewards += [0.0 if np.isnan(rate) else rate_reward(rate, target, self.dead_zone) for rate in group]
         return rewards

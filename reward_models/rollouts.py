@@ -250,16 +250,34 @@ class SpeechRolloutScorer:
         Returns:
             In [−1, 1]; NaN where rollout or prompt has no voice to tell (`SpeakerEncoder.embed`).
         """
-        prompts = list(dict.fromkeys(map(tuple, ref_codes)))
+        prompt_wavs = self._decode_prompts(ref_codes)
         if self.offload:
-            self._move(self.device, self.codec, self.speaker_encoder)
-        prompt_wavs = decode_rollouts(self.codec, [list(codes) for codes in prompts])
-        embeddings = self.speaker_encoder.embed(rollouts.wavs + prompt_wavs)
+            self._move(self.device, self.speaker_encoder)
+        embeddings = self.speaker_encoder.embed(rollouts.wavs + list(prompt_wavs.values()))
         if self.offload:
-            self._move(torch.device("cpu"), self.codec, self.speaker_encoder)
-        number_of = {codes: len(rollouts.wavs) + i for i, codes in enumerate(prompts)}
+            self._move(torch.device("cpu"), self.speaker_encoder)
+        number_of = {codes: len(rollouts.wavs) + i for i, codes in enumerate(prompt_wavs)}
         references = embeddings[[number_of[tuple(codes)] for codes in ref_codes]]
         return cosines(embeddings[: len(rollouts.wavs)], references)
+
+    def prompt_pitch_tracks(self, ref_codes: list[list[int]]) -> list[PitchTrack]:
+        """The pitch of each rollout's voice prompt, as the codec decodes it; each prompt is tracked once.
+
+        Args:
+            ref_codes: the codes of each rollout's voice prompt.
+        """
+        tracks = {codes: pitch_track(wav) for codes, wav in self._decode_prompts(ref_codes).items()}
+        return [tracks[tuple(codes)] for codes in ref_codes]
+
+    def _decode_prompts(self, ref_codes: list[list[int]]) -> dict[tuple[int, ...], np.ndarray]:
+        """The waveforms of the different voice prompts by their codes, in the order of their first rollouts."""
+        prompts = list(dict.fromkeys(map(tuple, ref_codes)))
+        if self.offload:
+            self._move(self.device, self.codec)
+        wavs = decode_rollouts(self.codec, [list(codes) for codes in prompts])
+        if self.offload:
+            self._move(torch.device("cpu"), self.codec)
+        return dict(zip(prompts, wavs, strict=True))
 
     def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:
         """The first rollouts of the batch scored last: a record of each, and its waveform if it has one."""

@@ -40,6 +40,7 @@ class SpeakerSimilarityReward:
 
     __name__ = "speaker_similarity"
     needs = ("codec", "whisper", "speaker_encoder")
+    needs_voice_prompt = True
 
     def __init__(self, rollout_scorer, max_wer: float = MAX_WER):
         if not max_wer >= 0:

@@ -72,8 +72,8 @@ def check_voice_prompt(ref_codes: list[int]) -> None:
     if len(ref_codes) < MIN_SECONDS * CODES_PER_SECOND:
         found = f"{len(ref_codes) / CODES_PER_SECOND:.2f} s of one" if ref_codes else "none"
         raise InputError(
-            f"the reward speaker_similarity compares with the row's voice prompt, of {MIN_SECONDS} s or more (got "
-            f"{found}). Give every row ref_text and ref_codes (docs/data.md), or leave the reward out"
+            f"a reward compares with the row's voice prompt, of {MIN_SECONDS} s or more (got {found}). "
+            "Give every row ref_text and ref_codes (docs/data.md), or leave the reward out"
         )
 
 

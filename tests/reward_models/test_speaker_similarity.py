@@ -140,5 +140,5 @@ def test_train_takes_rows_with_voice_prompts_and_refuses_others(tmp_path, capsys
     with pytest.raises(SystemExit) as stop:  # the shipped texts have none
         train.main(train.parse_args([*flags, "--output_dir", str(tmp_path / "refused")]))
     assert stop.value.code == 2
-    message = "row 0: the reward speaker_similarity compares with the row's voice prompt"
+    message = "row 0: a reward compares with the row's voice prompt"
     assert message in caplog.text + capsys.readouterr().err

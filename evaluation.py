@@ -72,6 +72,8 @@ def check_args(args: argparse.Namespace) -> None:
         check_seed(seed)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
         raise InputError("--task tts needs --texts (and no --clips), --task asr needs --clips (and no --texts)")
+    if args.adapters and args.task == "asr":
+        raise InputError("--adapters: for --task tts only (got --task asr)")
     for name in ("seeds", "temperature", "judge"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
@@ -143,6 +145,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=1,
         help="if > 1: adds a row for the baseline's best of so many rollouts by reward",
+    )
+    tts.add_argument(
+        "--adapters",
+        nargs="+",
+        action="append",
+        metavar="FOLDER[=WEIGHT]",
+        help="adds a row for the baseline with these LoRA folders added, as in inference.py; may be given several "
+        "times: --adapters slow=0.5 --adapters slow lively",
     )
     tts.add_argument(
         "--cycle",

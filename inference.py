@@ -1,6 +1,7 @@
 """Sample from a Llasa checkpoint: text to wav (TTS), in the voice of a prompt if there is one, or audio to text (ASR).
 
     python inference.py --model_name_or_path llasa-grpo-exp1 --text "…" --output sample.wav
+    python inference.py --model_name_or_path tiny/llasa --adapters slow=0.5 lively --text "…" --output sample.wav
     python inference.py --task asr --model_name_or_path llasa-asr --audio a.wav b.flac --output transcripts.jsonl
 
 The seed is set once, before sampling: the same command writes the same clips on the same machine; another --batch_size
@@ -36,6 +37,7 @@ from common.cli import (
     write_whole,
 )
 from common.run_record import content_digest, short_digest
+from speech.adapters import parse_adapters
 from speech.audio import TooLongError, load_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
@@ -44,7 +46,7 @@ from speech.policy import (
     Policy,
     Sample,
     Transcript,
-    recorded,
+    recorded_with_adapters,
     reward_parameters,
 )
 from speech.tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
@@ -154,9 +156,11 @@ def synthesize(args: argparse.Namespace) -> None:
         check_no_folders([*paths, list_path(args.output or "sample.wav")])
         check_writable(paths[0].parent)
 
+        adapters = parse_adapters(args.adapters)
         device = pick_device(args.device)
-        policy = Policy.from_pretrained(args.model_name_or_path, device)
-        codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
+        policy = Policy.from_pretrained(args.model_name_or_path, device, adapters=adapters)
+        recorded = partial(recorded_with_adapters, args.model_name_or_path, adapters)
+        codec_id = args.codec_id or recorded("codec_id", DEFAULT_CODEC)
         codec = SpeechCodec.from_pretrained(codec_id, device)
         check_codebook(codec, policy.tokens)
         ref_codes = None if ref_wav is None else codec.encode([ref_wav])[0]
@@ -167,7 +171,7 @@ def synthesize(args: argparse.Namespace) -> None:
             from reward_models.whisper import best_of_n
             from speech.whisper_scorer import WhisperScorer
 
-            whisper = args.whisper or recorded(args.model_name_or_path, "whisper", DEFAULT_WHISPER)
+            whisper = args.whisper or recorded("whisper", DEFAULT_WHISPER)
             scorer = WhisperScorer(whisper, device)
 
     set_seed(args.seed)
@@ -227,14 +231,16 @@ def transcribe(args: argparse.Namespace) -> None:
     with bad_input_exits():
         if args.output:
             check_writable(Path(args.output).parent)
+        adapters = parse_adapters(args.adapters)
         device = pick_device(args.device)
-        codec_id = args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC)
+        recorded = partial(recorded_with_adapters, args.model_name_or_path, adapters)
+        codec_id = args.codec_id or recorded("codec_id", DEFAULT_CODEC)
         ids, codes = load_clips(args, codec_id, device)
         output = open_output(args, device, ids, codes) if args.output else None
         if output is not None and output.finished:
             logger.info("%s: complete already, nothing to do", output.path)
             return
-        policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr")
+        policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr", adapters=adapters)
         for clip_codes in codes:
             policy.tokens.ids(clip_codes)  # raises for the codes of another codec
         prompts = [asr_prompt(clip_codes) for clip_codes in codes]
@@ -269,7 +275,8 @@ def open_output(args: argparse.Namespace, device: str, ids: list[dict], codes: l
     """--output; InputError if it has transcripts of other settings, of another model or of other clips."""
     run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
     run["device"] = device
-    run["weights"] = content_digest(args.model_name_or_path)
+    folders = [args.model_name_or_path, *(adapter.folder for adapter in parse_adapters(args.adapters))]
+    run["weights"] = [content_digest(folder) for folder in folders]
     run["clips"] = short_digest(zip(ids, codes, strict=True))
     return TranscriptFile(Path(args.output), run, device, args.overwrite)
 
@@ -332,6 +339,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder saved by train.py (LoRA too), or a Hub id")
+    add(
+        "--adapters",
+        nargs="+",
+        metavar="FOLDER[=WEIGHT]",
+        help="LoRA folders of train.py whose base is the model, added to it, each times its weight (default 1; "
+        "negative: away from what was learnt): slow=0.5 lively (docs/adaptation.md)",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", action="append", help="tts: text to synthesize; may be given several times")
     source.add_argument("--text_file", help="tts: a UTF-8 file with one text per line; - is stdin")

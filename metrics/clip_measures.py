@@ -9,6 +9,7 @@ from rapidfuzz.distance import Levenshtein
 
 from metrics.judges import ROUND_TRIP, EvaluationASR, word_timer
 from metrics.texts import Item, num_units
+from reward_models.pitch_height import mean_pitch
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.dnsmos import Dnsmos
@@ -101,6 +102,7 @@ def melody_measures(item: Item, wav: np.ndarray, track: PitchTrack | None) -> di
         "final_movement_st": number_or_none(movement_st),
         "question": rise if question is True else None,
         "statement_rise": rise if question is False and track is not None else None,
+        "f0_hz": None if track is None else number_or_none(2 ** (mean_pitch(track) / 12)),
         "f0_range_st": None if track is None else number_or_none(f0_range_st(track)),
         "num_pauses": None if track is None else num_pauses(wav),
     }

@@ -81,6 +81,7 @@ def summarize(row: dict, first: dict) -> dict:
         "token2text": mean([clip.get("token2text") for clip in clips]),
         "duration_s": mean([clip["duration_s"] for clip in audible]),
         "units_per_second": sum(clip["num_units"] for clip in audible) / speech_s if speech_s else None,
+        "f0_hz": mean([clip.get("f0_hz") for clip in audible]),
         "log_f0_std": mean([clip["log_f0_std"] for clip in audible]),
         "truncated": fraction(lambda clip: clip["truncated"]) if synthesized else None,
         "empty": fraction(lambda clip: clip["failure"] == "empty"),
@@ -132,6 +133,7 @@ EXPLANATIONS = {
     "token-to-text": "Mean log P of the text's tokens given the codes (--token2text), in nats per token.",
     "duration": "Mean duration of an audible clip.",
     "per second": "Words (or characters) of the text per second of audible speech.",
+    "F0": "Pitch, mean over the voiced frames of its logarithm, mean over clips.",
     "log-F0 std": "Standard deviation of ln F0 (the pitch) over voiced frames, mean over clips. Lower is more "
     "monotonous.",
     "truncated": "Fraction of rollouts cut off before END, by the context; scored as they sound.",
@@ -210,6 +212,7 @@ def row_cells(row: dict, units: str, asr_roles: dict[str, str]) -> dict[str, str
     return cells | {
         "duration, s": number(metrics["duration_s"]),
         f"{units} per second": number(metrics["units_per_second"]),
+        "F0, Hz": number(metrics["f0_hz"], 0),
         "log-F0 std": number(metrics["log_f0_std"], 3),
         **{name: percent(metrics[name]) for name in ("truncated", "empty", "silent", "repetitive")},
         "real-time factor": number(metrics["real_time_factor"]),

@@ -34,6 +34,7 @@ from metrics.result_files import open_results, read_sounds, write_sounds
 from metrics.texts import Item, read_items, units_of
 from reward_models.token2text import Token2Text
 from reward_models.whisper import best_of_n
+from speech.adapters import Adapter, check_base, parse_adapters
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 from speech.dnsmos import Dnsmos
@@ -104,6 +105,24 @@ def load_texts(args: argparse.Namespace) -> EvaluationTexts:
     return EvaluationTexts(items, references, natural_wavs, units_of(items + references))
 
 
+def adapter_rows(args: argparse.Namespace, models: dict[str, str]) -> dict[str, list[Adapter]]:
+    """--adapters: name of the row -> LoRAs added to the first model; InputError where they cannot be."""
+    first_name, first_path = next(iter(models.items()))
+    rows = {}
+    for words in args.adapters or []:
+        adapters = parse_adapters(words)
+        check_base(first_path, adapters)
+        name = " + ".join([first_name, *map(str, adapters)])
+        if name in {*models, *rows}:
+            raise InputError(f"--adapters {' '.join(words)}: there is a row {name!r} already. Give each once")
+        rows[name] = adapters
+    return rows
+
+
+def adapter_folders(args: argparse.Namespace) -> list[str]:
+    return sorted({adapter.folder for words in args.adapters or [] for adapter in parse_adapters(words)})
+
+
 def reward_whisper_of(args: argparse.Namespace, models: dict[str, str]) -> str:
     return args.whisper or recorded(next(iter(models.values())), "whisper", DEFAULT_WHISPER)
 
@@ -117,7 +136,7 @@ def digests_of(args: argparse.Namespace, models: dict[str, str], texts: Evaluati
     items = [*texts.items, *texts.references]
     recordings = {path for item in items for path in (item.ref_audio, item.audio) if path}
     names = {*models.values(), *(args.judge or []), reward_whisper_of(args, models), codec_of(args, models)}
-    names |= {name for name in (args.token2text, args.speaker_encoder) if name}
+    names |= {name for name in (args.token2text, args.speaker_encoder, *adapter_folders(args)) if name}
     return {
         "texts": short_digest(vars(item) for item in items),
         "measurements": MEASUREMENTS,
@@ -135,7 +154,7 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
     """
     checkpoint_tokens = [load_tokenizer(path)[1] for path in models.values()]
     reward_whisper = reward_whisper_of(args, models)
-    roles = asr_roles(args.judge or [reward_whisper], reward_whisper, list(models.values()))
+    roles = asr_roles(args.judge or [reward_whisper], reward_whisper, [*models.values(), *adapter_folders(args)])
     texts, languages = [item.text for item in items], [item.language for item in items]
     evaluation_asrs = load_evaluation_asrs(list(roles), texts, languages, args.device)
     reward_scorer = None
@@ -285,15 +304,15 @@ def planned_rows(
 ) -> list[Callable[[], EvaluatedRow]]:
     """What computes each row.
 
-    Checkpoints x temperatures; best-of-N of the first checkpoint at the first temperature; natural readings as recorded
-    and after the codec, the best that a checkpoint could reach.
+    Checkpoints x temperatures; best-of-N of the first checkpoint at the first temperature; the first checkpoint with
+    adapters x temperatures; natural readings as recorded and after the codec, the best that a checkpoint could reach.
     """
     args = models.args
 
     @lru_cache(maxsize=1)
-    def load_policy(path: str) -> Policy:
+    def load_policy(path: str, adapters: tuple[Adapter, ...] = ()) -> Policy:
         with bad_input_exits():
-            policy = Policy.from_pretrained(path, args.device)
+            policy = Policy.from_pretrained(path, args.device, adapters=adapters)
             policy.encode(prompts, args.max_length)  # raises for a text too long
         return policy
 
@@ -306,6 +325,14 @@ def planned_rows(
             if len(rows) == 1 and args.best_of > 1:
                 label, about["best_of"] = f"{label}, best of {args.best_of}", args.best_of
                 rows.append(partial(checkpoint_row, models, load_policy, label, texts.items, prompts, **about))
+    path = next(iter(checkpoints.values()))
+    for name, adapters in adapter_rows(args, checkpoints).items():
+        load_adapted = partial(load_policy, adapters=tuple(adapters))
+        for temperature in args.temperature:
+            label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
+            about = {"model": path, "temperature": temperature, "adapters": [str(adapter) for adapter in adapters]}
+            row = partial(checkpoint_row, models, load_adapted, label, texts.items, prompts, best_of=1, **about)
+            rows.append(row)
     if texts.references:
         about = {"model": None, "temperature": None, "best_of": 1}
         recordings = SynthesizedSpeech([None] * len(texts.references), texts.natural_wavs)
@@ -324,14 +351,15 @@ def checkpoint_row(
     model: str,
     temperature: float,
     best_of: int,
+    **about,
 ) -> EvaluatedRow:
-    """A checkpoint at one temperature, as it samples or the best of several rollouts."""
+    """A checkpoint at one temperature, as it samples or the best of several rollouts; `about`: further keys."""
     policy = load_policy(model)
     if best_of > 1:
         synthesis = partial(synthesize_best_of_n, models, policy, prompts, items, temperature, label)
     else:
         synthesis = partial(synthesize, models, policy, prompts, temperature, label)
-    about = {"model": model, "temperature": temperature, "best_of": best_of}
+    about |= {"model": model, "temperature": temperature, "best_of": best_of}
     own_asr = policy if models.args.cycle else None
     return evaluated_row(models, label, items, synthesis, models.args.seeds, own_asr, **about)
 
@@ -368,6 +396,7 @@ def evaluate(args: argparse.Namespace, checkpoints: dict[str, str]) -> dict:
     """
     folder = Path(args.output_dir)
     with bad_input_exits():
+        adapter_rows(args, checkpoints)  # raises for adapters that cannot be added, before anything is loaded
         texts = load_texts(args)
         results = open_results(folder, vars(args), digests_of(args, checkpoints, texts), args.overwrite)
         sounds = read_sounds(folder) if results["rows"] else {}

@@ -1,7 +1,7 @@
 """A Llasa checkpoint and how it is sampled: speech codes for a text, or a text for speech codes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
 from common.cli import InputError, library_errors_are_input, pick_device
+from speech.adapters import Adapter, add_adapters, check_base
 from speech.checkpoint_files import UNREADABLE, read_json
 from speech.tokens import (
     CODES_PER_SECOND,
@@ -59,20 +60,27 @@ class Policy:
 
     @classmethod
     def from_pretrained(
-        cls, id_or_path: str, device: str = "auto", dtype: torch.dtype | str = "auto", task: str = "tts"
+        cls,
+        id_or_path: str,
+        device: str = "auto",
+        dtype: torch.dtype | str = "auto",
+        task: str = "tts",
+        adapters: Sequence[Adapter] = (),
     ) -> "Policy":
         """Load a model folder, a LoRA adapter folder or a Hub id, ready to sample.
 
         Args:
             dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+            adapters: LoRAs of this model, which are added to its weights.
         Raises:
-            InputError: no such model, or not a Llasa one.
+            InputError: no such model, or not a Llasa one; adapters that are of another.
         """
         device = pick_device(device)
         if dtype == "auto":
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
         tokenizer, tokens = load_tokenizer(id_or_path, task)  # before the weights: a wrong model is known at once
-        model = load_causal_lm(id_or_path, dtype=dtype)
+        check_base(id_or_path, adapters)
+        model = add_adapters(load_causal_lm(id_or_path, dtype=dtype), adapters)
         # The checkpoint's own sampling defaults (top_k 50, say) must not mix with the ones given here.
         model.generation_config = GenerationConfig()
         prepare_model(model, tokenizer, tokens, task)
@@ -241,6 +249,13 @@ def recorded(model: str, key: str, default=None):
             if value:
                 return value
     return default
+
+
+def recorded_with_adapters(model: str, adapters: Sequence[Adapter], key: str, default=None):
+    """`recorded` of a model, or else of the last of its adapters that has it: a hub's model has no run.json."""
+    for adapter in adapters:
+        default = recorded(adapter.folder, key, default)
+    return recorded(model, key, default)
 
 
 def reward_parameters(model: str) -> dict[str, float]:

@@ -63,15 +63,17 @@ def check_adapter(id_or_path: str, model: torch.nn.Module) -> None:
     if not file.is_file():
         return
     with library_errors_are_input(f"{file}: cannot be read", *UNREADABLE), safe_open(file, "pt") as weights:
-        saved = {_bare(name) for name in weights.keys()}  # noqa: SIM118: an open file has no other iterator
-    missing = sorted(name for name, _ in model.named_parameters() if "lora_" in name and _bare(name) not in saved)
+        saved = {bare_lora_name(name) for name in weights.keys()}  # noqa: SIM118: an open file has no other iterator
+    missing = sorted(
+        name for name, _ in model.named_parameters() if "lora_" in name and bare_lora_name(name) not in saved
+    )
     if missing:
         raise InputError(
             f"{file}: lacks {len(missing)} LoRA weights: {', '.join(missing[:3])} …. Save the adapter again"
         )
 
 
-def _bare(name: str) -> str:
+def bare_lora_name(name: str) -> str:
     """A LoRA weight's name without PEFT's prefix and the adapter's name."""
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 

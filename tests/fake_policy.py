@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,6 +57,14 @@ def save_policy(folder: Path, seed: int = 0, initializer_range: float = 0.3) -> 
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"codec_id": "the-codec", "whisper": "the-whisper"}))
+    return str(folder)
+
+
+def save_lora(base: str, folder: Path, seed: int, **options) -> str:
+    """A LoRA folder with random weights, far from its base."""
+    torch.manual_seed(seed)
+    options = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | options
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**options)).save_pretrained(folder)
     return str(folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from fake_policy import NUM_CODES, FirstWordLostASR, ToneCodec, save_policy
+from fake_policy import NUM_CODES, FirstWordLostASR, ToneCodec, save_lora, save_policy
 from fake_speaker_encoder import save_speaker_encoder
 from fake_token2text import small
 
@@ -86,6 +86,24 @@ def test_best_of_n_has_the_highest_reward(policy_paths, fakes, tmp_path):
     assert best["duration_s"] < plain["duration_s"] and best["truncated"] == 0
 
 
+def test_adapters_are_rows_of_the_first_model(policy_paths, fakes, tmp_path, caplog):
+    slow, lively = (save_lora(policy_paths[0], tmp_path / name, seed) for seed, name in enumerate(("slow", "lively")))
+    models = [f"SFT={policy_paths[0]}", f"B={policy_paths[1]}"]
+    options = ["--seeds", "0", "--judge", "other-asr", "the-whisper", "--adapters", f"{slow}=0"]
+    options += ["--adapters", f"{slow}=0.5", lively]
+    Path(lively, "run.json").write_text(json.dumps({"whisper": "other-asr"}))
+    results = evaluate(tmp_path, models, *options)
+    rows = results["rows"]
+    assert [row["name"] for row in rows] == ["SFT", "B", f"SFT + {slow}=0", f"SFT + {slow}=0.5 + {lively}"]
+    assert [row.get("adapters") for row in rows] == [None, None, [f"{slow}=0"], [f"{slow}=0.5", lively]]
+    assert rows[2]["clips"] == rows[0]["clips"] != rows[3]["clips"]
+    assert results["asr_roles"] == {"other-asr": "reward's ASR", "the-whisper": "reward's ASR"}  # of lively; of SFT
+    save_lora(policy_paths[0], lively, seed=7)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, models, *options)
+    assert f"with other content of {lively}" in caplog.records[-1].message
+
+
 def test_same_seeds_give_the_same_clips(policy_paths, fakes, tmp_path):
     options = ("--seeds", "0", "1", "--overwrite")
     runs = [evaluate(tmp_path, [policy_paths[0]], *options)["rows"][0]["clips"] for _ in range(2)]
@@ -94,7 +112,9 @@ def test_same_seeds_give_the_same_clips(policy_paths, fakes, tmp_path):
 
 def test_results_survive_a_later_failure(policy_paths, fakes, tmp_path, monkeypatch):
     load = Policy.from_pretrained
-    monkeypatch.setattr(Policy, "from_pretrained", lambda path, *_: load(path) if path == policy_paths[0] else 1 / 0)
+    monkeypatch.setattr(
+        Policy, "from_pretrained", lambda path, *_, **__: load(path) if path == policy_paths[0] else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         evaluate(tmp_path, [f"A={policy_paths[0]}", f"B={policy_paths[1]}"], "--seeds", "0")
     assert [row["name"] for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]] == ["A"]
@@ -138,7 +158,7 @@ def test_an_interrupted_evaluation_resumes(policy_paths, fakes, tmp_path, monkey
     begun = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["name"] for row in begun["rows"]] == ["A", "A, best of 2"]
     loaded, load = [], Policy.from_pretrained
-    monkeypatch.setattr(Policy, "from_pretrained", lambda path, *_: loaded.append(path) or load(path))
+    monkeypatch.setattr(Policy, "from_pretrained", lambda path, *_, **__: loaded.append(path) or load(path))
     for _ in range(2):  # resumed, and then complete
         caplog.clear()
         resumed = evaluate(tmp_path, models, *options)
@@ -396,6 +416,11 @@ def test_reports_of_asr(tmp_path, monkeypatch, caplog):
         (["{good}"], ["--seeds", "1", "1"], "--seeds: a value is given twice (got 1 1)"),
         (["{good}"], ["--device", "gpu"], "--device gpu"),
         (["{good}"], ["--language", "klingon"], "unknown language 'klingon'"),
+        (["{good}"], ["--adapters", "no-such-lora"], "--adapters no-such-lora: no LoRA folder"),
+        (["{other}"], ["--adapters", "{tmp}/lora"], "/lora: a LoRA of another base"),
+        (["{tmp}/lora"], ["--adapters", "{tmp}/lora"], "is a LoRA itself"),
+        (["{good}"], ["--adapters", "{tmp}/lora", "--adapters", "{tmp}/lora=1"], "there is a row"),
+        (["{good}"], ["--adapters", "{tmp}/lora", "{tmp}/lora=1"], "the folder is given twice"),
     ],
 )
 def test_bad_input_exits_2_before_a_policy_is_loaded(
@@ -403,13 +428,14 @@ def test_bad_input_exits_2_before_a_policy_is_loaded(
 ):
     (tmp_path / "odd.txt").write_text("xqzzt")
     save_speaker_encoder(tmp_path / "encoder")
+    save_lora(policy_paths[0], tmp_path / "lora", seed=0)
     save_audio(tmp_path / "short.wav", 0.1 * np.sin(np.arange(7_000) * 0.1))
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "a", "ref_text": "b", "ref_audio": "short.wav"}))
     monkeypatch.setitem(sys.modules, "speechmos", None)  # as if it were not installed
-    monkeypatch.setattr(Policy, "from_pretrained", lambda *_: pytest.fail("a policy was loaded"))
+    monkeypatch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("a policy was loaded"))
 
     def fill(texts):
-        return [text.replace("{good}", policy_paths[0]).replace("{tmp}", str(tmp_path)) for text in texts]
+        return [text.format(good=policy_paths[0], other=policy_paths[1], tmp=tmp_path) for text in texts]
 
     with pytest.raises(SystemExit) as exit:
         evaluate(tmp_path, fill(models), *fill(options))

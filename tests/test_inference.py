@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
-from fake_policy import ToneCodec, save_policy
+from fake_policy import ToneCodec, save_lora, save_policy
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 
@@ -77,6 +77,21 @@ def test_texts_of_a_file_and_of_stdin(policy_path, codec, tmp_path, monkeypatch)
     run(policy_path, "--text_file", "-", "--output", tmp_path / "stdin", text=None)
     for name in ("sample_000.wav", "sample_001.wav"):
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "stdin" / name).read_bytes()
+
+
+def test_adapters_are_added_by_their_weights(policy_path, codec, tmp_path):
+    slow, lively = (save_lora(policy_path, tmp_path / name, seed) for seed, name in enumerate(("slow", "lively")))
+
+    def codes(*adapters):
+        codec.decoded.clear()
+        options = ("--adapters", *adapters) if adapters else ()
+        run(policy_path, "--temperature", 0, "--output", tmp_path / "a.wav", *options)
+        return codec.decoded[0]
+
+    plain, both = codes(), codes(f"{slow}=0.5", lively)
+    assert codes(f"{slow}=0", f"{lively}=0") == plain
+    assert both == codes(lively, f"{slow}=0.5")
+    assert len({tuple(each) for each in (plain, both, codes(slow), codes(f"{slow}=-1"), codes(slow, lively))}) == 5
 
 
 def test_voice_prompt_reaches_the_policy_and_not_the_wav(policy_path, codec, tmp_path, monkeypatch):
@@ -243,6 +258,19 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_stopped(policy_path, clips,
     assert transcripts(policy_path, clips, output, *options) == whole and sampled == [5, 3]  # complete already
 
 
+def test_transcripts_of_other_adapters_are_not_resumed(tmp_path, caplog):
+    save_lora(MULTITASK_MODEL, tmp_path / "lora", seed=0)
+    output = ("--audio", "tiny/heldout/slt_000.flac", "--output", tmp_path / "a.jsonl")
+    transcribe(*output)
+    plain = (tmp_path / "a.jsonl").read_text()
+    lora = ("--adapters", f"{tmp_path}/lora=0.1")
+    with pytest.raises(SystemExit):
+        transcribe(*output, *lora)
+    assert "adapters" in caplog.records[-1].message
+    transcribe(*output, *lora, "--overwrite")
+    assert (tmp_path / "a.jsonl").read_text() != plain
+
+
 def test_transcripts_of_another_run_are_not_overwritten(policy_path, clips, tmp_path, monkeypatch, caplog):
     output = tmp_path / "t.jsonl"
     greedy = transcripts(policy_path, clips, output)
@@ -310,6 +338,9 @@ def test_bad_input_of_asr_exits_2(argv, message, tmp_path, caplog):
         (["--text", "a", "--model_name_or_path", "no-such-run"], "no such model: 'no-such-run'"),
         (["--text", "a", "--model_name_or_path", "{tmp}"], "no model in this folder"),
         (["--text", "a", "--device", "gpu"], "--device gpu"),
+        (["--text", "a", "--adapters", "no-such-lora=0.5"], "--adapters no-such-lora: no LoRA folder"),
+        (["--text", "a", "--adapters", "tiny/llasa"], "--adapters tiny/llasa: a model without LoRA"),
+        (["--text", "a", "--adapters", "tiny/llasa=lots"], "--adapters tiny/llasa=lots: the weight must be a finite"),
     ],
 )
 def test_bad_input_exits_2_before_any_model_is_loaded(options, message, tmp_path, monkeypatch, caplog):
@@ -361,6 +392,17 @@ def test_another_models_codec_exits_2(policy_path, codec, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as exit:
         run(policy_path, "--output", tmp_path / "a.wav")
     assert exit.value.code == 2 and "the codec has 7 codes and the policy has 64" in caplog.text
+
+
+def test_an_adapter_of_another_base_exits_2(policy_path, codec, tmp_path, monkeypatch, caplog):
+    other = save_policy(tmp_path / "other", seed=1)
+    lora = save_lora(other, tmp_path / "lora", seed=0)
+    monkeypatch.setattr("speech.policy.load_causal_lm", lambda *_, **__: pytest.fail("the weights were loaded"))
+    for task in (("--text", "a"), ("--task", "asr", "--audio", "tiny/heldout/slt_000.flac")):
+        with pytest.raises(SystemExit) as stop:
+            run(policy_path, *task, "--adapters", lora, text=None)
+        assert stop.value.code == 2
+        assert f"--adapters {lora}: a LoRA of another base, {other!r}" in caplog.records[-1].message
 
 
 def test_model_without_speech_tokens_exits_2(policy_path, codec, tmp_path, caplog):

@@ -41,6 +41,16 @@ def test_each_failure_is_counted():
     assert metrics["units_per_second"] == 4
 
 
+def test_f0_is_of_clips_with_a_voice():
+    hum = 0.3 * np.sin(2 * np.pi * 150 * np.arange(16_000) / 16_000).astype(np.float32)
+    wavs = [hum, hum[:800], np.zeros(8_000, np.float32)]
+    items = [Item(str(i), "red hats", "en") for i in range(3)]
+    clips = measure_clips({"asr": FirstWordLostASR()}, items, SynthesizedSpeech([None] * 3, wavs), 0)
+    assert [clip["f0_hz"] for clip in clips] == [pytest.approx(150, abs=0.5), None, None]
+    row = {"seeds": [0], "compute_s": 2.0, "clips": clips}
+    assert summarize(row, row)["f0_hz"] == pytest.approx(150, abs=0.5)
+
+
 def test_token_to_text_scores_are_of_clips_with_codes():
     model = small(num_codes=NUM_CODES)
     samples = [Sample([1, 2, 3], False), None, Sample([], False)]  # a natural reading has no codes

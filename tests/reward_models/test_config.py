@@ -1,13 +1,13 @@
 """Reward configs: every shipped one builds, and bad ones are refused before anything is loaded."""
 
 import doctest
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 from fake_rollouts import speech_scorer
 
-import reward_models.rate
 from common.cli import InputError
 from reward_models import DEFAULT_CONFIG, REWARDS, build_rewards, load_config, models_needed
 
@@ -30,8 +30,9 @@ def test_every_shipped_config_builds(path):
     assert weights == [parameters["weight"] for parameters in config.values()]
 
 
-def test_worked_numbers_of_docstrings():
-    result = doctest.testmod(reward_models.rate)
+@pytest.mark.parametrize("name", ["pitch_height", "rate", "variation"])
+def test_worked_numbers_of_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"reward_models.{name}"))
     assert result.attempted > 0 and result.failed == 0
 
 

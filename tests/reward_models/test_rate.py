@@ -32,6 +32,20 @@ def test_target_is_the_voice_prompts():
     assert call(RateReward(speech_scorer()), batch, ref_text=[""] * 2, ref_codes=[[]] * 2) != [0, 1]
 
 
+def test_a_target_of_its_own():
+    # "hello" (2) in 50 codes: 2 syllables/s; the target is neither the group's nor the prompt's
+    batch = [ids([30] * 50), ids([30] * 75), ids([])]
+    assert call(RateReward(speech_scorer(3), target=2), batch) == pytest.approx([1, 0.5199, 0], abs=1e-4)
+    prompt = {"ref_text": ["one two"] * 3, "ref_codes": [[1] * 25] * 3}
+    assert call(RateReward(speech_scorer(3), target=2), batch, **prompt)[0] == 1
+
+
+@pytest.mark.parametrize("target", [0, -3, math.nan])
+def test_bad_target(target):
+    with pytest.raises(InputError, match="target: must be > 0"):
+        RateReward(None, target=target)
+
+
 def test_a_group_that_failed_earns_nothing():
     assert call(RateReward(speech_scorer()), [ids([]), ids([])]) == [0, 0]
 

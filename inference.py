@@ -275,8 +275,9 @@ def open_output(args: argparse.Namespace, device: str, ids: list[dict], codes: l
     """--output; InputError if it has transcripts of other settings, of another model or of other clips."""
     run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
     run["device"] = device
-    folders = [args.model_name_or_path, *(adapter.folder for adapter in parse_adapters(args.adapters))]
-    run["weights"] = [content_digest(folder) for folder in folders]
+    run["weights"] = content_digest(args.model_name_or_path)
+    if args.adapters:
+        run["adapter weights"] = [content_digest(adapter.folder) for adapter in parse_adapters(args.adapters)]
     run["clips"] = short_digest(zip(ids, codes, strict=True))
     return TranscriptFile(Path(args.output), run, device, args.overwrite)
 

@@ -6,6 +6,8 @@ ordinary one: it costs nothing in sampling.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +76,7 @@ def _check_folder(folder: str) -> None:
         raise InputError(f"--adapters {folder}: peft_type {kind!r}, only LORA can be scaled and added. Use a LoRA")
 
 
-def check_base(id_or_path: str, adapters: list[Adapter]) -> None:
+def check_base(id_or_path: str, adapters: Sequence[Adapter]) -> None:
     """Raises InputError where the model is a LoRA itself, or an adapter's base is another one than the model."""
     if adapters and (Path(id_or_path) / ADAPTER_CONFIG).is_file():
         base = read_json(Path(id_or_path) / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -91,7 +93,7 @@ def check_base(id_or_path: str, adapters: list[Adapter]) -> None:
             )
 
 
-def add_adapters(model: torch.nn.Module, adapters: list[Adapter]) -> torch.nn.Module:
+def add_adapters(model: torch.nn.Module, adapters: Sequence[Adapter]) -> torch.nn.Module:
     """The model with Σ weight · scale · B A added to its weights, in place; scale is alpha / r, or PEFT's other rules.
 
     Args:
@@ -99,41 +101,38 @@ def add_adapters(model: torch.nn.Module, adapters: list[Adapter]) -> torch.nn.Mo
     Raises:
         InputError: a LoRA that does not fit the model, lacks weights, has others than a plain LoRA's, or NaN.
     """
-    changes: dict[str, torch.Tensor] = {}
+    products = defaultdict(list)
     for adapter in adapters:
-        for name, change in _changes(model, adapter.folder).items():
-            changes[name] = changes.get(name, 0) + adapter.weight * change
+        for name, (scale, b, a) in _factors(model, adapter.folder).items():
+            products[name].append((adapter.weight * scale, b, a))
     with torch.no_grad():
-        for name, change in changes.items():
+        for name, factors in products.items():  # one module's at a time: all would take 8 bytes a weight
             weight = model.get_submodule(name).weight
-            weight.copy_(weight.double() + change)
+            weight.copy_(weight.double() + sum(scale * (b @ a) for scale, b, a in factors))
     return model
 
 
-def _changes(model: torch.nn.Module, folder: str) -> dict[str, torch.Tensor]:
-    """Module name -> scale · B A in float64, of the weight's shape; the model is left as it was."""
+def _factors(model: torch.nn.Module, folder: str) -> dict[str, tuple[float, torch.Tensor, torch.Tensor]]:
+    """Module name -> scale, B (out, r) and A (r, in) in float64; the model is left as it was."""
     saved = _saved_names(folder)
     with library_errors_are_input(f"--adapters {folder}: does not fit the model", *UNREADABLE):
         adapted = PeftModel.from_pretrained(model, folder)
     check_adapter(folder, adapted)
     check_finite(folder, adapted)
-    factors = {bare_lora_name(name): weight for name, weight in adapted.named_parameters() if "lora_" in name}
-    unused = sorted(saved - factors.keys())
+    used = {bare_lora_name(name) for name, _ in adapted.named_parameters()}
+    unused = sorted(saved - used)
     if unused:
         raise InputError(
             f"--adapters {folder}: does not fit the model, which lacks {len(unused)} of its layers: {unused[0]} …. Use "
             "its base"
         )
-    for weight in factors.values():
-        weight.data = weight.data.double()
-    with torch.no_grad():
-        changes = {
-            name: module.get_delta_weight("default")
-            for name, module in adapted.base_model.model.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+    factors = {}
+    for name, module in adapted.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            b, a = (part["default"].weight.detach().double() for part in (module.lora_B, module.lora_A))
+            factors[name] = module.scaling["default"], b, a
     adapted.unload()
-    return changes
+    return factors
 
 
 def _saved_names(folder: str) -> set[str]:

@@ -90,12 +90,12 @@ def test_adapters_are_rows_of_the_first_model(policy_paths, fakes, tmp_path, cap
     slow, lively = (save_lora(policy_paths[0], tmp_path / name, seed) for seed, name in enumerate(("slow", "lively")))
     models = [f"SFT={policy_paths[0]}", f"B={policy_paths[1]}"]
     options = ["--seeds", "0", "--judge", "other-asr", "the-whisper", "--adapters", f"{slow}=0"]
-    options += ["--adapters", f"{slow}=0.5", lively]
+    options += ["--adapters", f"{slow}=9.5", lively]
     Path(lively, "run.json").write_text(json.dumps({"whisper": "other-asr"}))
     results = evaluate(tmp_path, models, *options)
     rows = results["rows"]
-    assert [row["name"] for row in rows] == ["SFT", "B", f"SFT + {slow}=0", f"SFT + {slow}=0.5 + {lively}"]
-    assert [row.get("adapters") for row in rows] == [None, None, [f"{slow}=0"], [f"{slow}=0.5", lively]]
+    assert [row["name"] for row in rows] == ["SFT", "B", f"SFT + {slow}=0", f"SFT + {slow}=9.5 + {lively}"]
+    assert [row.get("adapters") for row in rows] == [None, None, [f"{slow}=0"], [f"{slow}=9.5", lively]]
     assert rows[2]["clips"] == rows[0]["clips"] != rows[3]["clips"]
     assert results["asr_roles"] == {"other-asr": "reward's ASR", "the-whisper": "reward's ASR"}  # of lively; of SFT
     save_lora(policy_paths[0], lively, seed=7)

@@ -116,9 +116,9 @@ def test_melody_without_word_times():
 
 def test_a_failed_clip_does_not_rise_and_has_no_other_value():
     nothing = np.zeros(0, np.float32)
-    assert melody_measures(Item("1", "Did he?", "en"), nothing, None) == {
-        "final_movement_st": None, "question": 0.0, "statement_rise": None, "f0_range_st": None, "num_pauses": None,
-    }  # fmt: skip
+    measured = melody_measures(Item("1", "Did he?", "en"), nothing, None)
+    assert measured.pop("question") == 0.0
+    assert set(measured.values()) == {None} and len(measured) == 5
     assert melody_measures(Item("1", "He did.", "en"), nothing, None)["statement_rise"] is None
     score = Score("", 1.0, MAX_NLL, 2, 2, "empty")
     failed = {"words": None, "emphasis": 0.0, "pause_match": None}

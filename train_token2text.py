@@ -44,21 +44,17 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
-    write_whole,
 )
 from common.dataset_io import load_any_dataset
 from common.run_record import write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
+from training.loop import CHECKPOINT, check_resumable, drawn_texts, epoch_batches, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger("train_token2text")
 
 CODES_COLUMN = "audio_codes"
-POOL_BATCHES = 50  # the rows of so many batches are sorted by length, so that little is padded
 EVALUATION_NOISE = 0.1  # fraction of random codes in wer_noisy
-CHECKPOINT = "checkpoint.pt"  # in the output folder during training
-# Arguments that a resumed run may change
-FREE_ARGUMENTS = ("output_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint", "debug")
 
 
 # --- The data ---------------------------------------------------------------------------------------------
@@ -99,35 +95,11 @@ def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
 
 
 def split_by_text(rows: datasets.Dataset, heldout_frac: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out rows without a common text.
-
-    Args:
-        heldout_frac: fraction of the distinct texts that is held out, at least one text.
-    Raises:
-        InputError: one of the two sides is empty.
-    """
-    texts = sorted(set(rows["text"]))
-    count = max(1, round(heldout_frac * len(texts)))
-    if count == len(texts):
-        raise InputError(
-            f"--heldout_frac: must leave texts to train on (got {heldout_frac} of {len(texts)} "
-            "distinct texts). Lower it, add texts, or use --heldout_dataset"
-        )
-    heldout_texts = {texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]}
+    """Training and held-out rows without a common text; arguments and errors of `drawn_texts`."""
+    heldout_texts = drawn_texts(rows["text"][:], heldout_frac, seed)
     kept = [i for i, text in enumerate(rows["text"]) if text not in heldout_texts]
     heldout = [i for i, text in enumerate(rows["text"]) if text in heldout_texts]
     return rows.select(kept), rows.select(heldout)
-
-
-def epoch_batches(lengths: list[int], batch_size: int, rng: np.random.Generator) -> list[list[int]]:
-    """The row numbers of each batch of an epoch, every row once; the rows of a batch have similar lengths."""
-    order = rng.permutation(len(lengths))
-    pool_size = POOL_BATCHES * batch_size
-    batches = []
-    for first in range(0, len(order), pool_size):
-        by_length = sorted(order[first : first + pool_size].tolist(), key=lambda i: lengths[i])
-        batches += [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def with_noise(codes: list[list[int]], frac: float, num_codes: int, rng: np.random.Generator) -> list[list[int]]:
@@ -241,60 +213,6 @@ def train(
         if step % args.save_steps == 0 and step < args.steps:
             save_checkpoint(path, args, stateful, rng, (step, batches, recent))
     return means
-
-
-def save_checkpoint(
-    path: Path, args: argparse.Namespace, stateful: dict, rng: np.random.Generator, progress: tuple[int, list, list]
-) -> None:
-    """Write all that the remaining steps depend on, atomically.
-
-    Args:
-        stateful: objects with a state_dict, by name.
-        progress: last step, batches still to come in this epoch, losses since the last line of the log.
-    """
-    checkpoint = {
-        "args": vars(args),
-        "stateful": {name: part.state_dict() for name, part in stateful.items()},
-        "numpy": rng.bit_generator.state,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),  # empty without a GPU
-        "progress": progress,
-    }
-    write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def load_checkpoint(path: Path, stateful: dict, rng: np.random.Generator) -> tuple[int, list, list]:
-    """Restore `stateful` and all random generators; returns the `progress` of `save_checkpoint`."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    for name, part in stateful.items():
-        part.load_state_dict(checkpoint["stateful"][name])
-    rng.bit_generator.state = checkpoint["numpy"]
-    torch.set_rng_state(checkpoint["torch"])
-    torch.cuda.set_rng_state_all(checkpoint["cuda"])
-    return checkpoint["progress"]
-
-
-def check_resumable(args: argparse.Namespace) -> None:
-    """Raises InputError where --output_dir has a checkpoint that is not to be resumed, or of other settings."""
-    path = Path(args.output_dir) / CHECKPOINT
-    if not path.exists():
-        if (Path(args.output_dir) / WEIGHTS_FILE).exists():
-            raise InputError(
-                f"--output_dir: {args.output_dir} holds a finished model. Use another folder, or delete it"
-            )
-        return
-    if args.resume_from_checkpoint == "false":
-        raise InputError(
-            f"--output_dir: {path} is the checkpoint of an interrupted run. Resume it with --resume_from_checkpoint "
-            "true, or use another folder"
-        )
-    before = torch.load(path, map_location="cpu", weights_only=True)["args"]
-    changed = [name for name, value in vars(args).items() if name not in FREE_ARGUMENTS and before.get(name) != value]
-    if changed:
-        changes = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
-        raise InputError(
-            f"--output_dir: {path} is of a run with other settings ({changes}). Use the same ones, or another folder"
-        )
 
 
 # --- Held-out rows ----------------------------------------------------------------------------------------
@@ -415,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
         check(args)
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
-        check_resumable(args)
+        check_resumable(args, WEIGHTS_FILE)
         rows = open_rows(args.dataset, args.split, args.labels)
         if args.heldout_dataset:
             heldout = open_rows(args.heldout_dataset, args.split, args.labels)

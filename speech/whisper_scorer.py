@@ -1,8 +1,9 @@
 """Whisper on batches of clips: the transcript and the NLL of a reference text from one encoder pass."""
 
+import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Score:
 
     `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL. `words` are those of
     `plain_text(text).split()` with their times in the clip, where they were asked for and the text fits the decoder.
+    `features`, where they were asked for, are those of `WhisperScorer.encode`.
     """
 
     hyp_text: str
@@ -47,6 +49,7 @@ class Score:
     ref_length: int
     failure: str | None = None  # 'empty', 'silent', 'non_finite': scored without Whisper, WER 1 and MAX_NLL
     words: tuple[Word, ...] | None = None
+    features: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def load_model(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
@@ -86,6 +89,11 @@ class Windows:
 
     def __getitem__(self, part: slice) -> "Windows":
         return Windows(self.features[part], self.starts[part], self.lengths[part])
+
+    def joined_features(self) -> torch.Tensor:
+        """Those of the clip, one window after the other, shape (frames, n_audio_state); a copy."""
+        num_frames = [max(1, length // SAMPLES_PER_FEATURE) for length in self.lengths]
+        return torch.cat([window[:count] for window, count in zip(self.features, num_frames, strict=True)])
 
 
 class WhisperScorer:
@@ -128,6 +136,7 @@ class WhisperScorer:
         texts: list[str],
         languages: list[str] | str = "en",
         word_times: bool = False,
+        features: bool = False,
     ) -> list[Score]:
         """Score each waveform against its reference text.
 
@@ -143,6 +152,7 @@ class WhisperScorer:
             texts: the reference texts, one per waveform.
             languages: Whisper's code or name of the language; one for all, or one per waveform.
             word_times: whether the scores have `words`, from the cross-attention of the pass that makes the NLL.
+            features: whether the scores have `features`, those of the encoder pass; none of a waveform that failed.
         Returns:
             One `Score` per waveform, in the same order.
         Raises:
@@ -172,8 +182,33 @@ class WhisperScorer:
             errors = error_rate(texts[i], hyp_text, language)
             nll = _mean_nll(readings, drafts)
             words = self._words(windows, readings, stretches, drafts, language) if word_times else None
-            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length, words=words)
+            own = windows.joined_features() if features else None
+            scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length, words=words, features=own)
         return scores
+
+    def encode(self, wavs: list[np.ndarray]) -> list[torch.Tensor | None]:
+        """The encoder's last features of each waveform, without the rest of the window that is not the clip's.
+
+        Args:
+            wavs: as for `score`.
+        Returns:
+            Shape (n_samples // 320, n_audio_state) each, 50 a second, on the scorer's device and in its dtype; one
+            for a clip shorter than that, None for one that is empty, silent or not finite.
+        """
+        wavs, languages = self._check(wavs, "en")
+        encoded: list[torch.Tensor | None] = [None] * len(wavs)
+        failures = [audio_failure(wav) for wav in wavs]
+        for batch, windows in self._windows(wavs, failures, languages, [0] * len(wavs)):
+            for i, own in batch.items():
+                encoded[i] = windows[own].joined_features()
+        return encoded
+
+    def fingerprint(self) -> str:
+        """Of the encoder's weights, in any of the formats and precisions that a Whisper comes in."""
+        digest = hashlib.sha256()
+        for weight in (self.model.encoder.conv1.weight, self.model.encoder.blocks[-1].mlp[2].weight):
+            digest.update(weight.detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def transcribe(
         self, wavs: list[np.ndarray], languages: list[str] | str = "en", max_tokens: int | None = None
@@ -234,32 +269,46 @@ class WhisperScorer:
 
         A waveform of several windows is read without a draft.
         """
+        for batch, windows in self._windows(wavs, failures, languages, max_tokens, drafts):
+            owners = [i for i, own in batch.items() for _ in range(own.start, own.stop)]
+            window_drafts = [drafts[i] if owners.count(i) == 1 else [] for i in owners]
+            limits = [max_tokens[i] for i in owners]
+            readings = self._read(windows, languages[owners[0]], window_drafts, limits, word_times)
+            for i, own in batch.items():
+                yield i, windows[own], readings[own]
+
+    def _windows(
+        self,
+        wavs: list[np.ndarray],
+        failures: list[str | None],
+        languages: list[str],
+        max_tokens: list[int],
+        drafts: list[list[int]] | None = None,
+    ) -> Iterator[tuple[dict[int, slice], "Windows"]]:
+        """Batches of the waveforms without a failure: which windows are whose, and the windows.
+
+        One language per batch, as it has one prompt; similar lengths together, as they finish together.
+        """
         pieces: dict[int, list[tuple[int, np.ndarray]]] = {}
         for i, (wav, failure) in enumerate(zip(wavs, failures, strict=True)):
             if failure is None:
                 clipped = wav.clip(-1.0, 1.0)  # as a WAV file is; finite but huge samples would overflow in the mel
                 pieces[i] = cut_at_pauses(clipped, self.window) if len(clipped) > self.window else [(0, clipped)]
+        num_drafted = [0] * len(wavs) if drafts is None else [len(draft) for draft in drafts]
         batches: list[list[int]] = []
         room = 0
-        # One language per batch, as it has one prompt; similar lengths together, as they finish together.
-        for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], len(drafts[i]), len(wavs[i]))):
+        for i in sorted(pieces, key=lambda i: (languages[i], max_tokens[i], num_drafted[i], len(wavs[i]))):
             if not batches or len(pieces[i]) > room or languages[batches[-1][0]] != languages[i]:
                 batches.append([])
                 room = self.batch_size
             batches[-1].append(i)
             room -= len(pieces[i])
         for batch in batches:
-            owners = [i for i in batch for _ in pieces[i]]  # the waveform of each window
             starts, window_wavs = zip(*(piece for i in batch for piece in pieces[i]), strict=True)
             lengths = [len(wav) for wav in window_wavs]
-            windows = Windows(self._encode(list(window_wavs)), list(starts), lengths)
-            window_drafts = [drafts[i] if len(pieces[i]) == 1 else [] for i in owners]
-            limits = [max_tokens[i] for i in owners]
-            readings = self._read(windows, languages[batch[0]], window_drafts, limits, word_times)
-            for i in batch:
-                first = owners.index(i)
-                own = slice(first, first + len(pieces[i]))
-                yield i, windows[own], readings[own]
+            ends = np.cumsum([len(pieces[i]) for i in batch]).tolist()
+            own = {i: slice(end - len(pieces[i]), end) for i, end in zip(batch, ends, strict=True)}
+            yield own, Windows(self._encode(list(window_wavs)), list(starts), lengths)
 
     @torch.inference_mode()
     def _encode(self, wavs: list[np.ndarray]) -> torch.Tensor:

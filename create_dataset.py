@@ -49,7 +49,15 @@ from common.cli import (
     set_up_logging,
     write_whole,
 )
-from common.dataset_io import AUDIO_COLUMNS, CARRIED_COLUMNS, TEXT_COLUMNS, Source, open_source
+from common.dataset_io import (
+    AUDIO_COLUMNS,
+    CARRIED_COLUMNS,
+    TEXT_COLUMNS,
+    Source,
+    carried_value,
+    open_source,
+    path_and_bytes,
+)
 from speech.audio import SILENCE_DBFS, TooLongError, audio_failure, load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE, tts_prompt
@@ -109,23 +117,6 @@ def read_clip(source: Source, index: int, args: argparse.Namespace) -> tuple[dic
         return skipped(audio_failure(wav), f"no sound in it: RMS below {SILENCE_DBFS:g} dBFS")
     record = {"text": text, "audio_codes": [], "duration_s": round(duration_s, 4), "sampling_rate": SAMPLE_RATE}
     return record | carried, encoder_inputs(wav)
-
-
-def carried_value(source: Source, name: str, value: object) -> str | None:
-    """A value of CARRIED_COLUMNS as text; of class labels the name, not the number."""
-    if value is None:
-        return None
-    feature = source.rows.features[source.columns[name]]
-    return feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value)
-
-
-def path_and_bytes(audio: dict | str | bytes | None) -> tuple[str | None, bytes | None]:
-    """The path and the content of an audio value, whichever it has."""
-    if isinstance(audio, dict):
-        return audio.get("path"), audio.get("bytes")
-    if isinstance(audio, bytes):
-        return None, audio
-    return audio, None
 
 
 class Clips(Dataset):

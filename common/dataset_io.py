@@ -10,7 +10,7 @@ import numpy as np
 import pandas
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Audio, Dataset, Value, load_dataset, load_from_disk
+from datasets import Audio, ClassLabel, Dataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, is_offline_mode
 
@@ -284,6 +284,23 @@ def open_source(
     file = find_data_file(name_or_path, split) if Path(name_or_path).exists() else None
     folder = file.parent if file else Path(name_or_path)
     return Source(rows.select_columns(list(columns.values())), columns, folder)
+
+
+def carried_value(source: Source, name: str, value: object) -> str | None:
+    """A value of CARRIED_COLUMNS as text; of class labels the name, not the number."""
+    if value is None:
+        return None
+    feature = source.rows.features[source.columns[name]]
+    return feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
+
+
+def path_and_bytes(audio: dict | str | bytes | None) -> tuple[str | None, bytes | None]:
+    """The path and the content of an audio value, whichever it has."""
+    if isinstance(audio, dict):
+        return audio.get("path"), audio.get("bytes")
+    if isinstance(audio, bytes):
+        return None, audio
+    return audio, None
 
 
 def find_column(name: str, rows: Dataset, chosen: str | None, candidates: tuple[str, ...], flag: str) -> str:

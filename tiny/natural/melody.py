@@ -11,9 +11,8 @@ import numpy as np
 import parselmouth
 from parselmouth.praat import call
 
-from speech.measures import PITCH_CEILING, PITCH_FLOOR
+from speech.melody_edits import analysed, pitch_range, resynthesized, set_f0
 from speech.tokens import SAMPLE_RATE
-from tiny.natural.voices import PEAK
 
 # The rule
 QUESTION_F0 = 1.7  # F0 at the end of a question, relative to the clip's median
@@ -26,7 +25,6 @@ RAMP_S = 0.03  # from neutral to emphasised at the edges of the word, and back
 # The measure
 MIN_STRETCH_S, MAX_BELOW_DB = 0.05, 16.0  # a voiced stretch's length, and its loudest frame below the clip's
 FRAME_S = 0.01
-RANGE = (0.6, 2.0)  # of a clip's F0 around its median
 OCTAVE_JUMP_COST = 0.7  # twice Praat's default: joe's F0 sinks to the floor at the end of a sentence
 FINAL_S = 0.08  # voiced time at the end of a clip that `final_rise_st` takes the F0 of
 BEFORE_S = (0.5, 0.25)  # and the voiced time before the end that it compares with
@@ -95,38 +93,6 @@ def with_emphasis(wav: np.ndarray, start_s: float, end_s: float) -> tuple[np.nda
         call(durations, "Add point", time, factor)
     call([manipulation, durations], "Replace duration tier")
     return resynthesized(manipulation), start_s + (end_s - start_s) * EMPHASIS_LENGTH
-
-
-def analysed(wav: np.ndarray) -> tuple[parselmouth.Data, np.ndarray, np.ndarray]:
-    """Praat's Manipulation object, and the times in s and the F0 in Hz of its voiced frames."""
-    sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
-    manipulation = call(sound, "To Manipulation", FRAME_S, *pitch_range(sound))
-    tier = call(manipulation, "Extract pitch tier")
-    count = call(tier, "Get number of points")
-    times = np.array([call(tier, "Get time from index", i + 1) for i in range(count)])
-    f0 = np.array([call(tier, "Get value at index", i + 1) for i in range(count)])
-    return manipulation, times, f0
-
-
-def pitch_range(sound: parselmouth.Sound) -> tuple[float, float]:
-    """Lowest and highest F0 in Hz to look for in a clip, around its median; otherwise creak is an octave off."""
-    pitch = sound.to_pitch_ac(time_step=FRAME_S, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
-    f0 = pitch.selected_array["frequency"]
-    median = np.median(f0[f0 > 0]) if (f0 > 0).any() else PITCH_FLOOR
-    return max(PITCH_FLOOR, RANGE[0] * median), min(PITCH_CEILING, RANGE[1] * median)
-
-
-def set_f0(manipulation: parselmouth.Data, times: np.ndarray, f0: np.ndarray) -> None:
-    tier = call(manipulation, "Extract pitch tier")
-    call(tier, "Remove points between", 0, times[-1] + 1)
-    for time, value in zip(times, f0, strict=True):
-        call(tier, "Add point", time, value)
-    call([manipulation, tier], "Replace pitch tier")
-
-
-def resynthesized(manipulation: parselmouth.Data) -> np.ndarray:
-    wav = call(manipulation, "Get resynthesis (overlap-add)").values[0]
-    return (wav * (PEAK / np.abs(wav).max())).astype(np.float32)
 
 
 def f0_track(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -149,6 +149,7 @@ def load_rewards(args: argparse.Namespace, config: dict, policy, device: str) ->
         codec_id=args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC),
         whisper=args.whisper or recorded(args.model_name_or_path, "whisper", DEFAULT_WHISPER),
         token2text=args.token2text,
+        preference_model=args.preference_model,
     )
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
     scorer = load_rollout_scorer(models, sampling, config, policy.tokenizer, policy.tokens)
@@ -257,6 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec_id", help="XCodec2, hub id or folder (default: the policy's run.json, else the hub's)")
     add("--whisper", help="Whisper of the reward (default: the policy's run.json, else large-v3)")
     add("--token2text", help="folder of the token-to-text model, for a reward that needs it")
+    add("--preference_model", help="folder of the preference model, for the reward preference")
     add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
     add("--seed", type=int, default=0, help="seed of the texts drawn and of the sampling")
     return parse_strictly(parser, argv)

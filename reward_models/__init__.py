@@ -18,6 +18,7 @@ from reward_models.dnsmos import DnsmosReward
 from reward_models.emphasis import EmphasisReward
 from reward_models.pauses import PausesReward
 from reward_models.pitch_height import PitchHeightReward
+from reward_models.preference import PreferenceReward
 from reward_models.prosody import DurationReward, LogF0SpreadReward
 from reward_models.question import QuestionReward
 from reward_models.rate import RateReward
@@ -41,6 +42,7 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
         "variation": VariationReward,
         "speaker_similarity": SpeakerSimilarityReward,
         "dnsmos": DnsmosReward,
+        "preference": PreferenceReward,
     },
     "asr": {"asr_rules": AsrRulesReward},
 }

@@ -1,7 +1,8 @@
 """One batch of speech rollouts, scored once for all rewards.
 
-`SpeechRolloutScorer` holds the codec, Whisper, the token-to-text model, the speaker encoder and DNSMOS, or those of
-them that the rewards need; `Rollouts` computes each quantity at most once and only if a reward or a metric asks for it.
+`SpeechRolloutScorer` holds the codec, Whisper, the token-to-text model, the speaker encoder, DNSMOS and the preference
+model, or those of them that the rewards need; `Rollouts` computes each quantity at most once and only if a reward or a
+metric asks for it.
 """
 
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from reward_models.preference import PreferenceModel
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
@@ -38,6 +40,7 @@ class Rollouts:
         failures: None, or why a rollout earns the lowest reward: "empty", "silent", "non_finite" (the last
             two only where there is a codec), "truncated".
         log_f0_stds: in natural-log units; NaN without voiced frames.
+        preferences: by the preference model, without a bound; NaN for a clip that is empty, silent or not finite.
         mos_scores: by DNSMOS; None for a clip that is empty, silent or not finite.
     Raises:
         ValueError: the rollouts cannot be divided into groups, a group has several texts, or an id is no code.
@@ -67,7 +70,11 @@ class Rollouts:
 
     @cached_property
     def scores(self) -> list[Score]:
-        return self.models.whisper.score(self.wavs, self.texts, self.languages, word_times=self.models.word_times)
+        models = self.models
+        features = models.preference_model is not None
+        return models.whisper.score(
+            self.wavs, self.texts, self.languages, word_times=models.word_times, features=features
+        )
 
     @cached_property
     def text_log_probs(self) -> list[float]:
@@ -76,6 +83,10 @@ class Rollouts:
     @cached_property
     def mos_scores(self) -> list[MosScores | None]:
         return self.models.dnsmos.score(self.wavs)
+
+    @cached_property
+    def preferences(self) -> list[float]:
+        return self.models.preference_model.score([score.features for score in self.scores], self.texts)
 
     @cached_property
     def failures(self) -> list[str | None]:
@@ -153,14 +164,15 @@ class SpeechRolloutScorer:
 
     Args:
         tokens: the policy's speech tokens.
-        codec, whisper, token2text, speaker_encoder, dnsmos: None where no reward needs it; all of them but token2text
-            need the codec.
+        codec, whisper, token2text, speaker_encoder, dnsmos, preference_model: None where no reward needs it; all of
+            them but token2text need the codec, and the preference model needs Whisper.
         group_size: number of rollouts of one prompt.
         offload: keep codec, Whisper and speaker encoder on the CPU, and on their device only while they score; each
             move copies all their weights.
         word_times: whether the scores have the words' times.
     Raises:
-        InputError: the codec's or the token-to-text model's codebook is not the policy's.
+        InputError: the codec's or the token-to-text model's codebook is not the policy's, or the preference model's
+            Whisper is another one.
     """
 
     def __init__(
@@ -174,6 +186,7 @@ class SpeechRolloutScorer:
         word_times: bool = False,
         speaker_encoder: SpeakerEncoder | None = None,
         dnsmos: Dnsmos | None = None,
+        preference_model: PreferenceModel | None = None,
     ):
         if codec is None and whisper is not None:
             raise ValueError("whisper: it scores decoded audio and needs a codec (got None). Pass a codec as well")
@@ -181,6 +194,8 @@ class SpeechRolloutScorer:
             check_codebook(codec, tokens)
         if token2text is not None:
             token2text.check_codebook(tokens.num_codes)
+        if preference_model is not None:
+            preference_model.check_whisper(whisper.fingerprint())
         self.tokens = tokens
         self.codec = codec
         self.whisper = whisper
@@ -188,6 +203,7 @@ class SpeechRolloutScorer:
         self.word_times = word_times
         self.speaker_encoder = speaker_encoder
         self.dnsmos = dnsmos
+        self.preference_model = preference_model
         self.group_size = group_size
         self.rollouts: Rollouts | None = None
         self._completion_ids = None

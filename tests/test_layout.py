@@ -13,10 +13,12 @@ SCRIPTS = {
     "inference",
     "iterate_preferences",
     "judge_preferences",
+    "make_preferences",
     "reward_whisper",
     "sample_preferences",
     "select_rl_data",
     "train",
+    "train_preference_model",
     "train_token2text",
 }
 # A module may import from its own room and from those after it. reward_whisper.py is a script and a room.

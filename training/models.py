@@ -9,6 +9,7 @@ from trl import ModelConfig
 
 from common.cli import InputError, library_errors_are_input
 from reward_models import RewardConfig, models_needed
+from reward_models.preference import PreferenceModel
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.token2text import Token2Text
 from reward_models.transcripts import TranscriptScorer
@@ -85,11 +86,15 @@ def load_rollout_scorer(
     if script_args.task == "asr":
         return TranscriptScorer(tokenizer, tokens.text_end_id)
     needed, device = models_needed(rewards, script_args.task), training_args.device
-    codec, whisper, token2text, speaker_encoder = None, None, None, None
+    codec, whisper, token2text, speaker_encoder, preference_model = None, None, None, None, None
     if "diffro" in script_args.method or "token2text" in needed:
         if not script_args.token2text:
             raise InputError(f"{script_args.reward_config}: the reward token2text needs --token2text, its model")
         token2text = Token2Text.from_pretrained(script_args.token2text, device)
+    if "preference_model" in needed:
+        if not script_args.preference_model:
+            raise InputError(f"{script_args.reward_config}: the reward preference needs --preference_model, its model")
+        preference_model = PreferenceModel.from_pretrained(script_args.preference_model, device)
     if "codec" in needed:
         codec = SpeechCodec.from_pretrained(script_args.codec_id, device=device)
         codec.drop_encoder()
@@ -108,4 +113,5 @@ def load_rollout_scorer(
         word_times="word_times" in needed,
         speaker_encoder=speaker_encoder,
         dnsmos=Dnsmos() if "dnsmos" in needed else None,
+        preference_model=preference_model,
     )

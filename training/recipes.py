@@ -136,6 +136,9 @@ class ScriptArguments:
     token2text: str = field(
         default=None, metadata={"help": "folder of DiffRO's reward model, from train_token2text.py"}
     )
+    preference_model: str = field(
+        default=None, metadata={"help": "folder of the reward preference's model, from train_preference_model.py"}
+    )
     diffro_weight: float = field(
         default=1.0, metadata={"help": "weight of DiffRO's loss beside GRPO's, for grpo+diffro"}
     )

@@ -16,7 +16,7 @@ WORDS = tuple(Word(word, 0.5 * n, 0.5 * n + 0.5) for n, word in enumerate(TEXT.s
 class TimedScorer:
     """A Whisper that gives every clip the same words."""
 
-    def score(self, wavs, texts, languages, word_times=False):
+    def score(self, wavs, texts, languages, word_times=False, features=False):
         assert word_times
         return [Score(text, 0.0, 0.3, 0, 4, words=WORDS) for text in texts]
 

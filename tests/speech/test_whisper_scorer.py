@@ -253,3 +253,29 @@ def test_batches_fit_the_budget(checkpoint, monkeypatch):
     assert batch_size(batch_size=7) == 7
     monkeypatch.setattr(whisper_scorer, "BATCH_BYTES", 1)
     assert batch_size() == 1
+
+
+def test_features_are_the_encoder_s_of_the_clip_alone(scorer, wavs):
+    """Those of the scoring pass too; without the padding, and the windows of a long clip one after the other."""
+    scores = scorer.score(wavs, TEXTS, LANGUAGES, features=True)
+    assert all(score.features is None for score in scorer.score(wavs, TEXTS, LANGUAGES))
+    for wav, score, features in zip(wavs, scores, scorer.encode(wavs), strict=True):
+        padded = np.zeros(64 * 320, np.float32)
+        padded[: len(wav)] = wav
+        with torch.no_grad():
+            [expected] = scorer.model.encoder(whisper.log_mel_spectrogram(padded)[None])
+        assert features.shape == (len(wav) // 320, 32)
+        torch.testing.assert_close(features, expected[: len(features)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(score.features, features, rtol=1e-4, atol=1e-4)
+    long = babble(3.0, seed=9)
+    pieces = split_at_pauses(long, scorer.window)
+    assert len(scorer.encode([long])[0]) == sum(len(piece) // 320 for piece in pieces)
+    assert scorer.encode([np.zeros(0, np.float32), np.zeros(9_000, np.float32)]) == [None, None]
+    assert scorer.score([np.zeros(0, np.float32)], ["so"], features=True)[0].features is None
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_format(scorer, checkpoint):
+    half = WhisperScorer(checkpoint, device="cpu", dtype=torch.float16)
+    assert half.fingerprint() == scorer.fingerprint()
+    half.model.encoder.conv1.weight[0, 0, 0] += 1
+    assert half.fingerprint() != scorer.fingerprint()

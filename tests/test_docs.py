@@ -19,6 +19,8 @@ SHORTER = {  # what a command holds: flags that make it short
     "inference.py --task asr .*--dataset": "--dataset sixty.parquet --max_completion_length 20",
     "inference.py (?!--task asr).*--num_samples": "--text_file eight.txt",
     "select_rl_data.py": "--dataset sixty.parquet",
+    "make_preferences.py": "--num_recordings 6",
+    "train_preference_model.py": "--steps 2 --batch_size 4 --hidden_size 16",
     "train_token2text.py": "--steps 2 --batch_size 4",
     "sample_preferences.py": "--num_texts 4 --max_completion_length 80 --min_margin 0 --batch_size 8",
     "iterate_preferences.py": "--num_texts 4 --rounds 1 --sample '--max_completion_length 80 --min_margin 0' --train "

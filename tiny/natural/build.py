@@ -52,6 +52,7 @@ from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import deflate, save_rows, ship_policy, whole_codes
 from tiny.llasa import new_model, new_tokenizer
+from tiny.natural.melody import with_random_melody
 from tiny.natural.speak import heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
@@ -140,10 +141,34 @@ def load_codes(work_dir: Path) -> list[list[int]]:
 
 
 def training_frames(work_dir: Path) -> Frames:
-    """The recordings for training on the device of training."""
+    """The recordings for training, and a copy of each with a random melody, on the device of training."""
     rows, wavs = clips(work_dir)
     _, wavs, inputs = of_split("train", rows, wavs, features(work_dir, wavs))
+    copies = random_melodies(work_dir, wavs)
+    wavs, inputs = [*wavs, *copies.wavs], [*inputs, *copies.features]
     return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE)
+
+
+class Copies(NamedTuple):
+    """Clips of random melody and what the semantic encoder takes of them, in the order of the recordings."""
+
+    wavs: list[np.ndarray]
+    features: list[np.ndarray]
+
+
+def random_melodies(work_dir: Path, wavs: list[np.ndarray]) -> Copies:
+    path = work_dir / "random_melodies.pkl"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool:
+            made = pool.map(random_melody, wavs, range(len(wavs)), chunksize=50)
+            copies = list(tqdm(made, total=len(wavs), desc="random melodies", disable=None))
+        path.write_bytes(pickle.dumps(Copies(*map(list, zip(*copies, strict=True)))))
+    return pickle.loads(path.read_bytes())
+
+
+def random_melody(wav: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    copy = with_random_melody(wav, np.random.default_rng([SEED, number]))
+    return copy, semantic_features(copy)
 
 
 def build_codec(args: argparse.Namespace) -> None:
@@ -174,7 +199,11 @@ def build_decoder(args: argparse.Namespace) -> None:
     """Train the decoder alone, on the codes as the encoder gives them."""
     if (args.work_dir / "codec").exists():
         return
-    _, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    rows, wavs = clips(args.work_dir)
+    _, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
+    copies = random_melodies(args.work_dir, wavs)
+    encoder = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
+    codes = [*codes, *encoder.encode_inputs([EncoderInputs(*clip) for clip in zip(*copies, strict=True)])]
     codec = Xcodec2Model.from_pretrained(args.work_dir / "codec_joint", dtype=torch.float32)
     train_decoder(
         codec,

@@ -22,6 +22,12 @@ EMPHASIS_LENGTH = 1.25  # factor
 EMPHASIS_LEVEL_DB = 4.0
 RAMP_S = 0.03  # from neutral to emphasised at the edges of the word, and back
 
+# Random melodies
+SHIFT_ST, WOBBLE_ST = 2.5, 3.0  # deviations of a clip's shift, and of each knot's around it
+WOBBLE_RANGE_ST = (-5.0, 6.0)
+KNOT_S = 0.3
+F0_RANGE_HZ = (60.0, 450.0)
+
 # The measure
 MIN_STRETCH_S, MAX_BELOW_DB = 0.05, 16.0  # a voiced stretch's length, and its loudest frame below the clip's
 FRAME_S = 0.01
@@ -93,6 +99,21 @@ def with_emphasis(wav: np.ndarray, start_s: float, end_s: float) -> tuple[np.nda
         call(durations, "Add point", time, factor)
     call([manipulation, durations], "Replace duration tier")
     return resynthesized(manipulation), start_s + (end_s - start_s) * EMPHASIS_LENGTH
+
+
+def with_random_melody(wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The clip at another pitch and with another F0 contour, piecewise linear in semitones around its own.
+
+    A codec that learns from recordings alone lowers the few high ones to the usual F0 of their sounds.
+    """
+    manipulation, times, f0 = analysed(wav)
+    if len(times) == 0:
+        return wav
+    knots = np.arange(0, len(wav) / SAMPLE_RATE + KNOT_S, KNOT_S)
+    wobble = rng.normal(0, WOBBLE_ST, len(knots)).clip(*WOBBLE_RANGE_ST)
+    moved_st = rng.normal(0, SHIFT_ST) + np.interp(times, knots, wobble)
+    set_f0(manipulation, times, (f0 * 2 ** (moved_st / 12)).clip(*F0_RANGE_HZ))
+    return resynthesized(manipulation)
 
 
 def f0_track(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -86,3 +86,14 @@ def test_cues_of_two_words():
     assert cues.length == pytest.approx(1.5)
     first, second = wav[: int(0.2 * RATE)], wav[int(0.2 * RATE) :]
     assert cues.level_db == pytest.approx(20 * np.log10(second.std() / first.std()), abs=0.5)
+
+
+def test_a_random_melody_has_another_f0_and_the_same_length():
+    wav = falling(1.5, 140, 110)
+    copies = [melody.with_random_melody(wav, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert all(copy.shape == wav.shape for copy in copies)
+    assert np.array_equal(copies[0], copies[1]) and not np.array_equal(copies[0], copies[2])
+    own, moved = (np.interp(np.arange(0.3, 1.2, 0.01), *melody.f0_track(clip)) for clip in (wav, copies[0]))
+    assert np.abs(moved - own).max() > 2 and np.std(moved - own) > 0.5  # semitones: not only shifted
+    silence = np.zeros(8_000, np.float32)
+    assert melody.with_random_melody(silence, np.random.default_rng(0)) is silence

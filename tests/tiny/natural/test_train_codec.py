@@ -41,8 +41,17 @@ def test_crops_do_not_leave_their_clip():
 def test_encode_gives_the_codes_of_the_model(codec, frames):
     wavs, features = frames.wavs[:86].flatten()[None], frames.features[:86][None]
     with torch.no_grad():
-        codes = codec.eval().quantizer(tc.encode(codec, wavs, features))[1][..., 0]
+        codes = codec.eval().quantizer(tc.encode(codec, features))[1][..., 0]
         assert codes.equal(codec.encode(wavs[:, None], features).audio_codes[:, 0])
+        assert codes.equal(codec.encode(-2 * wavs[:, None], features).audio_codes[:, 0])  # the waveform has no say
+
+
+def test_harmonics_are_heard_where_mel_bands_blur_them():
+    time = torch.arange(16_000) / 16_000
+    voice, higher = (sum(torch.sin(2 * torch.pi * f0 * k * time) / k for k in range(1, 10))[None] for f0 in (100, 110))
+    distance = tc.HarmonicLoss()
+    assert distance(voice, voice) == 0 and distance(voice, -voice) == 0
+    assert distance(voice, higher) > 2 * tc.MelLoss()(voice, higher)
 
 
 def test_inputs_of_the_stated_mean_and_deviation_use_the_levels_equally(codec):
@@ -90,7 +99,11 @@ def test_training_moves_every_weight_and_lowers_the_loss(frames, caplog):
     first, last = (float(message.split(": ")[1].split()[0]) for message in caplog.messages)
     assert last < 0.9 * first  # the mean over the second run, and the first step's
     unmoved = {name for name, weight in codec.named_parameters() if weight.equal(before[name])}
+    unmoved = {name for name in unmoved if not name.startswith("acoustic_encoder.")}
     assert unmoved == {"semantic_encoder.masked_spec_embed"}  # of SpecAugment, which is off
+    assert (
+        codec.fc_encoder.weight[:, : tc.SEMANTIC].ne(0).all() and codec.fc_encoder.weight[:, tc.SEMANTIC :].eq(0).all()
+    )
 
 
 def test_training_of_the_decoder_leaves_the_codes_alone(frames):

@@ -126,7 +126,7 @@ def training_step(args: argparse.Namespace, number: int) -> Step:
         "train.py",
         "train",
         flags,
-        before=partial(remove_end, policy),
+        before=partial(remove_weights, policy),
         facts=partial(training_facts, pairs, policy),
     )
 
@@ -204,18 +204,12 @@ def write_texts(args: argparse.Namespace, seed: int, path: Path) -> None:
     write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
 
 
-def remove_end(policy: Path) -> None:
-    """Of a training that was interrupted as it ended: its weights, which train.py would take for another run's, and
-    its last checkpoint, from which transformers' Trainer would take a step too many."""
-    from training.checkpoints import TRAINED_WEIGHTS, last_complete_checkpoint
+def remove_weights(policy: Path) -> None:
+    """Of a training that was interrupted as it ended: train.py would take them for another run's."""
+    from training.checkpoints import TRAINED_WEIGHTS
 
     for name in TRAINED_WEIGHTS:
         (policy / name).unlink(missing_ok=True)
-    last = last_complete_checkpoint(str(policy))
-    if last is not None:
-        state = json.loads(Path(last, "trainer_state.json").read_text(encoding="utf-8"))
-        if state["global_step"] >= state["max_steps"]:
-            shutil.rmtree(last)
 
 
 def training_facts(pairs: Path, policy: Path) -> dict:

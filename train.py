@@ -46,7 +46,7 @@ from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, record
 from speech.tokens import SpeechTokens
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver
-from training.checkpoints import find_checkpoint
+from training.checkpoints import find_checkpoint, stop_where_all_steps_are_done
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
@@ -258,8 +258,8 @@ def main(arguments: recipes.Arguments) -> None:
         models = {"codec_id": script_args.codec_id, "whisper": script_args.whisper}
         write_run(training_args.output_dir, **models, seed=training_args.seed, **facts, reward=rewards)
 
+    stop_where_all_steps_are_done(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-
     if trainer.is_fsdp_enabled:  # accelerate's default writes shards, and no model that loads elsewhere
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if trainer.is_world_process_zero():

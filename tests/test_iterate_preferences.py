@@ -177,7 +177,7 @@ def test_an_interrupted_run_resumes_at_its_step(stop_after, flags, scripts):
 
 
 def test_a_training_interrupted_as_it_ended_has_the_same_weights(flags, in_process, tmp_path):
-    """At two of three steps of an epoch: resumed from its last checkpoint, the Trainer would take the third."""
+    """At two of three steps of an epoch, the last of which has a checkpoint."""
     run(*flags, *by_reward(tmp_path), "--rounds", "1")
     policy = tmp_path / "run" / "round_1" / "policy"
     weights = (policy / "model.safetensors").read_bytes()

@@ -217,6 +217,18 @@ def test_sft_trains_on_speech_alone(tmp_path):
     assert (tmp_path / "run.json").exists()
 
 
+def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path):
+    """Resumed within an epoch, transformers would take one before it looks at --max_steps."""
+    flags = ["--config", "configs/tiny_sft.yaml", "--model_name_or_path", "tiny/llasa", "--output_dir", str(tmp_path)]
+    flags += "--max_steps 2 --per_device_train_batch_size 2 --save_strategy steps --save_steps 1".split()
+    train.main(train.parse_args(flags))
+    before = weights(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    train.main(train.parse_args([*flags, "--resume_from_checkpoint", "true"]))
+    assert all(torch.equal(before[name], after) for name, after in weights(tmp_path).items())
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
 def test_dpo_moves_every_parameter_and_leaves_what_the_other_methods_do(tmp_path):
     pairs = [{"text": "Anna found two boxes.", "chosen_codes": [i, i + 1, 7], "rejected_codes": [i]} for i in range(4)]
     flags = ["--method", "dpo", "--model_name_or_path", "tiny/llasa", "--max_steps", "2", "--warmup_steps", "0"]

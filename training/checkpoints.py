@@ -5,7 +5,7 @@ import logging
 import re
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from common.cli import InputError
 
@@ -86,3 +86,19 @@ def is_complete(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return any(next(folder.glob(pattern), None) is not None for pattern in CHECKPOINT_WEIGHTS)
+
+
+def stop_where_all_steps_are_done(trainer: Trainer) -> None:
+    """Let a run resumed from the checkpoint of its last step end with it.
+
+    transformers looks at --max_steps after a step only, so within an epoch it would take one too many.
+    """
+    run_epoch = trainer._run_epoch
+
+    def run_epoch_unless_done(**state) -> None:
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            run_epoch(**state)
+
+    trainer._run_epoch = run_epoch_unless_done

@@ -1,13 +1,13 @@
 """Build the natural toy setup: speech of three voices, and XCodec2, Whisper and Llasa trained on it.
 
-    python -m tiny.natural.build --work_dir build/natural                        # everything; wants a GPU
+    python -m tiny.natural.build --work_dir build/natural                        # everything; some hours
     python -m tiny.natural.build --work_dir build/natural --stage codec decoder  # two of its stages
 
 The stages, in order; each reads what the ones before it wrote:
 
     speech   recordings of the corpus, by tiny/natural/speak.py, and of random words; on the CPU
     codec    XCodec2's encoder, and the codes of all clips
-    decoder  XCodec2's decoder, trained against discriminators
+    decoder  XCodec2's decoder alone, on longer crops
     whisper  a reward ASR
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech, by train.py
@@ -63,14 +63,14 @@ logger = logging.getLogger("tiny.natural.build")
 
 SEED = 0
 DEVICE = pick_device()
-CODEC_BATCH, DECODER_BATCH = 32, 16  # crops a step
+CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
 # Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
 DEFAULT_SPEAKER = "joe"
 # Flags of train.py beside configs/tiny_sft.yaml: the weights with the lowest held-out loss are kept.
 SFT_FLAGS = (
-    "--per_device_train_batch_size 64 --per_device_eval_batch_size 64 --eval_strategy steps --eval_steps 100 "
-    "--save_strategy steps --save_steps 100 --save_total_limit 1 --load_best_model_at_end true "
+    "--per_device_train_batch_size 8 --per_device_eval_batch_size 64 --learning_rate 1.5e-3 --eval_strategy steps "
+    "--eval_steps 500 --save_strategy steps --save_steps 500 --save_total_limit 1 --load_best_model_at_end true "
     "--metric_for_best_model eval_loss --greater_is_better false --resume_from_checkpoint true"
 )
 
@@ -176,7 +176,7 @@ def build_codec(args: argparse.Namespace) -> None:
     joint, codes_file = args.work_dir / "codec_joint", args.work_dir / "codes.pkl"
     if not joint.exists():
         codec, frames = new_codec(SEED), training_frames(args.work_dir)
-        train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1.5e-3, SEED, args.max_seconds)
+        train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1e-3, SEED, args.max_seconds)
         codec.half().save_pretrained(joint)
     if not codes_file.exists():
         wavs = clips(args.work_dir).wavs
@@ -346,10 +346,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("build/natural"), help="folder of everything that is built")
     add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
-    add("--codec_steps", type=int, default=6_000, help="steps of encoder and decoder together")
-    add("--decoder_steps", type=int, default=4_000, help="adversarial steps of the decoder alone")
+    add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
+    add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
     add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
-    add("--policy_steps", type=int, nargs="+", default=[1_000], help="steps of SFT runs, of which the best is kept")
+    add("--policy_steps", type=int, nargs="+", default=[8_000], help="steps of SFT runs, of which the best is kept")
     add("--max_seconds", type=float, default=math.inf, help="end the training of codec, decoder and reward ASR after")
     return parse_strictly(parser, argv)
 
@@ -358,8 +358,8 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny", timestamps=True)
     with bad_input_exits():
         check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, whisper_steps=1, max_seconds=1)
-        if min(args.policy_steps) < 100:
-            raise InputError(f"--policy_steps: must be >= 100, an evaluation's steps (got {min(args.policy_steps)})")
+        if min(args.policy_steps) < 500:
+            raise InputError(f"--policy_steps: must be >= 500, an evaluation's steps (got {min(args.policy_steps)})")
         check_writable(args.work_dir)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much

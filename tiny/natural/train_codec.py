@@ -6,8 +6,8 @@ and that encoder is as small as it can be.
 
 Two stages. First encoder and decoder together, on log-mel distances at several resolutions and on the harmonics below
 1.6 kHz; gradients reach the encoder through the straight-through latents (`Xcodec2Model.forward` would decode from the
-integer codes). Then the codes are fixed, and the decoder alone goes on, against discriminators and on longer crops,
-since at inference it decodes whole clips.
+integer codes). Then the codes are fixed, and the decoder alone goes on, on longer crops, since at inference it decodes
+whole clips.
 
 The nets are so small that launching kernels would take a GPU a third of the time: there, a step is recorded once as a
 CUDA graph, and crops are cut by index from a corpus that lies on the GPU.
@@ -26,7 +26,6 @@ from transformers.audio_utils import mel_filter_bank
 
 from speech.tokens import HOP_LENGTH, SAMPLE_RATE
 from tiny import train_codec as tiny_codec
-from tiny.natural.discriminator import Discriminators, discriminator_loss, generator_losses
 from tiny.train_codec import LEVELS, SEMANTIC
 
 logger = logging.getLogger(__name__)
@@ -41,8 +40,6 @@ BANDS = {1024: 100, 2048: 160}  # mel bands by n_fft, where they are more than t
 INPUT_MEAN, INPUT_STD = -0.22, 0.9
 SPREAD_WEIGHT = 0.05
 HARMONIC_BINS, HARMONIC_WEIGHT = 102, 0.6  # of 15.6 Hz each, so up to 1.6 kHz
-# HiFi-GAN's weights (arXiv 2010.05646), divided by its 45 of the mel loss
-ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 1 / 45, 2 / 45
 WARMUP = 0.03  # of the steps
 LOG_STEPS = 200
 
@@ -224,7 +221,7 @@ def recorded(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 def fit(
     name: str,
     step: Callable[[], torch.Tensor],
-    optimizers: list[torch.optim.AdamW],
+    optimizer: torch.optim.AdamW,
     learning_rate: float,
     steps: int,
     max_seconds: float = math.inf,
@@ -235,14 +232,14 @@ def fit(
         name: of the log lines.
         step: one update; returns the losses to log, shape (n,).
     """
-    on_gpu = optimizers[0].param_groups[0]["lr"].is_cuda
+    rate = optimizer.param_groups[0]["lr"]
+    on_gpu = rate.is_cuda
     set_fast_kernels(True)
     run = recorded(step) if on_gpu else step
     start, logged, total, progress, number = time.monotonic(), 0, 0, 0.0, 0
     while progress < 1:
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"].fill_(learning_rate * min(1, progress / WARMUP) * cosine)
+        rate.fill_(learning_rate * min(1, progress / WARMUP) * cosine)
         total = total + run()
         number += 1
         if number % 20 == 0 and on_gpu:
@@ -292,7 +289,7 @@ def train_codec(
 
     with torch.no_grad():
         spread_codes(codec, encode(codec, batch()[1]))
-    fit("codec", step, [optimizer], learning_rate, steps, max_seconds)
+    fit("codec", step, optimizer, learning_rate, steps, max_seconds)
     codec.eval()
 
 
@@ -306,9 +303,7 @@ def train_decoder(
     seed: int,
     max_seconds: float = math.inf,
 ) -> None:
-    """Train the decoder alone, in place, against discriminators.
-
-    The losses logged are mel, harmonic, adversarial, features, and the discriminators' own.
+    """Train the decoder alone, in place; the losses logged are mel and harmonic.
 
     Args:
         codes: of all frames, shape (codes,).
@@ -318,24 +313,16 @@ def train_decoder(
     mel, harmonic = MelLoss().to(device), HarmonicLoss().to(device)
     starts, crop = crop_starts(frames.lengths, LONG_CROP_CODES, device), torch.arange(LONG_CROP_CODES, device=device)
     codec.to(device).train()
-    discriminators = Discriminators().to(device)
     optimizer = new_optimizer([*codec.quantizer.project_out.parameters(), *codec.acoustic_decoder.parameters()])
-    discriminator_optimizer = new_optimizer(list(discriminators.parameters()))
 
     def step() -> torch.Tensor:
         rows = starts[torch.randint(len(starts), (batch_size, 1), device=device)] + crop
         wavs = frames.wavs[rows].flatten(1)
         with half_precision(device):
             decoded = codec.acoustic_decoder(codec.quantizer.from_codes(codes[rows][..., None]))[:, 0].float()
-        real = discriminators(wavs)
-        told_apart = discriminator_loss(real, discriminators(decoded.detach()))
-        update(discriminator_optimizer, told_apart)
-        # The features of the recordings are those of before the update, which saves a pass.
-        adversarial, features = generator_losses(real, discriminators(decoded))
         loss, distance = mel(decoded, wavs), harmonic(decoded, wavs)
-        judged = ADVERSARIAL_WEIGHT * adversarial + FEATURE_WEIGHT * features
-        update(optimizer, loss + HARMONIC_WEIGHT * distance + judged)
-        return torch.stack([loss, distance, adversarial, features, told_apart]).detach()
+        update(optimizer, loss + HARMONIC_WEIGHT * distance)
+        return torch.stack([loss, distance]).detach()
 
-    fit("decoder", step, [optimizer, discriminator_optimizer], learning_rate, steps, max_seconds)
+    fit("decoder", step, optimizer, learning_rate, steps, max_seconds)
     codec.eval()

@@ -235,6 +235,6 @@ def train_whisper(
         return loss.detach()[None]
 
     logger.info("whisper: %d clips, %d tokens in use", len(texts), len(vocabulary.used))
-    fit("whisper", step, [optimizer], learning_rate, steps, max_seconds)
+    fit("whisper", step, optimizer, learning_rate, steps, max_seconds)
     state = {name: values.cpu() for name, values in model.state_dict().items()}
     return {"dims": vars(DIMENSIONS), "model_state_dict": vocabulary.expand(state)}

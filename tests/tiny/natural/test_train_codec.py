@@ -79,14 +79,14 @@ def test_fit_ends_after_its_steps_or_its_seconds(monkeypatch):
         rates.append(optimizer.param_groups[0]["lr"].item())
         return torch.zeros(1)
 
-    tc.fit("test", step, [optimizer], 1.0, steps=100)
+    tc.fit("test", step, optimizer, 1.0, steps=100)
     assert len(rates) == 100
     assert max(rates) > 0.99 and rates[1] < 0.5 and rates[-1] < 0.01
 
     rates.clear()
     clock = itertools.count()  # every look at the clock is a second later
     monkeypatch.setattr(tc.time, "monotonic", lambda: next(clock))
-    tc.fit("test", step, [optimizer], 1.0, steps=100, max_seconds=10)
+    tc.fit("test", step, optimizer, 1.0, steps=100, max_seconds=10)
     assert len(rates) == 10 and rates[-1] < 0.05
 
 

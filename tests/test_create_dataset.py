@@ -309,7 +309,9 @@ def test_interrupted_by_ctrl_c(codec_dir, clips, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.startswith("interrupted.") and "by the same command" in stderr and stderr.count("\n") == 1
+    *before, last = stderr.splitlines()
+    assert last.startswith("interrupted.") and "by the same command" in last
+    assert not before or "This DataLoader will create" in before[0], stderr  # torch's, on a machine of one core
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
     done = len(list(out.glob(".partial/chunk-*.jsonl")))

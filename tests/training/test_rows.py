@@ -141,7 +141,7 @@ def test_a_reward_of_the_voice_needs_a_voice_prompt_in_every_row():
     assert rows["ref_codes"][:] == columns["ref_codes"]
     for ref, found in (({"ref_text": [None] * 2, "ref_codes": [None] * 2}, "none"), ({}, "none")):
         bare = datasets.Dataset.from_dict({"text": columns["text"]} | ref)
-        with pytest.raises(ValueError, match=rf"rows, row 0: the reward speaker_similarity .* \(got {found}\). Give"):
+        with pytest.raises(ValueError, match=rf"rows, row 0: a reward compares with .* \(got {found}\). Give"):
             grpo_rows(bare, "rows", *llasa, 50, 512, needs_voice_prompt=True)
     short = datasets.Dataset.from_dict(columns | {"ref_codes": [[5] * 25, [6] * 24]})
     with pytest.raises(ValueError, match=r"rows, row 1: .* of 0.5 s or more \(got 0.48 s of one\)"):

@@ -30,7 +30,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
     "train.py .*multitask_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset sft.parquet",
     "evaluation.py --models": "--texts eight.txt --references eight.jsonl --num_players 2",
-    "evaluation.py --models .*--adapters": "--seeds 0 --max_length 160 --judge tiny/whisper.pt",
+    "evaluation.py --models .*--adapters": "--max_length 160",
     "evaluation.py --task asr": "--clips sixty.parquet",
     "benchmarks/codec.py": "--threads 1 --repeats 1 --rollouts 8 --no-growth",
     "benchmarks/reward.py": "--threads 1 --repeats 1 --rollouts 8",

@@ -31,9 +31,7 @@ import hashlib
 import json
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,7 +63,7 @@ from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.policy import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
-from training.loop import CHECKPOINT, check_resumable, drawn_texts, epoch_batches, load_checkpoint, save_checkpoint
+from training.loop import CHECKPOINT, check_resumable, drawn_texts, train
 
 logger = logging.getLogger("train_preference_model")
 
@@ -287,60 +285,6 @@ def speaker_numbers(model: PreferenceModel, pairs: list[Pair]) -> torch.Tensor:
     return torch.tensor(numbers, device=model.device)
 
 
-def train(
-    model: PreferenceModel,
-    pairs: list[Pair],
-    args: argparse.Namespace,
-    device: str | torch.device,
-    evaluated: Callable[[PreferenceModel], str],
-) -> dict[str, float]:
-    """Train in place, from the checkpoint in --output_dir if there is one.
-
-    Args:
-        evaluated: what to log of the model at every checkpoint.
-    Returns:
-        The means of the losses that were logged last.
-    """
-    rng = np.random.default_rng(args.seed)
-    torch.manual_seed(args.seed)
-    model.to(device).train()
-    weights = {"preference": 1.0, "speaker": args.speaker_weight}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    lengths = [len(np.load(pair.chosen, mmap_mode="r")) for pair in pairs]
-    start_time = time.time()
-    last_step = 0
-    batches: list[list[int]] = []  # of this epoch, still to come
-    recent: list[dict[str, float]] = []  # losses of the steps since the last line of the log
-    means: dict[str, float] = {}
-    path = Path(args.output_dir) / CHECKPOINT
-    if path.exists():
-        last_step, batches, recent = load_checkpoint(path, stateful, rng)
-        logger.info("resuming after step %d", last_step)
-    steps = range(last_step + 1, args.steps + 1)
-    for step in tqdm(steps, "preference", initial=last_step, total=args.steps, mininterval=30, disable=None):
-        if not batches:
-            batches = epoch_batches(lengths, args.batch_size, rng)
-        batch_losses = losses(model, [pairs[i] for i in batches.pop(0)], args, rng)
-        optimizer.zero_grad()
-        sum(weights[name] * loss for name, loss in batch_losses.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append({name: loss.item() for name, loss in batch_losses.items()})
-        if step % args.logging_steps == 0 or step == args.steps:
-            means = {name: float(np.mean([values[name] for values in recent])) for name in batch_losses}
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            logger.info("step %d/%d  losses: %s  %.0f s", step, args.steps, shown, time.time() - start_time)
-            recent.clear()
-        if step % args.save_steps == 0 and step < args.steps:
-            logger.info("step %d/%d  held out: %s", step, args.steps, evaluated(model))
-            model.train()
-            save_checkpoint(path, args, stateful, rng, (step, batches, recent))
-    return means
-
-
 @torch.inference_mode()
 def set_centre(model: PreferenceModel, pairs: list[Pair]) -> None:
     """Let the mean score of the clips of the training pairs be 0."""
@@ -473,7 +417,17 @@ def main(args: argparse.Namespace) -> None:
     del whisper, codec  # room for the training
     num_weights = sum(weights.numel() for weights in model.parameters())
     logger.info("%d pairs to train on, %d held out; %.2f M weights", len(pairs), len(heldout), num_weights / 1e6)
-    train_losses = train(model, pairs, args, device, lambda model: shown(evaluate(model, heldout, args)))
+    train_losses = train(
+        "preference",
+        model,
+        [len(np.load(pair.chosen, mmap_mode="r")) for pair in pairs],
+        lambda batch, rng: losses(model, [pairs[i] for i in batch], args, rng),
+        {"preference": 1.0, "speaker": args.speaker_weight},
+        args,
+        device,
+        logger,
+        lambda: shown(evaluate(model, heldout, args)),
+    )
     set_centre(model, pairs)
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))

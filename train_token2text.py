@@ -23,14 +23,12 @@ and ends with the weights of an uninterrupted run. Exit code 2: the input was wr
 import argparse
 import logging
 import math
-import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from common.cli import (
     HelpFormatter,
@@ -49,7 +47,7 @@ from common.dataset_io import load_any_dataset
 from common.run_record import write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
-from training.loop import CHECKPOINT, check_resumable, drawn_texts, epoch_batches, load_checkpoint, save_checkpoint
+from training.loop import CHECKPOINT, check_resumable, drawn_texts, train
 
 logger = logging.getLogger("train_token2text")
 
@@ -167,52 +165,6 @@ def ctc_loss(model: Token2Text, states: torch.Tensor, mask: torch.Tensor, text_i
     log_probs = model.ctc(states).log_softmax(-1).transpose(0, 1)
     targets = text_ids[:, :-1].clamp(min=PAD)
     return F.ctc_loss(log_probs, targets, mask.sum(1), num_tokens, blank=PAD, zero_infinity=True)
-
-
-def train(
-    model: Token2Text, rows: datasets.Dataset, args: argparse.Namespace, device: str | torch.device
-) -> dict[str, float]:
-    """Train in place, from the checkpoint in --output_dir if there is one.
-
-    Returns:
-        The means of the losses that were logged last.
-    """
-    rng = np.random.default_rng(args.seed)
-    torch.manual_seed(args.seed)
-    model.to(device).train()
-    weights = {"text": 1.0, "ctc": args.ctc_weight} | dict.fromkeys(args.labels, args.label_weight)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    lengths = [len(codes) for codes in rows[CODES_COLUMN]]
-    start_time = time.time()
-    last_step = 0
-    batches: list[list[int]] = []  # of this epoch, still to come
-    recent: list[dict[str, float]] = []  # losses of the steps since the last line of the log
-    means: dict[str, float] = {}
-    path = Path(args.output_dir) / CHECKPOINT
-    if path.exists():
-        last_step, batches, recent = load_checkpoint(path, stateful, rng)
-        logger.info("resuming after step %d", last_step)
-    steps = range(last_step + 1, args.steps + 1)
-    for step in tqdm(steps, "token2text", initial=last_step, total=args.steps, mininterval=30, disable=None):
-        if not batches:
-            batches = epoch_batches(lengths, args.batch_size, rng)
-        batch_losses = losses(model, rows[batches.pop(0)], args, rng)
-        optimizer.zero_grad()
-        sum(weights[name] * loss for name, loss in batch_losses.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append({name: loss.item() for name, loss in batch_losses.items()})
-        if step % args.logging_steps == 0 or step == args.steps:
-            means = {name: float(np.mean([values[name] for values in recent])) for name in batch_losses}
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            logger.info("step %d/%d  losses: %s  %.0f s", step, args.steps, shown, time.time() - start_time)
-            recent.clear()
-        if step % args.save_steps == 0 and step < args.steps:
-            save_checkpoint(path, args, stateful, rng, (step, batches, recent))
-    return means
 
 
 # --- Held-out rows ----------------------------------------------------------------------------------------
@@ -350,7 +302,16 @@ def main(args: argparse.Namespace) -> None:
         check_rows(model, heldout, args.labels)
     num_weights = sum(weights.numel() for weights in model.parameters())
     logger.info("%d clips to train on, %d held out; %.1f M weights", len(rows), len(heldout), num_weights / 1e6)
-    train_losses = train(model, rows, args, device)
+    train_losses = train(
+        "token2text",
+        model,
+        [len(codes) for codes in rows[CODES_COLUMN]],
+        lambda batch, rng: losses(model, rows[batch], args, rng),
+        {"text": 1.0, "ctc": args.ctc_weight} | dict.fromkeys(args.labels, args.label_weight),
+        args,
+        device,
+        logger,
+    )
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))
     (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import torch
 import train_token2text
 from common.cli import InputError
 from reward_models.token2text import Token2Text
+from training.loop import epoch_batches
 
 WORDS = {word: 2 + 8 * i for i, word in enumerate("anna peter apples horses hats birds books shoes".split())}
 
@@ -89,7 +90,7 @@ def test_no_text_is_on_both_sides(spelled):
 
 def test_batches_hold_every_row_once_an_epoch():
     rng = np.random.default_rng(0)
-    epoch = train_token2text.epoch_batches(list(range(25)), 4, rng)
+    epoch = epoch_batches(list(range(25)), 4, rng)
     assert len(epoch) == 7 and sorted(i for batch in epoch for i in batch) == list(range(25))
 
 

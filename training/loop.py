@@ -1,10 +1,14 @@
-"""What the trainers of reward models share: batches of similar length, held-out texts, and one checkpoint file."""
+"""What the trainers of reward models share: loop, batches of similar length, held-out texts, one checkpoint file."""
 
 import argparse
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from common.cli import InputError, write_whole
 
@@ -41,6 +45,68 @@ def epoch_batches(lengths: list[int], batch_size: int, rng: np.random.Generator)
         by_length = sorted(order[first : first + pool_size].tolist(), key=lambda i: lengths[i])
         batches += [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def train(
+    name: str,
+    model: torch.nn.Module,
+    lengths: list[int],
+    losses_of: Callable[[list[int], np.random.Generator], dict[str, torch.Tensor]],
+    weights: dict[str, float],
+    args: argparse.Namespace,
+    device: str | torch.device,
+    logger: logging.Logger,
+    evaluated: Callable[[], str] | None = None,
+) -> dict[str, float]:
+    """Train a model in place, from the checkpoint in --output_dir if there is one.
+
+    Args:
+        name: of the progress bar.
+        lengths: of the rows.
+        losses_of: the losses of a batch, scalars by name, of the numbers of its rows.
+        weights: of the losses, by name.
+        args: learning_rate, steps, batch_size, logging_steps, save_steps, output_dir and seed of the run.
+        evaluated: what to log of the model at every checkpoint.
+    Returns:
+        The means of the losses that were logged last.
+    """
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    start_time = time.time()
+    last_step = 0
+    batches: list[list[int]] = []  # of this epoch, still to come
+    recent: list[dict[str, float]] = []  # losses of the steps since the last line of the log
+    means: dict[str, float] = {}
+    path = Path(args.output_dir) / CHECKPOINT
+    if path.exists():
+        last_step, batches, recent = load_checkpoint(path, stateful, rng)
+        logger.info("resuming after step %d", last_step)
+    steps = range(last_step + 1, args.steps + 1)
+    for step in tqdm(steps, name, initial=last_step, total=args.steps, mininterval=30, disable=None):
+        if not batches:
+            batches = epoch_batches(lengths, args.batch_size, rng)
+        losses = losses_of(batches.pop(0), rng)
+        optimizer.zero_grad()
+        sum(weights[name] * loss for name, loss in losses.items()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        recent.append({name: loss.item() for name, loss in losses.items()})
+        if step % args.logging_steps == 0 or step == args.steps:
+            means = {name: float(np.mean([values[name] for values in recent])) for name in losses}
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            logger.info("step %d/%d  losses: %s  %.0f s", step, args.steps, shown, time.time() - start_time)
+            recent.clear()
+        if step % args.save_steps == 0 and step < args.steps:
+            if evaluated is not None:
+                logger.info("step %d/%d  held out: %s", step, args.steps, evaluated())
+                model.train()
+            save_checkpoint(path, args, stateful, rng, (step, batches, recent))
+    return means
 
 
 def save_checkpoint(

@@ -21,10 +21,8 @@ Formats, JSON Lines; relative paths start beside the file:
 """
 
 import argparse
-import json
 import logging
 import random
-from functools import partial
 from pathlib import Path
 
 from common.cli import (
@@ -39,8 +37,9 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
-    write_whole,
+    write_whole_text,
 )
+from common.resumable_file import write_json_lines
 from metrics.comparison import aligned
 from metrics.formatting import number, percent
 from metrics.listening_page import build
@@ -57,7 +56,9 @@ from metrics.preference_answers import (
     preferences,
     read_answers,
     read_keys,
+    report_path,
     wins,
+    write_report,
 )
 from speech.policy import DEFAULT_CODEC
 
@@ -76,17 +77,12 @@ def make_page(args: argparse.Namespace) -> None:
         rng = random.Random(args.seed)
         pairs = draw_pairs(args.clips, args.pairs, args.num_pairs, args.planted, args.num_planted, rng)
         page, key = build(pairs, args.question, args.seed)
-    write_whole(page_file, partial(Path.write_text, data=page, encoding="utf-8"))
+    write_whole_text(page_file, page)
     write_json_lines(key_path(page_file), key)
     num_planted = sum(pair.better is not None for pair in pairs)
     num_asked = len(pairs) - num_planted
     logger.info("%s: %d pairs and %d planted ones, %.1f MB", page_file, num_asked, num_planted, len(page) / 1e6)
     logger.info("%s: what is what. Keep it from the listeners, and for --read", key_path(page_file))
-
-
-def write_json_lines(path: Path, rows: list[dict]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
 
 
 # --- The answers ------------------------------------------------------------------------------------------
@@ -114,14 +110,9 @@ def read_back(args: argparse.Namespace) -> dict:
     }
     rows = pair_rows(preferred, codes, source="human")
     write_json_lines(Path(args.output), rows)
-    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-    write_whole(report_path(Path(args.output)), partial(Path.write_text, data=text, encoding="utf-8"))
+    write_report(Path(args.output), report)
     log_report(report, raters, args)
     return report
-
-
-def report_path(output: Path) -> Path:
-    return output.with_suffix(".report.json")
 
 
 def log_report(report: dict, raters: list[Rater], args: argparse.Namespace) -> None:

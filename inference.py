@@ -12,7 +12,6 @@ that training used), and the codes of the voice prompt are never decoded, so the
 """
 
 import argparse
-import json
 import logging
 import sys
 from functools import partial
@@ -34,8 +33,8 @@ from common.cli import (
     read_lines,
     run_script,
     set_up_logging,
-    write_whole,
 )
+from common.resumable_file import write_json_lines
 from common.run_record import content_digest, short_digest
 from speech.adapters import parse_adapters
 from speech.audio import TooLongError, load_audio, save_audio
@@ -134,8 +133,7 @@ def write_clips(
 
 def write_list(path: Path, rows: list[dict]) -> None:
     """Write what the clips say and their codes, a line of JSON for each, as collect_preferences.py reads them."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
+    write_json_lines(path, rows)
 
 
 def synthesize(args: argparse.Namespace) -> None:

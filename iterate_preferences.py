@@ -44,7 +44,7 @@ from common.cli import (
     run_script,
     set_up_logging,
     show_tracebacks,
-    write_whole,
+    write_whole_text,
 )
 
 ROOT = Path(__file__).parent
@@ -201,7 +201,7 @@ def drawn_texts(args: argparse.Namespace, seed: int) -> list[str]:
 
 def write_texts(args: argparse.Namespace, seed: int, path: Path) -> None:
     lines = "".join(f"{text}\n" for text in drawn_texts(args, seed))
-    write_whole(path, partial(Path.write_text, data=lines, encoding="utf-8"))
+    write_whole_text(path, lines)
 
 
 def remove_weights(policy: Path) -> None:
@@ -279,7 +279,7 @@ def write_results(folder: Path, results: dict) -> None:
         "results.json": json.dumps(results, ensure_ascii=False, indent=1) + "\n",
     }
     for name, content in contents.items():
-        write_whole(folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
+        write_whole_text(folder / name, content)
 
 
 def open_run(args: argparse.Namespace) -> dict:

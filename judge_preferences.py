@@ -19,7 +19,6 @@ the input was wrong, or the judge refuses it.
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -28,7 +27,6 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -40,6 +38,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_pairs_file,
     check_ranges,
     check_seed,
     check_writable,
@@ -47,7 +46,6 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
-    write_whole,
 )
 from common.resumable_file import ResumableFile
 from common.run_record import content_digest, short_digest
@@ -56,7 +54,7 @@ from metrics.formatting import percent
 from metrics.html_page import wav_bytes
 from metrics.listening_page import at_level, sound_of
 from metrics.listening_pairs import ClipPair, draw_pairs
-from metrics.preference_answers import encode_clips, pair_rows, wins
+from metrics.preference_answers import encode_clips, pair_rows, wins, write_report
 from speech.policy import DEFAULT_CODEC
 
 # Arguments that do not change the pairs: a resumed run may have other values of them
@@ -206,10 +204,6 @@ def api_key() -> str | None:
     return key or None
 
 
-def report_path(output: Path) -> Path:
-    return output.with_suffix(".report.json")
-
-
 def open_output(args: argparse.Namespace, pairs: list[ClipPair]) -> tuple[ResumableFile, str]:
     """--output, and a digest of the pairs; InputError if it has pairs of other settings or of other clips."""
     sounds = {path: content_digest(path) for path in sorted({clip.audio for pair in pairs for clip in pair.clips})}
@@ -252,8 +246,7 @@ def main(args: argparse.Namespace) -> dict | None:
             row = {**vars(pair), "clips": [vars(clip) for clip in pair.clips], "page": digest}
             preferred.append((args.judge_model, row, side))
     report = report_of(pairs, replies, args) | {"wins": wins(preferred)}
-    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-    write_whole(report_path(output.path), partial(Path.write_text, data=text, encoding="utf-8"))
+    write_report(output.path, report)
     log_report(report, [reply["text"] for both in replies for reply in both if reply["letter"] is None])
     if not preferred:
         logger.error("nothing was written: the judge has preferred no clip in both orders")
@@ -282,11 +275,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(
             "--judge_url: holds a query or a user name. Give the key in OPENAI_API_KEY, the URL without it"
         )
-    output = Path(args.output)
-    if output.suffix != ".jsonl":
-        raise InputError(f"--output {args.output}: not a .jsonl file, which pairs are written to. Rename it")
-    if output.is_dir():
-        raise InputError(f"--output {args.output}: is a folder. Use another name, or remove the folder")
+    check_pairs_file(args.output)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -41,6 +41,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_pairs_file,
     check_seed,
     check_writable,
     parse_strictly,
@@ -48,7 +49,15 @@ from common.cli import (
     run_script,
     set_up_logging,
 )
-from common.dataset_io import AUDIO_COLUMNS, TEXT_COLUMNS, Source, carried_value, open_source, path_and_bytes
+from common.dataset_io import (
+    AUDIO_COLUMNS,
+    TEXT_COLUMNS,
+    Source,
+    carried_value,
+    drawn_rows,
+    open_source,
+    path_and_bytes,
+)
 
 KINDS = ("flattened", "swapped", "mistimed")
 CONTROL = "transposed"
@@ -231,10 +240,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.min_change < math.inf:
         raise InputError(f"--min_change: must be finite and >= 0 (got {args.min_change})")
     check_seed(args.seed)
-    if Path(args.output).suffix != ".jsonl":
-        raise InputError(f"--output {args.output}: not a .jsonl file, which pairs are written to. Rename it")
-    if Path(args.output).is_dir():
-        raise InputError(f"--output {args.output}: is a folder. Use another name, or remove the folder")
+    check_pairs_file(args.output)
     check_writable(Path(args.output).parent)
 
 
@@ -250,9 +256,7 @@ def main(args: argparse.Namespace) -> None:
         if args.neutral:
             neutral = Recordings(open_source(args.neutral, args.split, None, args.text_column, args.audio_column))
             neutral_rows = neutral_index(recordings, neutral)
-        indices = np.arange(len(recordings.texts))
-        if args.num_recordings is not None and args.num_recordings < len(indices):
-            indices = np.sort(np.random.default_rng(args.seed).permutation(indices)[: args.num_recordings])
+        indices = drawn_rows(len(recordings.texts), args.num_recordings, args.seed)
         run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
         run |= {"recordings": recordings.source.fingerprint()}
         output = ResumableFile(Path(args.output), run, "pairs", args.overwrite)
@@ -268,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
     folder = output.path.parent / f"{output.path.stem}_audio"
     done = output.finished_batches()
     bar = tqdm(indices[len(done) :], "recordings", initial=len(done), total=len(indices), disable=None)
-    for index in map(int, bar):
+    for index in bar:
         pairs, outcomes = pairs_of(recordings, index, neutral, neutral_rows.get(index), args)
         done.append({"rows": write_pairs(pairs, index, recordings, folder, codec), "outcomes": outcomes})
         output.add_batch(done[-1])

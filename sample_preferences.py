@@ -30,6 +30,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_pairs_file,
     check_sampling,
     check_seed,
     check_writable,
@@ -166,10 +167,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.min_margin < math.inf:
         raise InputError(f"--min_margin: must be finite and >= 0 (got {args.min_margin})")
     check_seed(args.seed)
-    if Path(args.output).suffix != ".jsonl":
-        raise InputError(f"--output {args.output}: not a .jsonl file, which pairs are written to. Rename it")
-    if Path(args.output).is_dir():
-        raise InputError(f"--output {args.output}: is a folder. Use another name, or remove the folder")
+    check_pairs_file(args.output)
 
 
 def main(args: argparse.Namespace) -> None:

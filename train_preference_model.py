@@ -55,6 +55,7 @@ from common.cli import (
     run_script,
     set_up_logging,
     write_whole,
+    write_whole_text,
 )
 from common.dataset_io import check_codes, check_texts, load_any_dataset
 from common.run_record import content_digest, write_run
@@ -435,7 +436,7 @@ def main(args: argparse.Namespace) -> None:
     report = evaluate(PreferenceModel.from_pretrained(args.output_dir, device), heldout, args)
     logger.info("held out: %s", shown(report))
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    write_whole(Path(args.output_dir) / REPORT_FILE, partial(Path.write_text, data=text, encoding="utf-8"))
+    write_whole_text(Path(args.output_dir) / REPORT_FILE, text)
     write_run(args.output_dir, args=vars(args), losses=train_losses, heldout=report, **whisper_record)
 
 

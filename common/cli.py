@@ -223,6 +223,14 @@ def give_usual_mode(folder: Path) -> None:
         file.chmod(0o666 & ~umask)
 
 
+def check_pairs_file(output: str) -> None:
+    """Raises InputError for an --output that pairs cannot be written to."""
+    if Path(output).suffix != ".jsonl":
+        raise InputError(f"--output {output}: not a .jsonl file, which pairs are written to. Rename it")
+    if Path(output).is_dir():
+        raise InputError(f"--output {output}: is a folder. Use another name, or remove the folder")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then rename it: `path` is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,3 +240,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole_text(path: Path, text: str) -> None:
+    """`write_whole` of a text, in UTF-8."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

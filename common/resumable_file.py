@@ -5,11 +5,15 @@ line of JSON for each finished batch, from which the same command resumes.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
-from common.cli import InputError, write_whole
+from common.cli import InputError, write_whole_text
 from common.run_record import changed_settings, provenance
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """Write a file of JSON Lines, whole or not at all."""
+    write_whole_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class ResumableFile:
@@ -57,11 +61,9 @@ class ResumableFile:
             self.partial.unlink(missing_ok=True)
         lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
         # Without the line that was cut off, if one was
-        write_whole(
-            self.partial, partial(Path.write_text, data="".join(f"{line}\n" for line in lines), encoding="utf-8")
-        )
+        write_whole_text(self.partial, "".join(f"{line}\n" for line in lines))
         record = json.dumps({**provenance(), "run": self.run}, indent=1, ensure_ascii=False)
-        write_whole(self.run_file, partial(Path.write_text, data=record + "\n", encoding="utf-8"))
+        write_whole_text(self.run_file, record + "\n")
         return [json.loads(line) for line in lines]
 
     def add_batch(self, batch: dict) -> None:
@@ -71,6 +73,5 @@ class ResumableFile:
 
     def finish(self, records: list[dict]) -> None:
         """Write the file, a line for each record."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_whole(self.path, partial(Path.write_text, data=lines, encoding="utf-8"))
+        write_json_lines(self.path, records)
         self.partial.unlink()

@@ -1,11 +1,13 @@
 """Reading the answers of a listening page back: who is kept, how far listeners agree, and the pairs to train on."""
 
+import json
 import logging
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
-from common.cli import InputError
+from common.cli import InputError, write_whole_text
 from metrics.listening_page import NO_DIFFERENCE, SIDES
 from metrics.listening_pairs import read_rows
 from speech.audio import load_audio
@@ -205,6 +207,15 @@ def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]
 def clips_without_codes(preferred: list[tuple[str, dict, int]]) -> list[str]:
     """Their paths, each once."""
     return sorted({clip["audio"] for _, row, _ in preferred for clip in row["clips"] if not clip["codes"]})
+
+
+def report_path(output: Path) -> Path:
+    """Where the report on a file of pairs stands."""
+    return output.with_suffix(".report.json")
+
+
+def write_report(output: Path, report: dict) -> None:
+    write_whole_text(report_path(output), json.dumps(report, ensure_ascii=False, indent=1) + "\n")
 
 
 def encode_clips(paths: list[str], codec_id: str, device: str) -> dict[str, list[int]]:

@@ -7,12 +7,11 @@ evaluation puts on its page again.
 import json
 import shlex
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from common.cli import InputError, write_whole
+from common.cli import InputError, write_whole, write_whole_text
 from common.run_record import changed_settings, provenance
 from common.tables import markdown_table
 
@@ -82,7 +81,7 @@ def write_results(folder: Path, results: dict, about: str, table: list[list[str]
         "results.json": json.dumps(results, ensure_ascii=False, indent=1, allow_nan=False),
     }
     for name, content in contents.items():
-        write_whole(folder / name, partial(Path.write_text, data=content, encoding="utf-8"))
+        write_whole_text(folder / name, content)
 
 
 def write_sounds(folder: Path, sounds: dict[str, np.ndarray]) -> None:

@@ -140,13 +140,13 @@ def load_codes(work_dir: Path) -> list[list[int]]:
     return pickle.loads(made(work_dir / "codes.pkl", "codec").read_bytes())
 
 
-def training_frames(work_dir: Path) -> Frames:
-    """The recordings for training, and a copy of each with a random melody, on the device of training."""
+def training_frames(work_dir: Path) -> tuple[Frames, "Copies"]:
+    """The recordings for training, and after them a copy of each with a random melody, on the device of training."""
     rows, wavs = clips(work_dir)
     _, wavs, inputs = of_split("train", rows, wavs, features(work_dir, wavs))
     copies = random_melodies(work_dir, wavs)
     wavs, inputs = [*wavs, *copies.wavs], [*inputs, *copies.features]
-    return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE)
+    return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE), copies
 
 
 class Copies(NamedTuple):
@@ -175,7 +175,7 @@ def build_codec(args: argparse.Namespace) -> None:
     """Train encoder and decoder together, and encode all clips with the encoder as stored."""
     joint, codes_file = args.work_dir / "codec_joint", args.work_dir / "codes.pkl"
     if not joint.exists():
-        codec, frames = new_codec(SEED), training_frames(args.work_dir)
+        codec, (frames, _) = new_codec(SEED), training_frames(args.work_dir)
         train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1e-3, SEED, args.max_seconds)
         codec.half().save_pretrained(joint)
     if not codes_file.exists():
@@ -199,15 +199,14 @@ def build_decoder(args: argparse.Namespace) -> None:
     """Train the decoder alone, on the codes as the encoder gives them."""
     if (args.work_dir / "codec").exists():
         return
-    rows, wavs = clips(args.work_dir)
-    _, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
-    copies = random_melodies(args.work_dir, wavs)
+    _, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    frames, copies = training_frames(args.work_dir)
     encoder = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
     codes = [*codes, *encoder.encode_inputs([EncoderInputs(*clip) for clip in zip(*copies, strict=True)])]
     codec = Xcodec2Model.from_pretrained(args.work_dir / "codec_joint", dtype=torch.float32)
     train_decoder(
         codec,
-        training_frames(args.work_dir),
+        frames,
         torch.tensor(np.concatenate(codes), device=DEVICE),
         args.decoder_steps,
         DECODER_BATCH,

@@ -10,7 +10,7 @@ The stages, in order; each reads what the ones before it wrote:
     decoder  XCodec2's decoder alone, on longer crops
     whisper  a reward ASR
     rows     rows of SFT, and held-out ones
-    policy   SFT of Llasa for text to speech, by train.py
+    policy   SFT of Llasa for text to speech
 
 Everything goes to --work_dir, and a stage or a clip that is there is kept, so an interrupted build resumes. How good it
 is so far, and what it lacks to replace tiny/: docs/experiments/natural_toy.md.
@@ -35,7 +35,6 @@ import torch
 from tqdm import tqdm
 from transformers import Xcodec2Model
 
-import train
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -46,15 +45,16 @@ from common.cli import (
     pick_device,
     set_up_logging,
 )
+from common.run_record import write_run
 from speech.audio import load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import deflate, save_rows, ship_policy, whole_codes
-from tiny.llasa import new_model, new_tokenizer
 from tiny.natural.melody import with_random_melody
 from tiny.natural.speak import heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
+from tiny.natural.train_policy import new_policy, train_policy
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
 from tiny.train_codec import NUM_CODES
@@ -64,15 +64,10 @@ logger = logging.getLogger("tiny.natural.build")
 SEED = 0
 DEVICE = pick_device()
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
+POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
 # Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
 DEFAULT_SPEAKER = "joe"
-# Flags of train.py beside configs/tiny_sft.yaml: the weights with the lowest held-out loss are kept.
-SFT_FLAGS = (
-    "--per_device_train_batch_size 8 --per_device_eval_batch_size 64 --learning_rate 1.5e-3 --eval_strategy steps "
-    "--eval_steps 500 --save_strategy steps --save_steps 500 --save_total_limit 1 --load_best_model_at_end true "
-    "--metric_for_best_model eval_loss --greater_is_better false --resume_from_checkpoint true"
-)
 
 
 class Clips(NamedTuple):
@@ -301,32 +296,32 @@ def speech_rows(rows: list[dict], codes: list[list[int]]) -> datasets.Dataset:
 
 
 def build_policy(args: argparse.Namespace) -> None:
-    """SFT by train.py from the start for each of --policy_steps; the one with the lowest held-out loss is kept."""
-    made(args.work_dir / "codec", "decoder")
-    data = made(args.work_dir / "speech.parquet", "rows"), args.work_dir / "speech_heldout.parquet"
-    texts = [row["text"] for row in clip_rows(args.work_dir) if row["split"] == "train"]
-    tokenizer = new_tokenizer(texts, NUM_CODES)
-    start = args.work_dir / "llasa_init"
-    new_model(tokenizer, SEED).save_pretrained(start)
-    tokenizer.save_pretrained(start)
-    losses = {}
-    for steps in args.policy_steps:
-        trained = args.work_dir / f"llasa_sft_{steps}"
-        if not (trained / "model.safetensors").exists():
-            flags = ["--model_name_or_path", str(start), "--codec_id", str(args.work_dir / "codec")]
-            flags += ["--whisper", str(args.work_dir / "whisper.pt")]
-            flags += ["--dataset", str(data[0]), "--eval_dataset", str(data[1]), "--max_steps", str(steps)]
-            flags += ["--output_dir", str(trained), *SFT_FLAGS.split()]
-            train.main(train.parse_args(["--config", "configs/tiny_sft.yaml", *flags]))
-        losses[trained] = best_loss(trained)
-        logger.info("policy: %d steps, held-out loss %.4f at best", steps, losses[trained])
-    ship_policy(min(losses, key=losses.get), args.work_dir / "llasa")
-
-
-def best_loss(trained: Path) -> float:
-    """The lowest held-out loss of a run of train.py."""
-    log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
-    return min(entry["eval_loss"] for entry in log if "eval_loss" in entry)
+    """SFT of Llasa; the weights with the lowest held-out loss are kept."""
+    codec, whisper = made(args.work_dir / "codec", "decoder"), made(args.work_dir / "whisper.pt", "whisper")
+    rows, heldout = (
+        datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", "rows")))
+        for name in ("speech", "speech_heldout")
+    )
+    trained = args.work_dir / "llasa_sft"
+    if not (trained / "run.json").exists():
+        model, tokenizer = new_policy(list(rows["text"]), SEED)
+        times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
+        train_policy(
+            model.to(DEVICE),
+            tokenizer,
+            rows,
+            heldout,
+            times,
+            trained,
+            args.policy_steps,
+            POLICY_BATCH,
+            1.5e-3,
+            SEED,
+            EVAL_STEPS,
+            args.max_seconds,
+        )
+        write_run(str(trained), codec_id=codec, whisper=whisper, seed=SEED, steps=args.policy_steps)
+    ship_policy(trained, args.work_dir / "llasa")
 
 
 STAGES = {
@@ -348,17 +343,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
     add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
     add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
-    add("--policy_steps", type=int, nargs="+", default=[8_000], help="steps of SFT runs, of which the best is kept")
-    add("--max_seconds", type=float, default=math.inf, help="end the training of codec, decoder and reward ASR after")
+    add("--policy_steps", type=int, default=24_000, help="steps of SFT")
+    add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
     return parse_strictly(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny", timestamps=True)
     with bad_input_exits():
-        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, whisper_steps=1, max_seconds=1)
-        if min(args.policy_steps) < 500:
-            raise InputError(f"--policy_steps: must be >= 500, an evaluation's steps (got {min(args.policy_steps)})")
+        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, whisper_steps=1, policy_steps=1, max_seconds=1)
         check_writable(args.work_dir)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much

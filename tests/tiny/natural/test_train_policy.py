@@ -1,0 +1,115 @@
+"""tiny/natural/train_policy.py: guided attention, its word numbers, and that a small policy learns to read with it."""
+
+import json
+import math
+
+import datasets
+import pytest
+import torch
+
+from speech.tokens import SpeechTokens
+from tiny.natural import train_policy as policy
+from tiny.train_codec import LEVELS
+
+TEXTS = ["My neighbor lost *her* picture today.", "Did Nancy count the letter?"]
+TIMES = {
+    "a": [["my", 0.0, 0.04], ["neighbor", 0.04, 0.1], ["lost", 0.1, 0.12], ["her", 0.14, 0.2], ["picture", 0.2, 0.3]]
+    + [["today", 0.3, 0.36]],
+    "b": [["did", 0.0, 0.02], ["nancy", 0.02, 0.08], ["count", 0.08, 0.1], ["the", 0.1, 0.12], ["letter", 0.12, 0.2]],
+}
+
+
+def rows(**voice_prompts) -> datasets.Dataset:
+    table = {"id": ["a", "b"], "text": TEXTS, "audio_codes": [list(range(18)), list(range(100, 110))]}
+    return datasets.Dataset.from_dict(table | voice_prompts)
+
+
+@pytest.fixture(scope="module")
+def made():
+    model, tokenizer = policy.new_policy(TEXTS, seed=0)
+    return model, tokenizer, SpeechTokens.from_tokenizer(tokenizer)
+
+
+def test_every_token_of_the_text_knows_its_word(made):
+    _, tokenizer, tokens = made
+    with_prompt = rows(ref_text=[TEXTS[1], None], ref_codes=[[5, 6], None])
+    for row, example in zip(with_prompt, policy.examples(with_prompt, TIMES, tokenizer, tokens), strict=True):
+        text = " ".join(filter(None, [row["ref_text"], row["text"]]))
+        for number, word in enumerate(text.split()):
+            places = (example.written == number).nonzero()[:, 0]
+            assert tokenizer.decode(example.ids[places]).strip() == word
+        assert (example.written >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_position_knows_the_word_of_the_code_that_comes_next(made):
+    _, tokenizer, tokens = made
+    alone = policy.examples(rows(), TIMES, tokenizer, tokens)[0]
+    first = len(alone.ids) - alone.answer  # place of the first code
+    assert alone.ids[first] == tokens.first_code_id and alone.answer == 19
+    # codes of 0.02 s; the pause from 0.12 to 0.14 s is the word's before it
+    words = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
+    assert alone.spoken.tolist() == [-1] * (first - 1) + words + [-1, -1]
+    prompted = policy.examples(rows(ref_text=[TEXTS[1], None], ref_codes=[[5], None]), TIMES, tokenizer, tokens)[0]
+    assert prompted.spoken[prompted.spoken >= 0].tolist() == [word + 5 for word in words]
+
+
+def test_neighbouring_levels_have_neighbouring_embeddings():
+    vectors = policy.embeddings_by_level(64, seed=0)
+    assert vectors.shape == (math.prod(LEVELS), 64) and math.isclose(vectors.std(), policy.EMBEDDING_STD, rel_tol=1e-4)
+    distance = (vectors[:4] - vectors[0]).norm(dim=1)  # codes 0 to 3 differ in the first dimension alone
+    assert distance[0] < distance[1] < distance[2] < distance[3]
+    last = math.prod(LEVELS[:-1])  # one level of the last dimension
+    assert torch.allclose(vectors[last] - vectors[0], vectors[last + 3] - vectors[3], atol=1e-6)
+
+
+def test_both_losses_of_a_batch_are_those_of_the_model(made):
+    model, tokenizer, tokens = made
+    model.set_attn_implementation("eager")
+    both = policy.examples(rows(), TIMES, tokenizer, tokens)
+    answer_ids = torch.tensor(sorted(tokens.speech_ids))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        nll, guide = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=True)
+        parts, heads = [], []
+        for row in both:
+            out = model(row.ids[None], output_attentions=True)
+            logits = out.logits[0, -row.answer - 1 : -1, answer_ids].float()
+            target = torch.searchsorted(answer_ids, row.ids[-row.answer :])
+            parts.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+            attention = out.attentions[policy.GUIDED_LAYER][0, policy.GUIDED_HEAD]
+            places = (row.spoken >= 0).nonzero()[:, 0]
+            heads += [attention[place, row.written == row.spoken[place]].sum() for place in places]
+    assert torch.allclose(nll, torch.cat(parts).mean(), atol=5e-3)  # bfloat16 on one side
+    assert torch.allclose(guide, -torch.stack(heads).log().mean(), atol=2e-2)
+    unguided = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=False)
+    assert unguided[1] == 0 and torch.allclose(unguided[0], nll, atol=1e-3)
+
+
+def test_an_epoch_has_every_row_once_in_the_seeds_order(made):
+    _, tokenizer, tokens = made
+    two = policy.examples(rows(), TIMES, tokenizer, tokens)
+    many = [row._replace(answer=number) for number, row in enumerate(two * 5)]
+    orders = []
+    for seed in (0, 0, 1):
+        epoch = [row for _, batch in zip(range(4), policy.batches(many, 3, seed), strict=False) for row in batch]
+        orders.append([row.answer for row in epoch])
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_it_learns_to_read(tmp_path, monkeypatch):
+    """Two texts whose codes begin alike: the loss can fall below ln 2 of a code only by reading."""
+    monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
+    table = {"id": ["a", "b"], "text": TEXTS, "audio_codes": [[1] * 10, [2000] * 10]}
+    table |= {"ref_text": [None, None], "ref_codes": [None, None]}
+    data = datasets.Dataset.from_dict(table)
+    model, tokenizer = policy.new_policy(TEXTS, seed=0)
+    policy.train_policy(model, tokenizer, data, data, TIMES, tmp_path, 32, 2, 2e-3, seed=0, eval_steps=4)
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    first, last = curve[0], curve[-1]
+    assert last["heldout"] < 0.5 < first["heldout"] and last["attention"] < first["attention"]
+    assert last["text"] > 0.1  # with the other's text it says the other's codes
+    kept = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    answer_ids = torch.tensor(sorted(SpeechTokens.from_tokenizer(tokenizer).speech_ids))
+    examples = policy.examples(data, TIMES, tokenizer, SpeechTokens.from_tokenizer(tokenizer))
+    best = min(line["heldout"] for line in curve)
+    assert math.isclose(policy.heldout_loss(kept, examples, answer_ids), best, abs_tol=0.02)

@@ -1,0 +1,265 @@
+"""The natural toy setup's policy: Llama learns to speak codes, with its attention shown which word is due.
+
+The likelihood alone teaches a small Llama to follow the text last of all, since a code depends far more on the codes
+before it. The times of the words are known here, so one attention head is told for each code which word it speaks
+(guided attention, arXiv 1710.08969, whose guide is a diagonal for want of times); the weight of that loss falls to 0
+before the end. And the embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
+
+Voice prompts double the length of a row, so the first half of the steps does without.
+"""
+
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from speech.tokens import CODES_PER_SECOND, TEXT_UNDERSTANDING_END, TEXT_UNDERSTANDING_START, SpeechTokens, code_token
+from tiny.llasa import MAX_LENGTH, new_model, new_tokenizer
+from tiny.train_codec import LEVELS
+from training.rows import REFERENCE_COLUMNS, sft_rows
+
+logger = logging.getLogger(__name__)
+
+VOCAB_SIZE = 1_100  # of the text's BPE: a token for each word of the corpus
+EMBEDDING_STD = 0.02  # Llama's own start
+GUIDED_LAYER, GUIDED_HEAD = 1, 0
+GUIDED_UNTIL = 0.9  # of the steps
+WITHOUT_PROMPTS = 0.5  # of the steps
+WARMUP_STEPS = 200
+BATCHES_SORTED = 20  # batches are of rows of about one length, sorted within so many
+BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
+IGNORED = -100
+
+
+class Example(NamedTuple):
+    """A row of SFT.
+
+    Attributes:
+        ids: (length,), prompt and answer.
+        answer: number of its last tokens that are the answer: codes and END.
+        spoken: (length,), number of the text's word that the next token speaks; -1 where there is none.
+        written: (length,), number of the word that a token of the text writes; -2 elsewhere.
+    """
+
+    ids: torch.Tensor
+    answer: int
+    spoken: torch.Tensor
+    written: torch.Tensor
+
+
+class Batch(NamedTuple):
+    """Examples, padded on the right, where causal attention doesn't see the padding: all of shape (rows, length)."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor  # the next token if it is the answer's, else IGNORED
+    spoken: torch.Tensor
+    written: torch.Tensor
+
+
+def new_policy(texts: list[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A small Llama with random weights, and its tokenizer."""
+    tokenizer = new_tokenizer([*texts, *(f" {text}" for text in texts)], math.prod(LEVELS), VOCAB_SIZE)
+    model = new_model(tokenizer, seed)
+    first_code = tokenizer.convert_tokens_to_ids(code_token(0))
+    with torch.no_grad():
+        by_level = embeddings_by_level(model.config.hidden_size, seed)
+        model.model.embed_tokens.weight[first_code : first_code + len(by_level)] += by_level
+    return model, tokenizer
+
+
+def embeddings_by_level(size: int, seed: int) -> torch.Tensor:
+    """A vector for each code, shape (codes, size): codes with neighbouring levels have neighbouring vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    codes, vectors = torch.arange(math.prod(LEVELS)), 0
+    for levels in LEVELS:
+        steps = torch.randn(levels - 1, size, generator=generator)
+        climbed = torch.arange(levels)[:, None] > torch.arange(levels - 1)  # level k has climbed k steps
+        vectors = vectors + ((2.0 * climbed - 1) @ steps)[codes % levels]
+        codes = codes // levels
+    return vectors * (EMBEDDING_STD / vectors.std())
+
+
+def examples(
+    rows: datasets.Dataset, times: dict[str, list], tokenizer: PreTrainedTokenizerFast, tokens: SpeechTokens
+) -> list[Example]:
+    """What `train_policy` reads of rows of SFT.
+
+    Args:
+        times: by the row's id, the clip's words: (word, start in s, end in s).
+    """
+    made = []
+    for row, encoded in zip(rows, sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH), strict=True):
+        ids, answer = encoded["input_ids"], sum(encoded["completion_mask"])
+        written, before = written_words(ids, tokenizer), len((row.get("ref_text") or "").split())
+        spoken = torch.full((len(ids),), -1)
+        words = spoken_words_by_code(times[row["id"]], answer - 1)
+        spoken[len(ids) - answer - 1 : len(ids) - 2] = torch.tensor(words) + before
+        made.append(Example(torch.tensor(ids), answer, spoken, written))
+    return made
+
+
+def spoken_words_by_code(words: list, codes: int) -> list[int]:
+    """Number of the word at the middle of each code; a pause belongs to the word before it.
+
+    >>> spoken_words_by_code([("no", 0.0, 0.04), ("way", 0.04, 0.1)], 5)
+    [0, 0, 1, 1, 1]
+    """
+    numbers, word = [], 0
+    for code in range(codes):
+        while word < len(words) - 1 and (code + 0.5) / CODES_PER_SECOND >= words[word + 1][1]:
+            word += 1
+        numbers.append(word)
+    return numbers
+
+
+def written_words(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """For each token of the prompt's text the number of its word, -2 for the other tokens; shape (length,)."""
+    start, end = map(tokenizer.convert_tokens_to_ids, (TEXT_UNDERSTANDING_START, TEXT_UNDERSTANDING_END))
+    numbers, number = torch.full((len(ids),), -2), 0
+    for place in range(ids.index(start) + 1, ids.index(end)):
+        number += tokenizer.decode([ids[place]]).startswith(" ")
+        numbers[place] = number
+    return numbers
+
+
+def batch_of(rows: list[Example], device: torch.device) -> Batch:
+    targets = []
+    for row in rows:
+        shifted = torch.full_like(row.ids, IGNORED)
+        shifted[-row.answer - 1 : -1] = row.ids[-row.answer :]
+        targets.append(shifted)
+    columns = [
+        ([row.ids for row in rows], 0),
+        (targets, IGNORED),
+        ([row.spoken for row in rows], -1),
+        ([row.written for row in rows], -2),
+    ]
+    return Batch(*(pad_sequence(column, True, padding).to(device) for column, padding in columns))
+
+
+def losses(
+    model: LlamaForCausalLM, batch: Batch, answer_ids: torch.Tensor, guided: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean negative log-likelihood of the answers' tokens, and the guided head's loss, 0 if not `guided`.
+
+    The head's is −log of its attention on the tokens of the word which the next code speaks.
+
+    Args:
+        answer_ids: what an answer may consist of, sorted; the likelihood is among them.
+    """
+    with torch.autocast(batch.ids.device.type, torch.bfloat16):
+        out = model.model(input_ids=batch.ids, use_cache=False, output_attentions=guided)
+        known = batch.targets != IGNORED
+        logits = torch.nn.functional.linear(out.last_hidden_state[known], model.lm_head.weight[answer_ids])
+    targets = torch.searchsorted(answer_ids, batch.targets[known])
+    nll = torch.nn.functional.cross_entropy(logits.float(), targets)
+    if not guided:
+        return nll, nll.new_zeros(())
+    attention = out.attentions[GUIDED_LAYER][:, GUIDED_HEAD].float()  # (rows, length, length)
+    own = batch.spoken[:, :, None] == batch.written[:, None, :]
+    on_own_word = (attention * own).sum(-1)[batch.spoken >= 0]
+    return nll, -on_own_word.clamp(min=1e-6).log().mean()
+
+
+def batches(rows: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
+    """Without end: each epoch in its own order, a batch of rows of about one length."""
+    rng = random.Random(seed)
+    while True:
+        order, epoch = rng.sample(rows, len(rows)), []
+        for start in range(0, len(order), batch_size * BATCHES_SORTED):
+            pool = sorted(order[start : start + batch_size * BATCHES_SORTED], key=lambda row: len(row.ids))
+            epoch += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        yield from rng.sample(epoch, len(epoch))
+
+
+@torch.no_grad()
+def heldout_loss(model: LlamaForCausalLM, rows: list[Example], answer_ids: torch.Tensor) -> float:
+    """Nats a token, over all tokens of the answers."""
+    total = count = 0
+    for start in range(0, len(rows), 32):
+        chunk = rows[start : start + 32]
+        tokens = sum(row.answer for row in chunk)
+        total += tokens * losses(model, batch_of(chunk, answer_ids.device), answer_ids, guided=False)[0].item()
+        count += tokens
+    return total / count
+
+
+def with_texts_of_others(rows: list[Example]) -> list[Example]:
+    """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of the text."""
+    return [
+        Example(torch.cat([other.ids[: -other.answer], row.ids[-row.answer :]]), row.answer, row.spoken, row.written)
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
+    ]
+
+
+def train_policy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: datasets.Dataset,
+    heldout: datasets.Dataset,
+    times: dict[str, list],
+    folder: Path,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    eval_steps: int,
+    max_seconds: float = math.inf,
+) -> None:
+    """Train, and save to `folder` the weights with the lowest held-out loss, and curve.jsonl with a line an evaluation.
+
+    Args:
+        rows, heldout: of SFT, with ref_text and ref_codes.
+        times: see `examples`.
+        max_seconds: the training is shortened to them.
+    """
+    device = next(model.parameters()).device
+    tokens = SpeechTokens.from_tokenizer(tokenizer)
+    answer_ids = torch.tensor(sorted(tokens.answer_ids("tts")), device=device)
+    alone = rows.remove_columns(list(REFERENCE_COLUMNS)), heldout.remove_columns(list(REFERENCE_COLUMNS))
+    bare, bare_heldout = (examples(part, times, tokenizer, tokens) for part in alone)
+    prompted, prompted_heldout = (examples(part, times, tokenizer, tokens) for part in (rows, heldout))
+    first, second = batches(bare, batch_size, seed), batches(prompted, batch_size, seed)
+    model.set_attn_implementation("eager")  # faster than SDPA on a CPU at these lengths, and it shows its attention
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    start, total, best, progress, number, logged = time.monotonic(), torch.zeros(2), math.inf, 0.0, 0, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    while progress < 1:
+        chosen = next(first if progress < WITHOUT_PROMPTS else second)
+        weight = max(0.0, 1 - progress / GUIDED_UNTIL)
+        cooling = (1 + math.cos(math.pi * max(0.0, 2 * progress - 1))) / 2  # from the middle on
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, number / WARMUP_STEPS) * cooling
+        nll, guide = losses(model, batch_of(chosen, device), answer_ids, guided=weight > 0)
+        optimizer.zero_grad()
+        (nll + weight * guide).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += torch.stack([nll, guide]).detach().cpu()
+        number += 1
+        progress = max(number / steps, (time.monotonic() - start) / max_seconds)
+        if number % eval_steps == 0 or progress >= 1:
+            model.eval()
+            loss = heldout_loss(model, prompted_heldout, answer_ids)
+            without = heldout_loss(model, bare_heldout, answer_ids)
+            misread = heldout_loss(model, with_texts_of_others(bare_heldout), answer_ids)
+            model.train()
+            nll, guide = (total / (number - logged)).tolist()
+            line = {"step": number, "loss": nll, "attention": guide, "heldout": loss, "without_prompts": without}
+            line |= {"text": misread - without, "seconds": time.monotonic() - start}
+            logger.info("policy %s", ", ".join(f"{key} {round(value, 3)}" for key, value in line.items()))
+            with open(folder / "curve.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            total, logged = torch.zeros(2), number
+            if loss < best:
+                best = loss
+                model.save_pretrained(folder)

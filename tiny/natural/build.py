@@ -11,9 +11,10 @@ The stages, in order; each reads what the ones before it wrote:
     whisper  a reward ASR
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech
+    ship     copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
-Everything goes to --work_dir, and a stage or a clip that is there is kept, so an interrupted build resumes. How good it
-is so far, and what it lacks to replace tiny/: docs/experiments/natural_toy.md.
+All but the last write to --work_dir, where a stage or a clip that is there is kept, so an interrupted build resumes;
+the last writes to tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
 
 The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt. Seeds are fixed, but Piper, which
 speaks as joe, draws its noise without one.
@@ -25,12 +26,14 @@ import logging
 import math
 import pickle
 import random
+import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import numpy as np
+import soundfile as sf
 import torch
 from tqdm import tqdm
 from transformers import Xcodec2Model
@@ -45,14 +48,16 @@ from common.cli import (
     pick_device,
     set_up_logging,
 )
+from common.resumable_file import write_json_lines
 from common.run_record import write_run
 from speech.audio import load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import deflate, save_rows, ship_policy, whole_codes
+from tiny.natural.corpus import sentences
 from tiny.natural.melody import with_random_melody
-from tiny.natural.speak import heldout_rows, record_all, train_rows
+from tiny.natural.speak import TRAIN_CLIPS, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
 from tiny.natural.train_policy import new_policy, train_policy
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
@@ -63,6 +68,8 @@ logger = logging.getLogger("tiny.natural.build")
 
 SEED = 0
 DEVICE = pick_device()
+SHIPPED = Path(__file__).parent
+RL_TEXTS = 3_000
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
@@ -324,6 +331,33 @@ def build_policy(args: argparse.Namespace) -> None:
     ship_policy(trained, args.work_dir / "llasa")
 
 
+def build_ship(args: argparse.Namespace) -> None:
+    """Recordings as Vorbis, a third of FLAC's size, in a random order: on a page one hears the first ones."""
+    codec, llasa = made(args.work_dir / "codec", "decoder"), made(args.work_dir / "llasa", "policy")
+    for folder in (codec, llasa):
+        shutil.copytree(folder, SHIPPED / folder.name, dirs_exist_ok=True)
+    shutil.copy(made(args.work_dir / "whisper.pt", "whisper"), SHIPPED)
+    record = json.loads((llasa / "run.json").read_text())
+    record |= {"codec_id": "tiny/natural/codec", "whisper": "tiny/natural/whisper.pt"}
+    (SHIPPED / "llasa" / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    for name in ("texts", "heldout"):
+        (SHIPPED / name).mkdir(exist_ok=True)
+    write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
+    heldout = list(zip(*of_split("heldout", *clips(args.work_dir)), strict=True))
+    random.Random(SEED).shuffle(heldout)
+    for row, wav in heldout:
+        sf.write(SHIPPED / "heldout" / f"{row['id']}.ogg", wav, SAMPLE_RATE, format="OGG", subtype="VORBIS")
+    kept = ("id", "text", "speaker", "form")
+    lines = [{"file_name": f"{row['id']}.ogg"} | {name: row[name] for name in kept} for row, _ in heldout]
+    write_json_lines(SHIPPED / "heldout" / "metadata.jsonl", lines)
+    (SHIPPED / "texts" / "heldout.txt").write_text("".join(f"{row['text']}\n" for row, _ in heldout))
+
+
+def rl_texts() -> list[str]:
+    """The texts behind those of the recordings for training."""
+    return sentences(SEED)[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS]
+
+
 STAGES = {
     "speech": build_speech,
     "codec": build_codec,
@@ -331,6 +365,7 @@ STAGES = {
     "whisper": build_whisper,
     "rows": build_rows,
     "policy": build_policy,
+    "ship": build_ship,
 }
 
 

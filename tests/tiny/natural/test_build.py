@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 from common.cli import InputError
 from inference import main as infer
 from inference import parse_args as inference_args
+from speech.audio import load_audio
 from tiny.natural import build
+from tiny.natural.speak import train_rows
 
 SHORT = {
     "DEVICE": "cpu",
@@ -67,6 +69,20 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     infer(inference_args([*flags.split(), "Nancy took the lamp."]))
     assert wav.exists()
 
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(build, "SHIPPED", shipped)
+    build.STAGES["ship"](args)
+    record = json.loads((shipped / "llasa" / "run.json").read_text())
+    assert (record["codec_id"], record["whisper"]) == ("tiny/natural/codec", "tiny/natural/whisper.pt")
+    assert (shipped / "codec" / "model.safetensors").exists() and (shipped / "whisper.pt").exists()
+    recordings = [json.loads(line) for line in (shipped / "heldout" / "metadata.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in recordings) == ["joe_2", "joe_3", "slt_2", "slt_3"]
+    assert all(len(load_audio(shipped / "heldout" / row["file_name"])) == 27_200 for row in recordings)
+    assert (shipped / "texts" / "heldout.txt").read_text() == "Nancy took the lamp.\n" * 4
+    texts = [json.loads(line)["text"] for line in (shipped / "texts" / "train.jsonl").read_text().splitlines()]
+    assert len(texts) == build.RL_TEXTS and not {row["text"] for row in train_rows()} & set(texts)
+
     monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
     monkeypatch.setattr(build, "train_decoder", None)
     monkeypatch.setattr(build, "train_policy", None)
@@ -79,7 +95,8 @@ def state(folder: Path, part: str) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "stage, missing", [("codec", "speech"), ("rows", "speech"), ("policy", "decoder"), ("whisper", "decoder")]
+    "stage, missing",
+    [("codec", "speech"), ("rows", "speech"), ("policy", "decoder"), ("whisper", "decoder"), ("ship", "decoder")],
 )
 def test_a_stage_names_the_one_it_needs(stage, missing, tmp_path):
     args = build.parse_args(["--work_dir", str(tmp_path)])

@@ -22,7 +22,7 @@ def a_neutral_clip(text, speaker):
 def test_training_clips_by_voice_form_and_melody():
     rows = speak.train_rows()
     voices = Counter(row["speaker"] for row in rows)
-    assert voices == {"joe": 5_200, "slt": 2_600, "rms": 2_600}
+    assert voices == {"joe": 10_000, "slt": 5_000, "rms": 5_000}
     melodies = Counter((row["form"], row["melody"]) for row in rows)
     for form in ("question", "emphasis"):
         assert 0.46 < melodies[form, "neutral"] / (melodies[form, "neutral"] + melodies[form, "right"]) < 0.54

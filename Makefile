@@ -10,17 +10,17 @@ WHISPER := build/whisper-base
 
 .PHONY: demo test test-vllm whisper
 
-# Held-out ASRs: pocketsphinx, and OpenAI's Whisper base by faster-whisper where it can be had.
+# The held-out ASR is OpenAI's Whisper base by faster-whisper, and pocketsphinx where that cannot be had.
 demo: $(VENV)/installed
-	@echo pocketsphinx > $(VENV)/held-out-asr
 	@if $(MAKE) -s --no-print-directory whisper 2> $(VENV)/whisper.log; \
-	then echo faster-whisper:$(WHISPER) >> $(VENV)/held-out-asr; \
-	else echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx alone"; fi
-	@echo "Training tiny/llasa with GRPO, then evaluating it on 100 held-out texts: some 16 minutes on two cores"
-	@$(PYTHON) train.py --config configs/tiny.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
-	@$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo --texts tiny/texts/heldout.txt \
-	  --max_length 160 --temperature 1.0 --seeds 0 1 2 --judge tiny/whisper.pt $$(cat $(VENV)/held-out-asr) \
-	  --output_dir $(DEMO)/evaluation
+	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; \
+	else echo pocketsphinx > $(VENV)/held-out-asr; \
+	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx"; fi
+	@echo "Training tiny/natural/llasa with GRPO, then evaluating it on 120 held-out texts: some 16 minutes on two cores"
+	@$(PYTHON) train.py --config configs/natural.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	@$(PYTHON) evaluation.py --models before=tiny/natural/llasa after=$(DEMO)/grpo \
+	  --texts tiny/natural/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \
+	  --judge tiny/natural/whisper.pt $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation
 
 whisper: $(VENV)/asr-installed $(WHISPER)/model.bin
 

@@ -69,6 +69,7 @@ logger = logging.getLogger("tiny.natural.build")
 SEED = 0
 DEVICE = pick_device()
 SHIPPED = Path(__file__).parent
+CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
 RL_TEXTS = 3_000
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
@@ -143,9 +144,10 @@ def load_codes(work_dir: Path) -> list[list[int]]:
 
 
 def training_frames(work_dir: Path) -> tuple[Frames, "Copies"]:
-    """The recordings for training, and after them a copy of each with a random melody, on the device of training."""
+    """The codec's recordings, and after them a copy of each with a random melody, on the device of training."""
     rows, wavs = clips(work_dir)
-    _, wavs, inputs = of_split("train", rows, wavs, features(work_dir, wavs))
+    train_columns = of_split("train", rows, wavs, features(work_dir, wavs))
+    _, wavs, inputs = (column[:CODEC_CLIPS] for column in train_columns)
     copies = random_melodies(work_dir, wavs)
     wavs, inputs = [*wavs, *copies.wavs], [*inputs, *copies.features]
     return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE), copies
@@ -201,7 +203,7 @@ def build_decoder(args: argparse.Namespace) -> None:
     """Train the decoder alone, on the codes as the encoder gives them."""
     if (args.work_dir / "codec").exists():
         return
-    _, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))[1][:CODEC_CLIPS]
     frames, copies = training_frames(args.work_dir)
     encoder = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
     codes = [*codes, *encoder.encode_inputs([EncoderInputs(*clip) for clip in zip(*copies, strict=True)])]
@@ -224,7 +226,8 @@ def build_whisper(args: argparse.Namespace) -> None:
     made(args.work_dir / "codec", "decoder")
     rows, wavs = clips(args.work_dir)
     heldout = of_split("heldout", rows, wavs, load_codes(args.work_dir))
-    rows, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
+    train_columns = of_split("train", rows, wavs, load_codes(args.work_dir))
+    rows, wavs, codes = (column[:CODEC_CLIPS] for column in train_columns)
     more_rows, more_wavs, more_codes = random_word_clips(args)
     rows, wavs, codes = [*rows, *more_rows], [*wavs, *more_wavs], [*codes, *more_codes]
     by_words = [word_clip(*pair) for pair in zip(rows, codes, strict=True)]
@@ -343,14 +346,15 @@ def build_ship(args: argparse.Namespace) -> None:
     for name in ("texts", "heldout"):
         (SHIPPED / name).mkdir(exist_ok=True)
     write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
-    heldout = list(zip(*of_split("heldout", *clips(args.work_dir)), strict=True))
+    heldout = [row for row in clip_rows(args.work_dir) if row["split"] == "heldout"]
     random.Random(SEED).shuffle(heldout)
-    for row, wav in heldout:
-        sf.write(SHIPPED / "heldout" / f"{row['id']}.ogg", wav, SAMPLE_RATE, format="OGG", subtype="VORBIS")
-    kept = ("id", "text", "speaker", "form")
-    lines = [{"file_name": f"{row['id']}.ogg"} | {name: row[name] for name in kept} for row, _ in heldout]
+    lines = []
+    for row in heldout:
+        wav, name = load_audio(args.work_dir / "speech" / f"{row['id']}.flac"), f"{row['id']}.ogg"
+        sf.write(SHIPPED / "heldout" / name, wav, SAMPLE_RATE, format="OGG", subtype="VORBIS")
+        lines.append({"file_name": name} | {key: row[key] for key in ("id", "text", "speaker", "form")})
     write_json_lines(SHIPPED / "heldout" / "metadata.jsonl", lines)
-    (SHIPPED / "texts" / "heldout.txt").write_text("".join(f"{row['text']}\n" for row, _ in heldout))
+    (SHIPPED / "texts" / "heldout.txt").write_text("".join(f"{row['text']}\n" for row in heldout))
 
 
 def rl_texts() -> list[str]:
@@ -378,7 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
     add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
     add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
-    add("--policy_steps", type=int, default=24_000, help="steps of SFT")
+    add("--policy_steps", type=int, default=30_000, help="steps of SFT")
     add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
     return parse_strictly(parser, argv)
 

@@ -20,6 +20,7 @@ SHORT = {
     "DEVICE": "cpu",
     "CODEC_BATCH": 2,
     "DECODER_BATCH": 1,
+    "CODEC_CLIPS": 3,
     "SPLICED_CLIPS": 3,
     "GARBLED_CLIPS": 3,
     "POLICY_BATCH": 2,
@@ -53,6 +54,7 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
         build.STAGES[stage](args)
     codes = build.load_codes(tmp_path)
     assert [len(ids) for ids in codes] == [86] * 8  # 1.7 s are 85 hops, and the codec pads with one more
+    assert build.training_frames(tmp_path)[0].lengths == [86] * 6  # of 3 of the 4 recordings, and their copies
     encoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_encoder")]) for name in CODECS]
     decoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_decoder")]) for name in CODECS]
     assert np.array_equal(*encoder) and not np.array_equal(*decoder)

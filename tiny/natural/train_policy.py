@@ -11,13 +11,13 @@ Voice prompts double the length of a row, so the first half of the steps does wi
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from speech.tokens import CODES_PER_SECOND, TEXT_UNDERSTANDING_END, TEXT_UNDERSTANDING_START, SpeechTokens, code_token
 from tiny.llasa import MAX_LENGTH, new_model, new_tokenizer
 from tiny.train_codec import LEVELS
+from training.loop import epoch_batches
 from training.rows import REFERENCE_COLUMNS, sft_rows
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ GUIDED_LAYER, GUIDED_HEAD = 1, 0
 GUIDED_UNTIL = 0.9  # of the steps
 WITHOUT_PROMPTS = 0.5  # of the steps
 WARMUP_STEPS = 200
-BATCHES_SORTED = 20  # batches are of rows of about one length, sorted within so many
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
 IGNORED = -100
 
@@ -171,14 +171,12 @@ def losses(
 
 
 def batches(rows: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Without end: each epoch in its own order, a batch of rows of about one length."""
-    rng = random.Random(seed)
+    """Without end, the batches of one epoch after the other."""
+    rng = np.random.default_rng(seed)
+    lengths = [len(row.ids) for row in rows]
     while True:
-        order, epoch = rng.sample(rows, len(rows)), []
-        for start in range(0, len(order), batch_size * BATCHES_SORTED):
-            pool = sorted(order[start : start + batch_size * BATCHES_SORTED], key=lambda row: len(row.ids))
-            epoch += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        yield from rng.sample(epoch, len(epoch))
+        for numbers in epoch_batches(lengths, batch_size, rng):
+            yield [rows[i] for i in numbers]
 
 
 @torch.no_grad()
@@ -233,6 +231,8 @@ def train_policy(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     start, total, best, progress, number, logged = time.monotonic(), torch.zeros(2), math.inf, 0.0, 0, 0
     folder.mkdir(parents=True, exist_ok=True)
+    curve = folder / "curve.jsonl"
+    curve.unlink(missing_ok=True)  # of a training that was interrupted
     tokenizer.save_pretrained(folder)
     while progress < 1:
         chosen = next(first if progress < WITHOUT_PROMPTS else second)
@@ -257,7 +257,7 @@ def train_policy(
             line = {"step": number, "loss": nll, "attention": guide, "heldout": loss, "without_prompts": without}
             line |= {"text": misread - without, "seconds": time.monotonic() - start}
             logger.info("policy %s", ", ".join(f"{key} {round(value, 3)}" for key, value in line.items()))
-            with open(folder / "curve.jsonl", "a") as file:
+            with open(curve, "a") as file:
                 file.write(json.dumps(line) + "\n")
             total, logged = torch.zeros(2), number
             if loss < best:

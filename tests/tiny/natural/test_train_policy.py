@@ -102,6 +102,7 @@ def test_it_learns_to_read(tmp_path, monkeypatch):
     table = {"id": ["a", "b"], "text": TEXTS, "audio_codes": [[1] * 10, [2000] * 10]}
     table |= {"ref_text": [None, None], "ref_codes": [None, None]}
     data = datasets.Dataset.from_dict(table)
+    (tmp_path / "curve.jsonl").write_text('{"of": "a training that was interrupted"}\n')
     model, tokenizer = policy.new_policy(TEXTS, seed=0)
     policy.train_policy(model, tokenizer, data, data, TIMES, tmp_path, 32, 2, 2e-3, seed=0, eval_steps=4)
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]

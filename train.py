@@ -46,7 +46,7 @@ from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, record
 from speech.tokens import SpeechTokens
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver
-from training.checkpoints import find_checkpoint, stop_where_all_steps_are_done
+from training.checkpoints import check_same_shapes, find_checkpoint, stop_where_all_steps_are_done
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
@@ -252,12 +252,12 @@ def main(arguments: recipes.Arguments) -> None:
         else:
             rewards = load_config(script_args.reward_config, script_args.task)
             trainer = grpo_trainer(script_args, training_args, model_args, rewards, tokenizer, tokens)
+        check_same_shapes(checkpoint, trainer.model)
     use_own_console_and_card(trainer, script_args, model_args, rewards)
     if trainer.is_world_process_zero():
         facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
         models = {"codec_id": script_args.codec_id, "whisper": script_args.whisper}
         write_run(training_args.output_dir, **models, seed=training_args.seed, **facts, reward=rewards)
-
     stop_where_all_steps_are_done(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # accelerate's default writes shards, and no model that loads elsewhere

@@ -5,7 +5,8 @@ import logging
 import re
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from common.cli import InputError
 
@@ -45,6 +46,29 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         )
     warn_of_other_processes(Path(wanted), training_args.world_size)
     return wanted
+
+
+def check_same_shapes(checkpoint: str | None, model: PreTrainedModel) -> None:
+    """Raises InputError where a checkpoint's weights have not the shapes of `model`'s, or none of its names.
+
+    Of what one process wrote; FSDP's and DeepSpeed's shards are left to the library.
+    """
+    if checkpoint is None:
+        return
+    expected = {name.replace(".default", ""): list(weight.shape) for name, weight in model.named_parameters()}
+    stored = {}
+    for path in Path(checkpoint).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            stored |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}
+    shared = stored.keys() & expected.keys()
+    differing = sorted(name for name in shared if stored[name] != expected[name])
+    if differing or (stored and not shared):
+        name = differing[0] if differing else min(stored)
+        here = f"{expected[name]} in this run's" if differing else "this run's model has no such weight"
+        raise InputError(
+            f"{checkpoint}: is of another model: {name} has the shape {stored[name]}, {here}. Resume with the policy "
+            "and the adapter of the run that wrote it, or use another --output_dir"
+        )
 
 
 def warn_of_other_processes(checkpoint: Path, processes: int) -> None:

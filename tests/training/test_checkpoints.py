@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from training.checkpoints import find_checkpoint, last_complete_checkpoint
+from common.cli import InputError
+from training.checkpoints import check_same_shapes, find_checkpoint, last_complete_checkpoint
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
@@ -36,3 +39,32 @@ def test_other_processes_than_before_are_warned_of(files, processes, named, tmp_
         args = SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), world_size=world_size)
         assert find_checkpoint(args) == str(checkpoint)
         assert (f"written by {len(files)} processes, and {processes} resume it" in caplog.text) == warned
+
+
+def small_llama(size: int, lora_rank: int | None = None):
+    sizes = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))
+    if lora_rank is None:
+        return model
+    return get_peft_model(model, LoraConfig(r=lora_rank, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_its_own_checkpoint_fits(lora_rank, tmp_path):
+    small_llama(8, lora_rank).save_pretrained(tmp_path)
+    check_same_shapes(str(tmp_path), small_llama(8, lora_rank))
+    check_same_shapes(None, small_llama(8, lora_rank))
+
+
+@pytest.mark.parametrize(
+    ("written", "resumed", "reason"),
+    [
+        ((8,), (16,), r"model.embed_tokens.weight has the shape \[8, 8\], \[8, 16\] in this run's"),
+        ((8, 2), (8, 4), r"lora_A.weight has the shape \[2, 8\], \[4, 8\] in this run's"),
+        ((8,), (8, 2), "this run's model has no such weight"),
+    ],
+)
+def test_another_models_checkpoint_does_not(written, resumed, reason, tmp_path):
+    small_llama(*written).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: is of another model: .*{reason}"):
+        check_same_shapes(str(tmp_path), small_llama(*resumed))

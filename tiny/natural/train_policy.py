@@ -1,9 +1,10 @@
 """The natural toy setup's policy: Llama learns to speak codes, with its attention shown which word is due.
 
 The likelihood alone teaches a small Llama to follow the text last of all, since a code depends far more on the codes
-before it. The times of the words are known here, so one attention head is told for each code which word it speaks
-(guided attention, arXiv 1710.08969, whose guide is a diagonal for want of times); the weight of that loss falls to 0
-before the end. And the embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
+before it. The times of the words are known here, so one attention head is told for each code which word it speaks, and
+a second one where that word ends, since there stands the mark that decides on its melody: `?` or `*`. This is guided
+attention (arXiv 1710.08969, whose guide is a diagonal for want of times); the weight of its loss falls to 0 before the
+end. And the embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
 
 Voice prompts double the length of a row, so the first half of the steps does without.
 """
@@ -13,6 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from common.cli import write_whole
 from speech.tokens import CODES_PER_SECOND, TEXT_UNDERSTANDING_END, TEXT_UNDERSTANDING_START, SpeechTokens, code_token
 from tiny.llasa import MAX_LENGTH, new_model, new_tokenizer
 from tiny.train_codec import LEVELS
@@ -32,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 VOCAB_SIZE = 1_100  # of the text's BPE: a token for each word of the corpus
 EMBEDDING_STD = 0.02  # Llama's own start
-GUIDED_LAYER, GUIDED_HEAD = 1, 0
+GUIDED_LAYER, WORD_HEAD, MARK_HEAD = 1, 0, 1
 GUIDED_UNTIL = 0.9  # of the steps
 WITHOUT_PROMPTS = 0.5  # of the steps
 WARMUP_STEPS = 200
@@ -48,12 +52,14 @@ class Example(NamedTuple):
         answer: number of its last tokens that are the answer: codes and END.
         spoken: (length,), number of the text's word that the next token speaks; -1 where there is none.
         written: (length,), number of the word that a token of the text writes; -2 elsewhere.
+        last: (length,), the same at the last token of a word alone: its mark, where it has one; -2 elsewhere.
     """
 
     ids: torch.Tensor
     answer: int
     spoken: torch.Tensor
     written: torch.Tensor
+    last: torch.Tensor
 
 
 class Batch(NamedTuple):
@@ -63,6 +69,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # the next token if it is the answer's, else IGNORED
     spoken: torch.Tensor
     written: torch.Tensor
+    last: torch.Tensor
 
 
 def new_policy(texts: list[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -103,7 +110,8 @@ def examples(
         spoken = torch.full((len(ids),), -1)
         words = spoken_words_by_code(times[row["id"]], answer - 1)
         spoken[len(ids) - answer - 1 : len(ids) - 2] = torch.tensor(words) + before
-        made.append(Example(torch.tensor(ids), answer, spoken, written))
+        last = written.masked_fill(written == written.roll(-1), -2)
+        made.append(Example(torch.tensor(ids), answer, spoken, written, last))
     return made
 
 
@@ -142,6 +150,7 @@ def batch_of(rows: list[Example], device: torch.device) -> Batch:
         (targets, IGNORED),
         ([row.spoken for row in rows], -1),
         ([row.written for row in rows], -2),
+        ([row.last for row in rows], -2),
     ]
     return Batch(*(pad_sequence(column, True, padding).to(device) for column, padding in columns))
 
@@ -149,9 +158,9 @@ def batch_of(rows: list[Example], device: torch.device) -> Batch:
 def losses(
     model: LlamaForCausalLM, batch: Batch, answer_ids: torch.Tensor, guided: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean negative log-likelihood of the answers' tokens, and the guided head's loss, 0 if not `guided`.
+    """Mean negative log-likelihood of the answers' tokens, and the guided heads' loss, 0 if not `guided`.
 
-    The head's is −log of its attention on the tokens of the word which the next code speaks.
+    A head's is −log of its attention on the tokens of the word which the next code speaks, or on the last of them.
 
     Args:
         answer_ids: what an answer may consist of, sorted; the likelihood is among them.
@@ -164,10 +173,14 @@ def losses(
     nll = torch.nn.functional.cross_entropy(logits.float(), targets)
     if not guided:
         return nll, nll.new_zeros(())
-    attention = out.attentions[GUIDED_LAYER][:, GUIDED_HEAD].float()  # (rows, length, length)
-    own = batch.spoken[:, :, None] == batch.written[:, None, :]
-    on_own_word = (attention * own).sum(-1)[batch.spoken >= 0]
-    return nll, -on_own_word.clamp(min=1e-6).log().mean()
+    attention = out.attentions[GUIDED_LAYER].float()  # (rows, heads, length, length)
+    speaks = batch.spoken >= 0
+    guide = nll.new_zeros(())
+    for head, guides in ((WORD_HEAD, batch.written), (MARK_HEAD, batch.last)):
+        own = batch.spoken[:, :, None] == guides[:, None, :]
+        on_own = (attention[:, head] * own).sum(-1)[speaks]
+        guide = guide - on_own.clamp(min=1e-6).log().mean() / 2
+    return nll, guide
 
 
 def batches(rows: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
@@ -194,9 +207,31 @@ def heldout_loss(model: LlamaForCausalLM, rows: list[Example], answer_ids: torch
 def with_texts_of_others(rows: list[Example]) -> list[Example]:
     """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of the text."""
     return [
-        Example(torch.cat([other.ids[: -other.answer], row.ids[-row.answer :]]), row.answer, row.spoken, row.written)
+        row._replace(ids=torch.cat([other.ids[: -other.answer], row.ids[-row.answer :]]))
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
+
+
+@dataclass
+class Progress:
+    """Of a training: steps taken, those of them without voice prompts, seconds, lowest held-out loss."""
+
+    step: int = 0
+    without_prompts: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+
+
+def save_unfinished(path: Path, done: Progress, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    saved = {"done": asdict(done), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    write_whole(path, lambda temporary: torch.save(saved, temporary))
+
+
+def load_unfinished(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Progress:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return Progress(**saved["done"])
 
 
 def train_policy(
@@ -215,6 +250,8 @@ def train_policy(
 ) -> None:
     """Train, and save to `folder` the weights with the lowest held-out loss, and curve.jsonl with a line an evaluation.
 
+    An interrupted training resumes from its last evaluation.
+
     Args:
         rows, heldout: of SFT, with ref_text and ref_codes.
         times: see `examples`.
@@ -226,40 +263,53 @@ def train_policy(
     alone = rows.remove_columns(list(REFERENCE_COLUMNS)), heldout.remove_columns(list(REFERENCE_COLUMNS))
     bare, bare_heldout = (examples(part, times, tokenizer, tokens) for part in alone)
     prompted, prompted_heldout = (examples(part, times, tokenizer, tokens) for part in (rows, heldout))
-    first, second = batches(bare, batch_size, seed), batches(prompted, batch_size, seed)
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU at these lengths, and it shows its attention
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
-    start, total, best, progress, number, logged = time.monotonic(), torch.zeros(2), math.inf, 0.0, 0, 0
     folder.mkdir(parents=True, exist_ok=True)
-    curve = folder / "curve.jsonl"
-    curve.unlink(missing_ok=True)  # of a training that was interrupted
     tokenizer.save_pretrained(folder)
+    done, curve, unfinished = Progress(), folder / "curve.jsonl", folder / "unfinished.pt"
+    if unfinished.exists():
+        done = load_unfinished(unfinished, model, optimizer)
+        logger.info("policy: resuming at step %d", done.step)
+    lines = curve.read_text().splitlines(keepends=True) if curve.exists() else []
+    curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= done.step))
+    bare_batches = islice(batches(bare, batch_size, seed), done.without_prompts, None)
+    prompted_batches = islice(batches(prompted, batch_size, seed), done.step - done.without_prompts, None)
+    start, total, logged = time.monotonic() - done.seconds, torch.zeros(2), done.step
+    progress = max(done.step / steps, done.seconds / max_seconds)
     while progress < 1:
-        chosen = next(first if progress < WITHOUT_PROMPTS else second)
+        if progress < WITHOUT_PROMPTS:
+            chosen = next(bare_batches)
+            done.without_prompts += 1
+        else:
+            chosen = next(prompted_batches)
         weight = max(0.0, 1 - progress / GUIDED_UNTIL)
         cooling = (1 + math.cos(math.pi * max(0.0, 2 * progress - 1))) / 2  # from the middle on
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1, number / WARMUP_STEPS) * cooling
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1, done.step / WARMUP_STEPS) * cooling
         nll, guide = losses(model, batch_of(chosen, device), answer_ids, guided=weight > 0)
         optimizer.zero_grad()
         (nll + weight * guide).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += torch.stack([nll, guide]).detach().cpu()
-        number += 1
-        progress = max(number / steps, (time.monotonic() - start) / max_seconds)
-        if number % eval_steps == 0 or progress >= 1:
+        done.step += 1
+        done.seconds = time.monotonic() - start
+        progress = max(done.step / steps, done.seconds / max_seconds)
+        if done.step % eval_steps == 0 or progress >= 1:
             model.eval()
             loss = heldout_loss(model, prompted_heldout, answer_ids)
             without = heldout_loss(model, bare_heldout, answer_ids)
             misread = heldout_loss(model, with_texts_of_others(bare_heldout), answer_ids)
             model.train()
-            nll, guide = (total / (number - logged)).tolist()
-            line = {"step": number, "loss": nll, "attention": guide, "heldout": loss, "without_prompts": without}
-            line |= {"text": misread - without, "seconds": time.monotonic() - start}
+            nll, guide = (total / (done.step - logged)).tolist()
+            line = {"step": done.step, "loss": nll, "attention": guide, "heldout": loss, "without_prompts": without}
+            line |= {"text": misread - without, "seconds": done.seconds}
             logger.info("policy %s", ", ".join(f"{key} {round(value, 3)}" for key, value in line.items()))
             with open(curve, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            total, logged = torch.zeros(2), number
-            if loss < best:
-                best = loss
+            total, logged = torch.zeros(2), done.step
+            if loss < done.best:
+                done.best = loss
                 model.save_pretrained(folder)
+            save_unfinished(unfinished, done, model, optimizer)
+    unfinished.unlink(missing_ok=True)

@@ -38,7 +38,11 @@ def test_every_token_of_the_text_knows_its_word(made):
         for number, word in enumerate(text.split()):
             places = (example.written == number).nonzero()[:, 0]
             assert tokenizer.decode(example.ids[places]).strip() == word
+            assert (example.last == number).nonzero()[:, 0].tolist() == [places[-1]]
         assert (example.written >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert (example.last >= 0).sum() == len(text.split())
+    asked = tokenizer.decode(example.ids[example.last == 4])
+    assert asked.strip() == "?"  # TEXTS[1]'s, of "letter?"
 
 
 def test_a_position_knows_the_word_of_the_code_that_comes_next(made):
@@ -75,9 +79,10 @@ def test_both_losses_of_a_batch_are_those_of_the_model(made):
             logits = out.logits[0, -row.answer - 1 : -1, answer_ids].float()
             target = torch.searchsorted(answer_ids, row.ids[-row.answer :])
             parts.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-            attention = out.attentions[policy.GUIDED_LAYER][0, policy.GUIDED_HEAD]
-            places = (row.spoken >= 0).nonzero()[:, 0]
-            heads += [attention[place, row.written == row.spoken[place]].sum() for place in places]
+            for place in (row.spoken >= 0).nonzero()[:, 0]:
+                word, mark = out.attentions[policy.GUIDED_LAYER][0, [policy.WORD_HEAD, policy.MARK_HEAD], place]
+                heads.append(word[row.written == row.spoken[place]].sum())
+                heads.append(mark[row.last == row.spoken[place]].sum())
     assert torch.allclose(nll, torch.cat(parts).mean(), atol=5e-3)  # bfloat16 on one side
     assert torch.allclose(guide, -torch.stack(heads).log().mean(), atol=2e-2)
     unguided = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=False)
@@ -96,13 +101,53 @@ def test_an_epoch_has_every_row_once_in_the_seeds_order(made):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_it_learns_to_read(tmp_path, monkeypatch):
-    """Two texts whose codes begin alike: the loss can fall below ln 2 of a code only by reading."""
-    monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
+def two_texts() -> datasets.Dataset:
+    """Two texts whose codes begin alike."""
     table = {"id": ["a", "b"], "text": TEXTS, "audio_codes": [[1] * 10, [2000] * 10]}
-    table |= {"ref_text": [None, None], "ref_codes": [None, None]}
-    data = datasets.Dataset.from_dict(table)
-    (tmp_path / "curve.jsonl").write_text('{"of": "a training that was interrupted"}\n')
+    return datasets.Dataset.from_dict(table | {"ref_text": [None, None], "ref_codes": [None, None]})
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
+    """Killed after the first evaluation, in the part without voice prompts, and after the third, in the other."""
+    seven = datasets.concatenate_datasets([two_texts()] * 4).select(range(7))
+    evaluate, left = policy.heldout_loss, math.inf
+
+    def heldout_loss_or_killed(*args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return evaluate(*args)
+
+    monkeypatch.setattr(policy, "heldout_loss", heldout_loss_or_killed)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder, kills in ((whole, [math.inf]), (killed, [4, 7, math.inf])):  # three losses an evaluation
+        for left in kills:
+            model, tokenizer = policy.new_policy(TEXTS, seed=0)
+            arguments = (seven, two_texts(), TIMES, folder, 15, 2, 1e-3)
+            try:
+                policy.train_policy(model, tokenizer, *arguments, seed=0, eval_steps=3)
+            except Killed:
+                continue
+    a, b = (type(model).from_pretrained(folder).state_dict() for folder in (whole, killed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    curves = []
+    for folder in (whole, killed):
+        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        curves.append([(line["step"], line["heldout"]) for line in lines])
+    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [3, 6, 9, 12, 15]
+    assert not (killed / "unfinished.pt").exists()
+
+
+def test_it_learns_to_read(tmp_path, monkeypatch):
+    """Where the codes begin alike, the loss can fall below ln 2 of a code only by reading."""
+    monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
+    data = two_texts()
+    (tmp_path / "curve.jsonl").write_text('{"step": 4, "of": "a training that was interrupted"}\n')
     model, tokenizer = policy.new_policy(TEXTS, seed=0)
     policy.train_policy(model, tokenizer, data, data, TIMES, tmp_path, 32, 2, 2e-3, seed=0, eval_steps=4)
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]

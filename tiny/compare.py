@@ -11,6 +11,8 @@ The comparisons:
     recognition  GRPO for ASR: rewards and choices of RL data, against SFT for as long
     diffro       DiffRO, GRPO and both, and their variants, over 50 steps
     stability    the four main methods of diffro over 150 steps
+    melody       on the natural toy setup: the Whisper reward alone, and with rewards of melody; six hours. The held-out
+                 ASR is Whisper base, which `make whisper` fetches
 
 Runs and evaluations that are complete in --output_dir are kept, so an interrupted comparison resumes. The log of a run
 is beside its folder. <comparison>.md and <comparison>.png have every checkpoint evaluated so far: mean ± standard
@@ -118,6 +120,24 @@ TTS_METRICS = {
 }
 
 
+# --- Melody -----------------------------------------------------------------------------------------------
+
+NATURAL = "--config configs/%s.yaml --max_steps 75 --save_steps 25 --sample_steps 0"
+NATURAL_EVALUATION = (
+    "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
+    "--judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
+)
+MELODY_METRICS = {
+    HELDOUT_WER: Metric((1.0, "asr", "faster-whisper:build/whisper-base", "error_rate")),
+    REWARD_WER: Metric((1.0, "asr", "tiny/natural/whisper.pt", "error_rate")),
+    "questions that rise": Metric((1.0, "question", "mean")),
+    "statements that rise": Metric((1.0, "statement_rise", "mean")),
+    "emphasis": Metric((1.0, "emphasis", "mean")),
+    "F0 movement, st": Metric((1.0, "f0_range_st", "mean"), scale=1, digits=2),
+    "duration, s": Metric((1.0, "duration_s"), scale=1, digits=2),
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Trainings and their evaluation.
@@ -193,6 +213,14 @@ COMPARISONS = {
         metrics=TTS_METRICS,
         plotted=DIFFRO_PLOTTED,
         checkpoints=(50, 100, 150),
+    ),
+    "melody": Comparison(
+        policy="tiny/natural/llasa",
+        runs={"wer_nll": NATURAL % "natural", "melody": NATURAL % "natural_expressive"},
+        evaluation=NATURAL_EVALUATION,
+        metrics=MELODY_METRICS,
+        plotted=(HELDOUT_WER, "questions that rise", "statements that rise", "emphasis"),
+        checkpoints=(75,),
     ),
 }
 

@@ -15,7 +15,9 @@ from metrics import recognition, report
 from metrics.clip_measures import SynthesizedSpeech, measure_clips
 from metrics.texts import Item
 from speech.policy import Sample, Transcript
-from speech.whisper_scorer import Score
+from speech.text_marks import plain_text
+from speech.whisper_scorer import Score, WhisperScorer
+from speech.word_times import Word
 from tiny import compare
 
 
@@ -36,17 +38,23 @@ def test_flags_exist(name, tmp_path):
     inference.parse_args([*flags, "--output", "x.jsonl"])
 
 
-class FakeASR:
-    def score(self, wavs, texts, languages):
-        return [Score("Anna found two.", 0.25, 0.5, 1, 4)] * len(wavs)
+class FakeASR(WhisperScorer):
+    def __init__(self):
+        pass
+
+    def score(self, wavs, texts, languages, word_times=False):
+        words = [[Word(w, 0.05 * i, 0.05 * (i + 1)) for i, w in enumerate(plain_text(t).split())] for t in texts]
+        return [Score("Anna found two.", 0.25, 0.5, 1, 4, words=tuple(of_text)) for of_text in words]
 
 
 def tts_metrics() -> dict:
     """What evaluation.py measures of one rollout."""
-    asrs = {"pocketsphinx": FakeASR(), "tiny/whisper.pt": FakeASR()}
+    heard_by = ("pocketsphinx", "tiny/whisper.pt", "tiny/natural/whisper.pt", "faster-whisper:build/whisper-base")
     wav = np.sin(np.arange(3_200) / 10).astype(np.float32)
-    speech = SynthesizedSpeech([Sample([1] * 10, truncated=True)], [wav])
-    clips = measure_clips(asrs, [Item("a", "Anna found two boxes.", "en")], speech, seed=0)
+    texts = ("Anna found two boxes.", "Did Anna find two boxes?", "Anna *found* two boxes.")
+    speech = SynthesizedSpeech([Sample([1] * 10, truncated=True)] * 3, [wav] * 3)
+    items = [Item(str(number), text, "en") for number, text in enumerate(texts)]
+    clips = measure_clips({name: FakeASR() for name in heard_by}, items, speech, seed=0)
     row = {"name": "model", "seeds": [0], "compute_s": 1.0, "clips": clips}
     return report.summarize(row, first=row)
 
@@ -69,7 +77,8 @@ def test_every_column_is_in_the_evaluation(name):
     values = {column: metric({0.0: metrics, 1.0: metrics}) for column, metric in comparison.metrics.items()}
     expected = {"all: WER": 100 / 3, "long: del": 0.0, "keyword recall": 100.0, "hallucinations on non-speech": 100.0}
     if name != "recognition":
-        expected = {"WER, held-out ASR": 25.0, "WER, reward ASR": 25.0, "duration, s": 0.2, "truncated": 100.0}
+        expected = {"WER, held-out ASR": 25.0, "WER, reward ASR": 25.0, "duration, s": 0.2}
+        expected |= {"emphasis": 0.0, "questions that rise": 0.0} if name == "melody" else {"truncated": 100.0}
     assert {column: values[column] for column in expected} == pytest.approx(expected)
 
 

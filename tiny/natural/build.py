@@ -55,7 +55,7 @@ from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import deflate, save_rows, ship_policy, whole_codes
-from tiny.natural.corpus import sentences
+from tiny.natural.corpus import form, sentences
 from tiny.natural.melody import with_random_melody
 from tiny.natural.speak import TRAIN_CLIPS, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
@@ -70,7 +70,7 @@ SEED = 0
 DEVICE = pick_device()
 SHIPPED = Path(__file__).parent
 CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
-RL_TEXTS = 3_000
+RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
@@ -358,8 +358,11 @@ def build_ship(args: argparse.Namespace) -> None:
 
 
 def rl_texts() -> list[str]:
-    """The texts behind those of the recordings for training."""
-    return sentences(SEED)[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS]
+    """RL_TEXTS' numbers of the texts of each form behind those of the recordings, in a random order."""
+    behind = sentences(SEED)[TRAIN_CLIPS:]
+    texts = [text for kind, number in RL_TEXTS.items() for text in [t for t in behind if form(t) == kind][:number]]
+    random.Random(SEED).shuffle(texts)
+    return texts
 
 
 STAGES = {

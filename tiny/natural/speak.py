@@ -1,4 +1,4 @@
-"""Speak the natural toy setup's sentences: recordings for training, and held-out ones; 20,120 clips, 12.2 h.
+"""Speak the natural toy setup's sentences: recordings for training, and held-out ones; 34,120 clips, some 21 h.
 
     python -m tiny.natural.build --stage speech
 
@@ -22,7 +22,7 @@ from tiny.natural.melody import Word, with_emphasis, with_question
 from tiny.natural.voices import SPEAKERS, speak_with_times
 
 SEED = 0
-TRAIN_CLIPS = 20_000  # the first sentences
+TRAIN_CLIPS = 34_000  # the first sentences
 TRAIN_SPEAKERS = ["joe", "slt", "joe", "rms"]  # in turn
 FRAC_NEUTRAL = 0.5  # of the questions and emphasised sentences for training
 HELDOUT = {"statement": 48, "question": 36, "emphasis": 36}  # the last sentences of each form

@@ -1,6 +1,7 @@
 """tiny/natural/build.py: its stages on a few fake clips, and what it says where one is missing."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from inference import main as infer
 from inference import parse_args as inference_args
 from speech.audio import load_audio
 from tiny.natural import build
-from tiny.natural.speak import train_rows
+from tiny.natural.corpus import form
+from tiny.natural.speak import heldout_texts, train_rows
 
 SHORT = {
     "DEVICE": "cpu",
@@ -83,7 +85,8 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     assert all(len(load_audio(shipped / "heldout" / row["file_name"])) == 27_200 for row in recordings)
     assert (shipped / "texts" / "heldout.txt").read_text() == "Nancy took the lamp.\n" * 4
     texts = [json.loads(line)["text"] for line in (shipped / "texts" / "train.jsonl").read_text().splitlines()]
-    assert len(texts) == build.RL_TEXTS and not {row["text"] for row in train_rows()} & set(texts)
+    assert Counter(map(form, texts)) == build.RL_TEXTS and len(set(texts)) == len(texts)
+    assert not {row["text"] for row in train_rows()} & set(texts) and not set(heldout_texts()) & set(texts)
 
     monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
     monkeypatch.setattr(build, "train_decoder", None)

@@ -11,6 +11,8 @@ The stages, in order; each reads what the ones before it wrote:
     whisper  a reward ASR
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech
+    asr_rows    rows of SFT, RL and evaluation for speech recognition
+    asr_policy  SFT of Llasa on both tasks
     ship     copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
 All but the last write to --work_dir, where a stage or a clip that is there is kept, so an interrupted build resumes;
@@ -36,7 +38,7 @@ import numpy as np
 import soundfile as sf
 import torch
 from tqdm import tqdm
-from transformers import Xcodec2Model
+from transformers import LlamaForCausalLM, Xcodec2Model
 
 from common.cli import (
     HelpFormatter,
@@ -52,17 +54,20 @@ from common.resumable_file import write_json_lines
 from common.run_record import write_run
 from speech.audio import load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
-from speech.tokens import SAMPLE_RATE
+from speech.policy import load_tokenizer, recorded
+from speech.tokens import SAMPLE_RATE, SpeechTokens
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import deflate, save_rows, ship_policy, whole_codes
+from tiny.natural.asr_data import RARE_NAMES, clips_of, clips_without_speech, rows_of, with_few_rare_names
 from tiny.natural.corpus import form, sentences
 from tiny.natural.melody import with_random_melody
-from tiny.natural.speak import TRAIN_CLIPS, heldout_rows, record_all, train_rows
+from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
-from tiny.natural.train_policy import new_policy, train_policy
+from tiny.natural.train_policy import Stream, asr_examples, new_policy, train_policy, tts_examples
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
 from tiny.train_codec import NUM_CODES
+from training.rows import REFERENCE_COLUMNS
 
 logger = logging.getLogger("tiny.natural.build")
 
@@ -73,6 +78,10 @@ CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more o
 RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
+WITHOUT_PROMPTS = 0.5  # of the policy's steps
+FRAC_ASR_SFT = 0.5  # of the recordings, for SFT of speech recognition; RL has ASR_POOL of the rest
+ASR_POOL = 3_000
+NON_SPEECH = {"sft": 400, "pool": 150, "heldout": 40}  # clips without speech beside them
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
 # Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
 DEFAULT_SPEAKER = "joe"
@@ -118,7 +127,7 @@ def of_split(split: str, rows: list[dict], *columns: list) -> list[list]:
 
 def build_speech(args: argparse.Namespace) -> None:
     check_installed()
-    record_all(heldout_rows() + train_rows(), args.work_dir / "speech", args.threads)
+    record_all(heldout_rows() + train_rows() + asr_heldout_rows(), args.work_dir / "speech", args.threads)
     record_all(random_rows(SEED), args.work_dir / "random", args.threads)
     seconds = [row["duration_s"] for row in clip_rows(args.work_dir)]
     logger.info("speech: %d clips, %.2f h, %.2f s on average", len(seconds), sum(seconds) / 3600, np.mean(seconds))
@@ -306,7 +315,10 @@ def speech_rows(rows: list[dict], codes: list[list[int]]) -> datasets.Dataset:
 
 
 def build_policy(args: argparse.Namespace) -> None:
-    """SFT of Llasa; the weights with the lowest held-out loss are kept."""
+    """SFT of Llasa for text to speech.
+
+    Voice prompts double the length of a row, so the first part of the steps does without.
+    """
     codec, whisper = made(args.work_dir / "codec", "decoder"), made(args.work_dir / "whisper.pt", "whisper")
     rows, heldout = (
         datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", "rows")))
@@ -316,33 +328,104 @@ def build_policy(args: argparse.Namespace) -> None:
     if not (trained / "run.json").exists():
         model, tokenizer = new_policy(list(rows["text"]), SEED)
         times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
-        train_policy(
-            model.to(DEVICE),
-            tokenizer,
-            rows,
-            heldout,
-            times,
-            trained,
-            args.policy_steps,
-            POLICY_BATCH,
-            1.5e-3,
-            SEED,
-            EVAL_STEPS,
-            args.max_seconds,
-        )
+        streams = {
+            "prompted": stream_of_rows("tts", rows, heldout, times, tokenizer),
+            "alone": stream_of_rows("tts", *map(without_voice_prompts, (rows, heldout)), times, tokenizer),
+        }
+
+        def stream_of(step: int, progress: float) -> str:
+            return "alone" if progress < WITHOUT_PROMPTS else "prompted"
+
+        sft(args, model, tokenizer, streams, stream_of, trained, args.policy_steps, 1.5e-3)
         write_run(str(trained), codec_id=codec, whisper=whisper, seed=SEED, steps=args.policy_steps)
     ship_policy(trained, args.work_dir / "llasa")
 
 
+def without_voice_prompts(rows: datasets.Dataset) -> datasets.Dataset:
+    return rows.remove_columns(list(REFERENCE_COLUMNS))
+
+
+def stream_of_rows(
+    task: str, rows: datasets.Dataset, heldout: datasets.Dataset, times: dict[str, list], tokenizer
+) -> Stream:
+    tokens = SpeechTokens.from_tokenizer(tokenizer)
+    examples = {"tts": tts_examples, "asr": asr_examples}[task]
+    answer_ids = torch.tensor(sorted(tokens.answer_ids(task)), device=DEVICE)
+    return Stream(*(examples(part, times, tokenizer, tokens) for part in (rows, heldout)), answer_ids)
+
+
+def sft(args, model, tokenizer, streams, stream_of, folder: Path, steps: int, learning_rate: float) -> None:
+    """`train_policy` with the settings that the policies share."""
+    shared = (POLICY_BATCH, learning_rate, SEED, EVAL_STEPS, args.max_seconds)
+    train_policy(model.to(DEVICE), tokenizer, streams, stream_of, folder, steps, *shared)
+
+
+def build_asr_rows(args: argparse.Namespace) -> None:
+    """Rows of SFT for speech recognition, a pool to pick RL data from, and held-out ones."""
+    codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
+    rows = clip_rows(args.work_dir)
+    recordings, heldout = (of_split(split, rows)[0] for split in ("train", "asr_heldout"))
+    split = round(FRAC_ASR_SFT * len(recordings))
+    sets = {
+        "sft": (with_few_rare_names(recordings[:split], SEED), NON_SPEECH["sft"]),
+        "pool": (recordings[split:][:ASR_POOL], NON_SPEECH["pool"]),
+        "heldout": (heldout, NON_SPEECH["heldout"]),
+    }
+    words = {}
+    for number, (name, (chosen, non_speech)) in enumerate(sets.items()):
+        clips = clips_of(chosen, SEED + number) + clips_without_speech(non_speech, SEED + number)
+        encoded, times = rows_of(name, clips, args.work_dir / "speech", codec, SEED + number)
+        if name != "heldout":
+            encoded = encoded.remove_columns("keywords")  # select_rl_data.py finds them
+        save_rows(encoded, args.work_dir / f"asr_{name}.parquet")
+        logger.info("asr_rows: %s, %d rows, %.0f s", name, len(encoded), sum(encoded["duration_s"]))
+        words |= times
+    (args.work_dir / "asr_words.pkl").write_bytes(pickle.dumps(words))
+
+
+def build_asr_policy(args: argparse.Namespace) -> None:
+    """SFT of the policy on both tasks; every third step is of text to speech, which it would forget."""
+    read = {
+        name: datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", stage)))
+        for name, stage in (
+            ("asr_sft", "asr_rows"),
+            ("asr_heldout", "asr_rows"),
+            ("speech", "rows"),
+            ("speech_heldout", "rows"),
+        )
+    }
+    trained, start = args.work_dir / "llasa_asr_sft", made(args.work_dir / "llasa_sft", "policy")
+    if not (trained / "run.json").exists():
+        model, tokenizer = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32), load_tokenizer(str(start))[0]
+        times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
+        times |= pickle.loads((args.work_dir / "asr_words.pkl").read_bytes())
+        streams = {
+            "asr": stream_of_rows("asr", read["asr_sft"], read["asr_heldout"], times, tokenizer),
+            "tts": stream_of_rows("tts", read["speech"], read["speech_heldout"], times, tokenizer),
+        }
+
+        def stream_of(step: int, progress: float) -> str:
+            return "tts" if step % 3 == 0 else "asr"
+
+        sft(args, model, tokenizer, streams, stream_of, trained, args.asr_policy_steps, 1e-3)
+        record = {name: recorded(str(start), name, "") for name in ("codec_id", "whisper")}
+        write_run(str(trained), **record, seed=SEED, steps=args.asr_policy_steps)
+    ship_policy(trained, args.work_dir / "llasa_asr")
+
+
 def build_ship(args: argparse.Namespace) -> None:
     """Recordings as Vorbis, a third of FLAC's size, in a random order: on a page one hears the first ones."""
-    codec, llasa = made(args.work_dir / "codec", "decoder"), made(args.work_dir / "llasa", "policy")
-    for folder in (codec, llasa):
-        shutil.copytree(folder, SHIPPED / folder.name, dirs_exist_ok=True)
+    shutil.copytree(made(args.work_dir / "codec", "decoder"), SHIPPED / "codec", dirs_exist_ok=True)
     shutil.copy(made(args.work_dir / "whisper.pt", "whisper"), SHIPPED)
-    record = json.loads((llasa / "run.json").read_text())
-    record |= {"codec_id": "tiny/natural/codec", "whisper": "tiny/natural/whisper.pt"}
-    (SHIPPED / "llasa" / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    for name, stage in (("llasa", "policy"), ("llasa_asr", "asr_policy")):
+        shutil.copytree(made(args.work_dir / name, stage), SHIPPED / name, dirs_exist_ok=True)
+        record = json.loads((SHIPPED / name / "run.json").read_text())
+        record |= {"codec_id": "tiny/natural/codec", "whisper": "tiny/natural/whisper.pt"}
+        (SHIPPED / name / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    (SHIPPED / "asr").mkdir(exist_ok=True)
+    (SHIPPED / "asr" / "keywords.txt").write_text("".join(f"{name}\n" for name in RARE_NAMES))
+    for name in ("pool", "heldout"):
+        shutil.copy(made(args.work_dir / f"asr_{name}.parquet", "asr_rows"), SHIPPED / "asr" / f"{name}.parquet")
     for name in ("texts", "heldout"):
         (SHIPPED / name).mkdir(exist_ok=True)
     write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
@@ -372,6 +455,8 @@ STAGES = {
     "whisper": build_whisper,
     "rows": build_rows,
     "policy": build_policy,
+    "asr_rows": build_asr_rows,
+    "asr_policy": build_asr_policy,
     "ship": build_ship,
 }
 
@@ -386,6 +471,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
     add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
     add("--policy_steps", type=int, default=30_000, help="steps of SFT")
+    add("--asr_policy_steps", type=int, default=10_000, help="steps of SFT on both tasks")
     add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
     return parse_strictly(parser, argv)
 

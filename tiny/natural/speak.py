@@ -1,4 +1,4 @@
-"""Speak the natural toy setup's sentences: recordings for training, and held-out ones; 34,120 clips, some 21 h.
+"""Speak the natural toy setup's sentences: recordings for training, and held-out ones; 34,520 clips, some 21 h.
 
     python -m tiny.natural.build --stage speech
 
@@ -26,6 +26,7 @@ TRAIN_CLIPS = 34_000  # the first sentences
 TRAIN_SPEAKERS = ["joe", "slt", "joe", "rms"]  # in turn
 FRAC_NEUTRAL = 0.5  # of the questions and emphasised sentences for training
 HELDOUT = {"statement": 48, "question": 36, "emphasis": 36}  # the last sentences of each form
+ASR_HELDOUT = slice(45_000, 45_400)  # of the sentences; behind those of the RL texts
 NEUTRAL_FOLDER = "heldout_neutral"
 
 
@@ -67,6 +68,16 @@ def heldout_rows() -> list[dict]:
         row = {"id": f"heldout_{i:03d}", "text": text, "speaker": speaker, "form": form(text), "melody": "right"}
         rows.append({**row, "split": "heldout"})
     return rows
+
+
+def asr_heldout_rows() -> list[dict]:
+    """Held out from the recognition of speech, whose clips may be several of these in a row."""
+    texts = sentences(SEED)[ASR_HELDOUT]
+    shared = {"melody": "right", "split": "asr_heldout"}
+    return [
+        {"id": f"asr_{i:03d}", "text": text, "speaker": SPEAKERS[i % len(SPEAKERS)], "form": form(text)} | shared
+        for i, text in enumerate(texts)
+    ]
 
 
 def with_melody(wav: np.ndarray, text: str, words: list[Word]) -> tuple[np.ndarray, list[Word]]:

@@ -1,20 +1,21 @@
-"""The natural toy setup's policy: Llama learns to speak codes, with its attention shown which word is due.
+"""The natural toy setup's policies: Llama learns to speak and to transcribe, its attention shown which word is due.
 
 The likelihood alone teaches a small Llama to follow the text last of all, since a code depends far more on the codes
 before it. The times of the words are known here, so one attention head is told for each code which word it speaks, and
 a second one where that word ends, since there stands the mark that decides on its melody: `?` or `*`. This is guided
 attention (arXiv 1710.08969, whose guide is a diagonal for want of times); the weight of its loss falls to 0 before the
-end. And the embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
+end. Speech recognition is guided the other way round: each token of the text is told the codes of its word. And the
+embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
 
-Voice prompts double the length of a row, so the first half of the steps does without.
+Batches are of one stream at a time: rows of one task and kind.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,11 +27,18 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from common.cli import write_whole
-from speech.tokens import CODES_PER_SECOND, TEXT_UNDERSTANDING_END, TEXT_UNDERSTANDING_START, SpeechTokens, code_token
+from speech.tokens import (
+    CODES_PER_SECOND,
+    SPEECH_UNDERSTANDING_START,
+    TEXT_UNDERSTANDING_END,
+    TEXT_UNDERSTANDING_START,
+    SpeechTokens,
+    code_token,
+)
 from tiny.llasa import MAX_LENGTH, new_model, new_tokenizer
 from tiny.train_codec import LEVELS
 from training.loop import epoch_batches
-from training.rows import REFERENCE_COLUMNS, sft_rows
+from training.rows import sft_rows
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +46,6 @@ VOCAB_SIZE = 1_100  # of the text's BPE: a token for each word of the corpus
 EMBEDDING_STD = 0.02  # Llama's own start
 GUIDED_LAYER, WORD_HEAD, MARK_HEAD = 1, 0, 1
 GUIDED_UNTIL = 0.9  # of the steps
-WITHOUT_PROMPTS = 0.5  # of the steps
 WARMUP_STEPS = 200
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
 IGNORED = -100
@@ -49,16 +56,16 @@ class Example(NamedTuple):
 
     Attributes:
         ids: (length,), prompt and answer.
-        answer: number of its last tokens that are the answer: codes and END.
-        spoken: (length,), number of the text's word that the next token speaks; -1 where there is none.
-        written: (length,), number of the word that a token of the text writes; -2 elsewhere.
+        answer: number of its last tokens that are the answer: codes or text, and END.
+        due: (length,), number of the prompt's word that the next token answers; -1 where there is none.
+        given: (length,), number of the word that a token of the prompt belongs to; -2 elsewhere.
         last: (length,), the same at the last token of a word alone: its mark, where it has one; -2 elsewhere.
     """
 
     ids: torch.Tensor
     answer: int
-    spoken: torch.Tensor
-    written: torch.Tensor
+    due: torch.Tensor
+    given: torch.Tensor
     last: torch.Tensor
 
 
@@ -67,8 +74,8 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor
     targets: torch.Tensor  # the next token if it is the answer's, else IGNORED
-    spoken: torch.Tensor
-    written: torch.Tensor
+    due: torch.Tensor
+    given: torch.Tensor
     last: torch.Tensor
 
 
@@ -95,10 +102,10 @@ def embeddings_by_level(size: int, seed: int) -> torch.Tensor:
     return vectors * (EMBEDDING_STD / vectors.std())
 
 
-def examples(
+def tts_examples(
     rows: datasets.Dataset, times: dict[str, list], tokenizer: PreTrainedTokenizerFast, tokens: SpeechTokens
 ) -> list[Example]:
-    """What `train_policy` reads of rows of SFT.
+    """What `train_policy` reads of rows of SFT for text to speech.
 
     Args:
         times: by the row's id, the clip's words: (word, start in s, end in s).
@@ -106,19 +113,36 @@ def examples(
     made = []
     for row, encoded in zip(rows, sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH), strict=True):
         ids, answer = encoded["input_ids"], sum(encoded["completion_mask"])
-        written, before = written_words(ids, tokenizer), len((row.get("ref_text") or "").split())
-        spoken = torch.full((len(ids),), -1)
-        words = spoken_words_by_code(times[row["id"]], answer - 1)
-        spoken[len(ids) - answer - 1 : len(ids) - 2] = torch.tensor(words) + before
-        last = written.masked_fill(written == written.roll(-1), -2)
-        made.append(Example(torch.tensor(ids), answer, spoken, written, last))
+        due, given = torch.full((len(ids),), -1), torch.full((len(ids),), -2)
+        start, end = map(tokenizer.convert_tokens_to_ids, (TEXT_UNDERSTANDING_START, TEXT_UNDERSTANDING_END))
+        text = slice(ids.index(start) + 1, ids.index(end))
+        given[text] = torch.tensor(words_of_tokens(ids[text], tokenizer))
+        before = len((row.get("ref_text") or "").split())
+        due[-answer - 1 : -2] = before + torch.tensor(words_of_codes(times[row["id"]], answer - 1))
+        made.append(Example(torch.tensor(ids), answer, due, given, last_of_each(given)))
     return made
 
 
-def spoken_words_by_code(words: list, codes: int) -> list[int]:
+def asr_examples(
+    rows: datasets.Dataset, times: dict[str, list], tokenizer: PreTrainedTokenizerFast, tokens: SpeechTokens
+) -> list[Example]:
+    """What `train_policy` reads of rows of SFT for speech recognition; see `tts_examples`."""
+    made = []
+    for row, encoded in zip(rows, sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH, "asr"), strict=True):
+        ids, answer, codes = encoded["input_ids"], sum(encoded["completion_mask"]), len(row["audio_codes"])
+        due, given = torch.full((len(ids),), -1), torch.full((len(ids),), -2)
+        first = ids.index(tokenizer.convert_tokens_to_ids(SPEECH_UNDERSTANDING_START)) + 1
+        if times[row["id"]]:
+            given[first : first + codes] = torch.tensor(words_of_codes(times[row["id"]], codes))
+            due[-answer - 1 : -2] = torch.tensor(words_of_tokens(ids[-answer:-1], tokenizer))
+        made.append(Example(torch.tensor(ids), answer, due, given, last_of_each(given)))
+    return made
+
+
+def words_of_codes(words: list, codes: int) -> list[int]:
     """Number of the word at the middle of each code; a pause belongs to the word before it.
 
-    >>> spoken_words_by_code([("no", 0.0, 0.04), ("way", 0.04, 0.1)], 5)
+    >>> words_of_codes([("no", 0.0, 0.04), ("way", 0.04, 0.1)], 5)
     [0, 0, 1, 1, 1]
     """
     numbers, word = [], 0
@@ -129,14 +153,22 @@ def spoken_words_by_code(words: list, codes: int) -> list[int]:
     return numbers
 
 
-def written_words(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """For each token of the prompt's text the number of its word, -2 for the other tokens; shape (length,)."""
-    start, end = map(tokenizer.convert_tokens_to_ids, (TEXT_UNDERSTANDING_START, TEXT_UNDERSTANDING_END))
-    numbers, number = torch.full((len(ids),), -2), 0
-    for place in range(ids.index(start) + 1, ids.index(end)):
-        number += tokenizer.decode([ids[place]]).startswith(" ")
-        numbers[place] = number
+def words_of_tokens(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Number of the word of each token of a text: a word begins with a space."""
+    numbers, number = [], 0
+    for token in ids:
+        number += tokenizer.decode([token]).startswith(" ")
+        numbers.append(number)
     return numbers
+
+
+def last_of_each(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers where another one follows, -2 elsewhere.
+
+    >>> last_of_each(torch.tensor([-2, 0, 0, 1, -2]))
+    tensor([-2, -2,  0,  1, -2])
+    """
+    return numbers.masked_fill(numbers == numbers.roll(-1), -2)
 
 
 def batch_of(rows: list[Example], device: torch.device) -> Batch:
@@ -148,8 +180,8 @@ def batch_of(rows: list[Example], device: torch.device) -> Batch:
     columns = [
         ([row.ids for row in rows], 0),
         (targets, IGNORED),
-        ([row.spoken for row in rows], -1),
-        ([row.written for row in rows], -2),
+        ([row.due for row in rows], -1),
+        ([row.given for row in rows], -2),
         ([row.last for row in rows], -2),
     ]
     return Batch(*(pad_sequence(column, True, padding).to(device) for column, padding in columns))
@@ -160,7 +192,7 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean negative log-likelihood of the answers' tokens, and the guided heads' loss, 0 if not `guided`.
 
-    A head's is −log of its attention on the tokens of the word which the next code speaks, or on the last of them.
+    A head's is −log of its attention on the tokens of the word which is due, or on the last of them.
 
     Args:
         answer_ids: what an answer may consist of, sorted; the likelihood is among them.
@@ -171,14 +203,13 @@ def losses(
         logits = torch.nn.functional.linear(out.last_hidden_state[known], model.lm_head.weight[answer_ids])
     targets = torch.searchsorted(answer_ids, batch.targets[known])
     nll = torch.nn.functional.cross_entropy(logits.float(), targets)
-    if not guided:
+    if not guided or not (batch.due >= 0).any():  # clips without speech
         return nll, nll.new_zeros(())
     attention = out.attentions[GUIDED_LAYER].float()  # (rows, heads, length, length)
-    speaks = batch.spoken >= 0
     guide = nll.new_zeros(())
-    for head, guides in ((WORD_HEAD, batch.written), (MARK_HEAD, batch.last)):
-        own = batch.spoken[:, :, None] == guides[:, None, :]
-        on_own = (attention[:, head] * own).sum(-1)[speaks]
+    for head, numbers in ((WORD_HEAD, batch.given), (MARK_HEAD, batch.last)):
+        own = batch.due[:, :, None] == numbers[:, None, :]
+        on_own = (attention[:, head] * own).sum(-1)[batch.due >= 0]
         guide = guide - on_own.clamp(min=1e-6).log().mean() / 2
     return nll, guide
 
@@ -204,20 +235,32 @@ def heldout_loss(model: LlamaForCausalLM, rows: list[Example], answer_ids: torch
     return total / count
 
 
-def with_texts_of_others(rows: list[Example]) -> list[Example]:
-    """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of the text."""
+def with_prompts_of_others(rows: list[Example]) -> list[Example]:
+    """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of a prompt."""
     return [
         row._replace(ids=torch.cat([other.ids[: -other.answer], row.ids[-row.answer :]]))
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
     ]
 
 
+class Stream(NamedTuple):
+    """Rows of one task and kind.
+
+    Attributes:
+        answer_ids: see `losses`.
+    """
+
+    rows: list[Example]
+    heldout: list[Example]
+    answer_ids: torch.Tensor
+
+
 @dataclass
 class Progress:
-    """Of a training: steps taken, those of them without voice prompts, seconds, lowest held-out loss."""
+    """Of a training: steps taken, of each stream and in all, seconds, lowest held-out loss."""
 
+    steps: dict[str, int] = field(default_factory=dict)
     step: int = 0
-    without_prompts: int = 0
     seconds: float = 0.0
     best: float = math.inf
 
@@ -237,9 +280,8 @@ def load_unfinished(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.
 def train_policy(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    rows: datasets.Dataset,
-    heldout: datasets.Dataset,
-    times: dict[str, list],
+    streams: dict[str, Stream],
+    stream_of: Callable[[int, float], str],
     folder: Path,
     steps: int,
     batch_size: int,
@@ -253,63 +295,69 @@ def train_policy(
     An interrupted training resumes from its last evaluation.
 
     Args:
-        rows, heldout: of SFT, with ref_text and ref_codes.
-        times: see `examples`.
+        streams: by name; the held-out loss of the first decides which weights are kept.
+        stream_of: the name of a step's stream, of its number and of the progress from 0 to 1.
         max_seconds: the training is shortened to them.
     """
     device = next(model.parameters()).device
-    tokens = SpeechTokens.from_tokenizer(tokenizer)
-    answer_ids = torch.tensor(sorted(tokens.answer_ids("tts")), device=device)
-    alone = rows.remove_columns(list(REFERENCE_COLUMNS)), heldout.remove_columns(list(REFERENCE_COLUMNS))
-    bare, bare_heldout = (examples(part, times, tokenizer, tokens) for part in alone)
-    prompted, prompted_heldout = (examples(part, times, tokenizer, tokens) for part in (rows, heldout))
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU at these lengths, and it shows its attention
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    done, curve, unfinished = Progress(), folder / "curve.jsonl", folder / "unfinished.pt"
+    done, curve, unfinished = Progress(dict.fromkeys(streams, 0)), folder / "curve.jsonl", folder / "unfinished.pt"
     if unfinished.exists():
         done = load_unfinished(unfinished, model, optimizer)
         logger.info("policy: resuming at step %d", done.step)
     lines = curve.read_text().splitlines(keepends=True) if curve.exists() else []
     curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= done.step))
-    bare_batches = islice(batches(bare, batch_size, seed), done.without_prompts, None)
-    prompted_batches = islice(batches(prompted, batch_size, seed), done.step - done.without_prompts, None)
+    chosen = {
+        name: islice(batches(part.rows, batch_size, seed), done.steps[name], None) for name, part in streams.items()
+    }
     start, total, logged = time.monotonic() - done.seconds, torch.zeros(2), done.step
     progress = max(done.step / steps, done.seconds / max_seconds)
     while progress < 1:
-        if progress < WITHOUT_PROMPTS:
-            chosen = next(bare_batches)
-            done.without_prompts += 1
-        else:
-            chosen = next(prompted_batches)
+        name = stream_of(done.step, progress)
         weight = max(0.0, 1 - progress / GUIDED_UNTIL)
         cooling = (1 + math.cos(math.pi * max(0.0, 2 * progress - 1))) / 2  # from the middle on
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, done.step / WARMUP_STEPS) * cooling
-        nll, guide = losses(model, batch_of(chosen, device), answer_ids, guided=weight > 0)
+        batch = batch_of(next(chosen[name]), device)
+        nll, guide = losses(model, batch, streams[name].answer_ids, guided=weight > 0)
         optimizer.zero_grad()
         (nll + weight * guide).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += torch.stack([nll, guide]).detach().cpu()
-        done.step += 1
-        done.seconds = time.monotonic() - start
+        done.step, done.steps[name], done.seconds = done.step + 1, done.steps[name] + 1, time.monotonic() - start
         progress = max(done.step / steps, done.seconds / max_seconds)
         if done.step % eval_steps == 0 or progress >= 1:
-            model.eval()
-            loss = heldout_loss(model, prompted_heldout, answer_ids)
-            without = heldout_loss(model, bare_heldout, answer_ids)
-            misread = heldout_loss(model, with_texts_of_others(bare_heldout), answer_ids)
-            model.train()
             nll, guide = (total / (done.step - logged)).tolist()
-            line = {"step": done.step, "loss": nll, "attention": guide, "heldout": loss, "without_prompts": without}
-            line |= {"text": misread - without, "seconds": done.seconds}
+            line = {
+                "step": done.step,
+                "loss": nll,
+                "attention": guide,
+                **evaluated(model, streams),
+                "seconds": done.seconds,
+            }
             logger.info("policy %s", ", ".join(f"{key} {round(value, 3)}" for key, value in line.items()))
             with open(curve, "a") as file:
                 file.write(json.dumps(line) + "\n")
             total, logged = torch.zeros(2), done.step
+            loss = line[f"heldout_{next(iter(streams))}"]
             if loss < done.best:
                 done.best = loss
                 model.save_pretrained(folder)
             save_unfinished(unfinished, done, model, optimizer)
     unfinished.unlink(missing_ok=True)
+
+
+def evaluated(model: LlamaForCausalLM, streams: dict[str, Stream]) -> dict[str, float]:
+    """By stream, the held-out loss, and by how much prompts of others raise it, in nats a token."""
+    model.eval()
+    line = {}
+    for name, (_, heldout, answer_ids) in streams.items():
+        line[f"heldout_{name}"] = heldout_loss(model, heldout, answer_ids)
+        line[f"prompt_{name}"] = (
+            heldout_loss(model, with_prompts_of_others(heldout), answer_ids) - line[f"heldout_{name}"]
+        )
+    model.train()
+    return line

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile as sf
@@ -27,17 +28,18 @@ SHORT = {
     "GARBLED_CLIPS": 3,
     "POLICY_BATCH": 2,
     "EVAL_STEPS": 1,
+    "NON_SPEECH": {"sft": 1, "pool": 1, "heldout": 1},
 }
 CODECS = ("codec_joint", "codec")
 
 
 def fake_speech(folder: Path) -> None:
-    """Two training clips and two held-out ones of each of two voices, 1.7 s of a vowel."""
+    """Two training clips and three held-out ones of each of two voices, 1.7 s of a vowel."""
     folder.mkdir(parents=True)
     rows = []
     for speaker, f0_hz in (("joe", 110), ("slt", 190)):
         words = [[word, 0.4 * i, 0.4 * (i + 1)] for i, word in enumerate("nancy took the lamp".split())]
-        for i, split in enumerate(("train", "train", "heldout", "heldout")):
+        for i, split in enumerate(("train", "train", "heldout", "heldout", "asr_heldout")):
             row = {"id": f"{speaker}_{i}", "text": "Nancy took the lamp.", "speaker": speaker, "split": split}
             rows.append({**row, "form": "statement", "melody": "right", "duration_s": 1.7, "words": words})
             sf.write(folder / f"{speaker}_{i}.flac", falling(1.7, f0_hz, f0_hz - 10 - i), 16_000)
@@ -51,18 +53,19 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     for name, value in SHORT.items():
         monkeypatch.setattr(build, name, value)
     flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --whisper_steps 2 --policy_steps 3"
+    flags += " --asr_policy_steps 2"
     args = build.parse_args(flags.split())
-    for stage in ("codec", "decoder", "whisper", "rows", "policy"):
+    for stage in ("codec", "decoder", "whisper", "rows", "policy", "asr_rows", "asr_policy"):
         build.STAGES[stage](args)
     codes = build.load_codes(tmp_path)
-    assert [len(ids) for ids in codes] == [86] * 8  # 1.7 s are 85 hops, and the codec pads with one more
+    assert [len(ids) for ids in codes] == [86] * 10  # 1.7 s are 85 hops, and the codec pads with one more
     assert build.training_frames(tmp_path)[0].lengths == [86] * 6  # of 3 of the 4 recordings, and their copies
     encoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_encoder")]) for name in CODECS]
     decoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_decoder")]) for name in CODECS]
     assert np.array_equal(*encoder) and not np.array_equal(*decoder)
     curve = [json.loads(line) for line in (tmp_path / "llasa_sft" / "curve.jsonl").read_text().splitlines()]
     assert [line["step"] for line in curve] == [1, 2, 3]
-    assert curve[0]["heldout"] > curve[1]["heldout"]  # the first step has a learning rate of 0
+    assert curve[0]["heldout_prompted"] > curve[1]["heldout_prompted"]  # the first step has a learning rate of 0
     shipped = json.loads((tmp_path / "llasa" / "run.json").read_text())
     assert shipped["steps"] == 3 and shipped["codec_id"] == str(tmp_path / "codec")
     assert shipped["whisper"] == str(tmp_path / "whisper.pt")
@@ -73,12 +76,21 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     infer(inference_args([*flags.split(), "Nancy took the lamp."]))
     assert wav.exists()
 
+    sets = {name: read(tmp_path / f"asr_{name}.parquet") for name in ("sft", "pool", "heldout")}
+    assert [len(rows) for rows in sets.values()] == [3, 3, 3] and "keywords" in sets["heldout"].column_names
+    curve = [json.loads(line) for line in (tmp_path / "llasa_asr_sft" / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in curve] == [1, 2] and "heldout_asr" in curve[0]
+    infer(inference_args(transcribe(tmp_path)))
+    assert len((tmp_path / "transcripts.jsonl").read_text().splitlines()) == 3
+
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     monkeypatch.setattr(build, "SHIPPED", shipped)
     build.STAGES["ship"](args)
     record = json.loads((shipped / "llasa" / "run.json").read_text())
     assert (record["codec_id"], record["whisper"]) == ("tiny/natural/codec", "tiny/natural/whisper.pt")
+    assert json.loads((shipped / "llasa_asr" / "run.json").read_text())["codec_id"] == "tiny/natural/codec"
+    assert len(read(shipped / "asr" / "pool.parquet")) == 3 and "Rebecca" in (shipped / "asr/keywords.txt").read_text()
     assert (shipped / "codec" / "model.safetensors").exists() and (shipped / "whisper.pt").exists()
     recordings = [json.loads(line) for line in (shipped / "heldout" / "metadata.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in recordings) == ["joe_2", "joe_3", "slt_2", "slt_3"]
@@ -91,8 +103,17 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
     monkeypatch.setattr(build, "train_decoder", None)
     monkeypatch.setattr(build, "train_policy", None)
-    for stage in ("codec", "decoder", "policy"):
+    for stage in ("codec", "decoder", "policy", "asr_policy"):
         build.STAGES[stage](args)
+
+
+def read(path: Path) -> datasets.Dataset:
+    return datasets.Dataset.from_parquet(str(path))
+
+
+def transcribe(folder: Path) -> list[str]:
+    flags = f"--task asr --model_name_or_path {folder}/llasa_asr --dataset {folder}/asr_heldout.parquet"
+    return [*flags.split(), "--max_completion_length", "8", "--output", f"{folder}/transcripts.jsonl"]
 
 
 def state(folder: Path, part: str) -> list[np.ndarray]:

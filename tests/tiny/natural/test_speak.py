@@ -22,7 +22,7 @@ def a_neutral_clip(text, speaker):
 def test_training_clips_by_voice_form_and_melody():
     rows = speak.train_rows()
     voices = Counter(row["speaker"] for row in rows)
-    assert voices == {"joe": 10_000, "slt": 5_000, "rms": 5_000}
+    assert voices == {"joe": 17_000, "slt": 8_500, "rms": 8_500}
     melodies = Counter((row["form"], row["melody"]) for row in rows)
     for form in ("question", "emphasis"):
         assert 0.46 < melodies[form, "neutral"] / (melodies[form, "neutral"] + melodies[form, "right"]) < 0.54
@@ -37,6 +37,9 @@ def test_heldout_clips_are_new_and_evenly_divided():
     trained = {spoken_words(row["text"]) for row in speak.train_rows()}
     assert not trained & {spoken_words(row["text"]) for row in rows}
     assert {row["text"] for row in rows} <= set(sentences(speak.SEED)[50_000:])
+    asr = speak.asr_heldout_rows()
+    assert len(asr) == 400 and Counter(row["speaker"] for row in asr)["joe"] == 134
+    assert not (trained | {spoken_words(row["text"]) for row in rows}) & {spoken_words(row["text"]) for row in asr}
 
 
 def test_record_writes_the_melody_that_the_row_asks_for(tmp_path, monkeypatch):

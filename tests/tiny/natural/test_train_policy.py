@@ -1,4 +1,4 @@
-"""tiny/natural/train_policy.py: guided attention, its word numbers, and that a small policy learns to read with it."""
+"""tiny/natural/train_policy.py: guided attention, its word numbers, and that a small policy learns from a prompt."""
 
 import json
 import math
@@ -33,13 +33,13 @@ def made():
 def test_every_token_of_the_text_knows_its_word(made):
     _, tokenizer, tokens = made
     with_prompt = rows(ref_text=[TEXTS[1], None], ref_codes=[[5, 6], None])
-    for row, example in zip(with_prompt, policy.examples(with_prompt, TIMES, tokenizer, tokens), strict=True):
+    for row, example in zip(with_prompt, policy.tts_examples(with_prompt, TIMES, tokenizer, tokens), strict=True):
         text = " ".join(filter(None, [row["ref_text"], row["text"]]))
         for number, word in enumerate(text.split()):
-            places = (example.written == number).nonzero()[:, 0]
+            places = (example.given == number).nonzero()[:, 0]
             assert tokenizer.decode(example.ids[places]).strip() == word
             assert (example.last == number).nonzero()[:, 0].tolist() == [places[-1]]
-        assert (example.written >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert (example.given >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert (example.last >= 0).sum() == len(text.split())
     asked = tokenizer.decode(example.ids[example.last == 4])
     assert asked.strip() == "?"  # TEXTS[1]'s, of "letter?"
@@ -47,14 +47,14 @@ def test_every_token_of_the_text_knows_its_word(made):
 
 def test_a_position_knows_the_word_of_the_code_that_comes_next(made):
     _, tokenizer, tokens = made
-    alone = policy.examples(rows(), TIMES, tokenizer, tokens)[0]
+    alone = policy.tts_examples(rows(), TIMES, tokenizer, tokens)[0]
     first = len(alone.ids) - alone.answer  # place of the first code
     assert alone.ids[first] == tokens.first_code_id and alone.answer == 19
     # codes of 0.02 s; the pause from 0.12 to 0.14 s is the word's before it
     words = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
-    assert alone.spoken.tolist() == [-1] * (first - 1) + words + [-1, -1]
-    prompted = policy.examples(rows(ref_text=[TEXTS[1], None], ref_codes=[[5], None]), TIMES, tokenizer, tokens)[0]
-    assert prompted.spoken[prompted.spoken >= 0].tolist() == [word + 5 for word in words]
+    assert alone.due.tolist() == [-1] * (first - 1) + words + [-1, -1]
+    prompted = policy.tts_examples(rows(ref_text=[TEXTS[1], None], ref_codes=[[5], None]), TIMES, tokenizer, tokens)[0]
+    assert prompted.due[prompted.due >= 0].tolist() == [word + 5 for word in words]
 
 
 def test_neighbouring_levels_have_neighbouring_embeddings():
@@ -69,7 +69,7 @@ def test_neighbouring_levels_have_neighbouring_embeddings():
 def test_both_losses_of_a_batch_are_those_of_the_model(made):
     model, tokenizer, tokens = made
     model.set_attn_implementation("eager")
-    both = policy.examples(rows(), TIMES, tokenizer, tokens)
+    both = policy.tts_examples(rows(), TIMES, tokenizer, tokens)
     answer_ids = torch.tensor(sorted(tokens.speech_ids))
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         nll, guide = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=True)
@@ -79,10 +79,10 @@ def test_both_losses_of_a_batch_are_those_of_the_model(made):
             logits = out.logits[0, -row.answer - 1 : -1, answer_ids].float()
             target = torch.searchsorted(answer_ids, row.ids[-row.answer :])
             parts.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-            for place in (row.spoken >= 0).nonzero()[:, 0]:
+            for place in (row.due >= 0).nonzero()[:, 0]:
                 word, mark = out.attentions[policy.GUIDED_LAYER][0, [policy.WORD_HEAD, policy.MARK_HEAD], place]
-                heads.append(word[row.written == row.spoken[place]].sum())
-                heads.append(mark[row.last == row.spoken[place]].sum())
+                heads.append(word[row.given == row.due[place]].sum())
+                heads.append(mark[row.last == row.due[place]].sum())
     assert torch.allclose(nll, torch.cat(parts).mean(), atol=5e-3)  # bfloat16 on one side
     assert torch.allclose(guide, -torch.stack(heads).log().mean(), atol=2e-2)
     unguided = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=False)
@@ -91,7 +91,7 @@ def test_both_losses_of_a_batch_are_those_of_the_model(made):
 
 def test_an_epoch_has_every_row_once_in_the_seeds_order(made):
     _, tokenizer, tokens = made
-    two = policy.examples(rows(), TIMES, tokenizer, tokens)
+    two = policy.tts_examples(rows(), TIMES, tokenizer, tokens)
     many = [row._replace(answer=number) for number, row in enumerate(two * 5)]
     orders = []
     for seed in (0, 0, 1):
@@ -107,55 +107,98 @@ def two_texts() -> datasets.Dataset:
     return datasets.Dataset.from_dict(table | {"ref_text": [None, None], "ref_codes": [None, None]})
 
 
+@pytest.fixture
+def streams(made):
+    """Both tasks, on `two_texts`."""
+    _, tokenizer, tokens = made
+    both = {}
+    for task, examples in (("tts", policy.tts_examples), ("asr", policy.asr_examples)):
+        rows = examples(two_texts(), TIMES, tokenizer, tokens)
+        both[task] = policy.Stream(rows * 4, rows, torch.tensor(sorted(tokens.answer_ids(task))))
+    return both
+
+
+def test_a_token_of_a_transcript_knows_the_codes_of_its_word(made):
+    _, tokenizer, tokens = made
+    row = policy.asr_examples(rows(), TIMES, tokenizer, tokens)[0]
+    words = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
+    codes = (row.ids >= tokens.first_code_id) & (row.ids < tokens.first_code_id + tokens.num_codes)
+    assert row.given[codes].tolist() == words and (row.given[~codes] == -2).all()
+    assert row.last[codes].tolist() == [-2, 0, -2, -2, 1, -2, 2, -2, -2, 3, -2, -2, -2, -2, 4, -2, -2, 5]
+    answer = row.ids[-row.answer :]
+    assert answer[-1] == tokens.text_end_id and (row.due[: -row.answer - 1] == -1).all()
+    for number, word in enumerate("My neighbor lost her picture today.".split()):
+        due = row.due[-row.answer - 1 : -1] == number
+        assert tokenizer.decode(answer[due]).strip() == word
+    assert row.due[-2:].tolist() == [-1, -1]
+
+
+def test_a_clip_without_words_has_no_guide(made):
+    _, tokenizer, tokens = made
+    silent = datasets.Dataset.from_dict({"id": ["a"], "text": [""], "audio_codes": [[1, 2]]})
+    row = policy.asr_examples(silent, {"a": []}, tokenizer, tokens)[0]
+    assert (row.due == -1).all() and (row.given == -2).all() and row.answer == 1
+    model, batch = made[0], policy.batch_of([row], torch.device("cpu"))
+    answer_ids = torch.tensor(sorted(tokens.text_ids))
+    model.set_attn_implementation("eager")
+    nll, guide = policy.losses(model, batch, answer_ids, guided=True)
+    assert guide == 0 and nll > 0
+
+
 class Killed(Exception):
     pass
 
 
-def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
-    """Killed after the first evaluation, in the part without voice prompts, and after the third, in the other."""
-    seven = datasets.concatenate_datasets([two_texts()] * 4).select(range(7))
-    evaluate, left = policy.heldout_loss, math.inf
+def test_resumed_is_uninterrupted(streams, tmp_path, monkeypatch):
+    """Killed in the first evaluation, in the second and in the fourth."""
+    evaluate, left = policy.evaluated, []
 
-    def heldout_loss_or_killed(*args):
-        nonlocal left
-        left -= 1
-        if left < 0:
+    def evaluated_or_killed(*args):
+        if not left:
             raise Killed
+        left.pop()
         return evaluate(*args)
 
-    monkeypatch.setattr(policy, "heldout_loss", heldout_loss_or_killed)
+    def stream_of(step, _):
+        return "asr" if step % 3 == 1 else "tts"
+
+    monkeypatch.setattr(policy, "evaluated", evaluated_or_killed)
+    monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder, kills in ((whole, [math.inf]), (killed, [4, 7, math.inf])):  # three losses an evaluation
-        for left in kills:
+    for folder, evaluations in ((whole, [5]), (killed, [0, 1, 2, 5])):
+        for number in evaluations:
+            left[:] = [None] * number
             model, tokenizer = policy.new_policy(TEXTS, seed=0)
-            arguments = (seven, two_texts(), TIMES, folder, 15, 2, 1e-3)
+            arguments = (streams, stream_of, folder, 15, 3, 1e-3)
             try:
                 policy.train_policy(model, tokenizer, *arguments, seed=0, eval_steps=3)
             except Killed:
                 continue
     a, b = (type(model).from_pretrained(folder).state_dict() for folder in (whole, killed))
+    start = policy.new_policy(TEXTS, seed=0)[0].half().state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"].float())
     curves = []
     for folder in (whole, killed):
         lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-        curves.append([(line["step"], line["heldout"]) for line in lines])
-    assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [3, 6, 9, 12, 15]
+        curves.append([(line["step"], line["loss"], line["heldout_tts"], line["heldout_asr"]) for line in lines])
+    assert curves[0] == curves[1] and [step for step, *_ in curves[0]] == [3, 6, 9, 12, 15]
     assert not (killed / "unfinished.pt").exists()
 
 
-def test_it_learns_to_read(tmp_path, monkeypatch):
-    """Where the codes begin alike, the loss can fall below ln 2 of a code only by reading."""
+@pytest.mark.parametrize("task", ["tts", "asr"])
+def test_it_learns_from_the_prompt(task, streams, tmp_path, monkeypatch):
+    """Two answers that have nothing to tell them apart before their first token but the prompt."""
     monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
-    data = two_texts()
     (tmp_path / "curve.jsonl").write_text('{"step": 4, "of": "a training that was interrupted"}\n')
     model, tokenizer = policy.new_policy(TEXTS, seed=0)
-    policy.train_policy(model, tokenizer, data, data, TIMES, tmp_path, 32, 2, 2e-3, seed=0, eval_steps=4)
+    only = {task: streams[task]}
+    policy.train_policy(model, tokenizer, only, lambda *_: task, tmp_path, 48, 2, 2e-3, seed=0, eval_steps=4)
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     first, last = curve[0], curve[-1]
-    assert last["heldout"] < 0.5 < first["heldout"] and last["attention"] < first["attention"]
-    assert last["text"] > 0.1  # with the other's text it says the other's codes
+    assert last[f"heldout_{task}"] < 0.5 < first[f"heldout_{task}"] and last["attention"] < first["attention"]
+    assert last[f"prompt_{task}"] > 0.1  # behind the other's prompt it gives the other's answer
     kept = type(model).from_pretrained(tmp_path, dtype=torch.float32)
-    answer_ids = torch.tensor(sorted(SpeechTokens.from_tokenizer(tokenizer).speech_ids))
-    examples = policy.examples(data, TIMES, tokenizer, SpeechTokens.from_tokenizer(tokenizer))
-    best = min(line["heldout"] for line in curve)
-    assert math.isclose(policy.heldout_loss(kept, examples, answer_ids), best, abs_tol=0.02)
+    best = min(line[f"heldout_{task}"] for line in curve)
+    stream = streams[task]
+    assert math.isclose(policy.heldout_loss(kept, stream.heldout, stream.answer_ids), best, abs_tol=0.02)

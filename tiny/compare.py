@@ -125,7 +125,7 @@ TTS_METRICS = {
 NATURAL = "--config configs/%s.yaml --max_steps 75 --save_steps 25 --sample_steps 0"
 NATURAL_EVALUATION = (
     "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
-    "--judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
+    "--num_players 120 --judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
 )
 MELODY_METRICS = {
     HELDOUT_WER: Metric((1.0, "asr", "faster-whisper:build/whisper-base", "error_rate")),

@@ -64,10 +64,10 @@ def check_same_shapes(checkpoint: str | None, model: PreTrainedModel) -> None:
     differing = sorted(name for name in shared if stored[name] != expected[name])
     if differing or (stored and not shared):
         name = differing[0] if differing else min(stored)
-        here = f"{expected[name]} in this run's" if differing else "this run's model has no such weight"
+        here = f"shape {expected[name]}" if differing else "no such weight"
         raise InputError(
-            f"{checkpoint}: is of another model: {name} has the shape {stored[name]}, {here}. Resume with the policy "
-            "and the adapter of the run that wrote it, or use another --output_dir"
+            f"{checkpoint}: is of another model: {name} has shape {stored[name]} there, and this run's model has "
+            f"{here}. Resume with the policy and the adapter of the run that wrote it, or use another --output_dir"
         )
 
 

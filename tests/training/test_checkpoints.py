@@ -59,8 +59,8 @@ def test_its_own_checkpoint_fits(lora_rank, tmp_path):
 @pytest.mark.parametrize(
     ("written", "resumed", "reason"),
     [
-        ((8,), (16,), r"model.embed_tokens.weight has the shape \[8, 8\], \[8, 16\] in this run's"),
-        ((8, 2), (8, 4), r"lora_A.weight has the shape \[2, 8\], \[4, 8\] in this run's"),
+        ((8,), (16,), r"model.embed_tokens.weight has shape \[8, 8\] there, and this run's model has shape \[8, 16\]"),
+        ((8, 2), (8, 4), r"lora_A.weight has shape \[2, 8\] there, and this run's model has shape \[4, 8\]"),
         ((8,), (8, 2), "this run's model has no such weight"),
     ],
 )

@@ -2,7 +2,8 @@
 
     python -m tiny.natural.build --stage asr_rows
 
-Some names are rare in the supervised training: they are the keywords of RL and evaluation.
+Some names are rare in the supervised training of speech recognition: they are the keywords of RL and evaluation. (That
+of text to speech, from which it starts, has them all.)
 """
 
 import random
@@ -20,8 +21,9 @@ from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
 from tiny.asr_data import FRAC_NOISY, SNR_DB, noise
 
 RARE_NAMES = "Rebecca Jessica Benjamin Samuel Julia Oliver".split()
-FRAC_RARE = 0.03  # of their sentences that the supervised training has
+FRAC_RARE = 0.03  # of their sentences that the supervised training of speech recognition has
 FRAC_LONG = 0.12
+MAX_SECONDS = 7.5  # of a long clip: 375 codes, beside which prompt and text fit into the policy's 512 tokens
 PAUSE_S = 0.2  # between the sentences of a long clip
 NON_SPEECH_S = (1.0, 3.0)
 
@@ -54,7 +56,7 @@ def with_few_rare_names(rows: list[dict], seed: int) -> list[dict]:
 
 
 def clips_of(rows: list[dict], seed: int) -> list[Clip]:
-    """Clips of all rows; FRAC_LONG of them of two or three of a voice, the rest of one."""
+    """Clips of all rows: FRAC_LONG of them of two or three of a voice, as MAX_SECONDS allows, the rest of one."""
     rng = random.Random(seed)
     speakers = list(dict.fromkeys(row["speaker"] for row in rows))
     left = {name: [row for row in rows if row["speaker"] == name] for name in speakers}
@@ -62,10 +64,16 @@ def clips_of(rows: list[dict], seed: int) -> list[Clip]:
     for name in speakers:
         while left[name]:
             count = rng.choice([2, 3]) if rng.random() < FRAC_LONG else 1
+            while count > 1 and seconds(left[name][:count]) > MAX_SECONDS:
+                count -= 1
             clips.append(Clip(tuple(left[name][:count]), snr_db(rng)))
             left[name] = left[name][count:]
     rng.shuffle(clips)
     return clips
+
+
+def seconds(rows: list[dict]) -> float:
+    return sum(row["duration_s"] for row in rows) + PAUSE_S * (len(rows) - 1)
 
 
 def snr_db(rng: random.Random) -> float | None:
@@ -77,7 +85,7 @@ def clips_without_speech(count: int, seed: int) -> list[Clip]:
     return [Clip((), snr_db(rng)) for _ in range(count)]
 
 
-def recorded(clip: Clip, folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
+def mix_clip(clip: Clip, folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
     """The clip, float32 at 16 kHz, and its words: (word, start in s, end in s).
 
     Args:
@@ -103,14 +111,14 @@ def rows_of(
 
     Args:
         name: with which the ids begin.
-        folder: see `recorded`.
+        folder: see `mix_clip`.
     """
     rng = np.random.default_rng(seed)
     codes, words = [], []
     for start in tqdm(range(0, len(clips), chunk), desc="encode", disable=None):
-        made = [recorded(clip, folder, rng) for clip in clips[start : start + chunk]]
-        codes += codec.encode([wav for wav, _ in made])
-        words += [times for _, times in made]
+        mixed = [mix_clip(clip, folder, rng) for clip in clips[start : start + chunk]]
+        codes += codec.encode([wav for wav, _ in mixed])
+        words += [times for _, times in mixed]
     ids = [f"{name}_{number:05d}" for number in range(len(clips))]
     rows = {
         "id": ids,

@@ -15,7 +15,8 @@ The stages, in order; each reads what the ones before it wrote:
     asr_policy  SFT of Llasa on both tasks
     ship     copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
-All but the last write to --work_dir, where a stage or a clip that is there is kept, so an interrupted build resumes;
+All but the last write to --work_dir, where clips, codes and trainings of codec and policies that are there are kept, so
+an interrupted build resumes;
 the last writes to tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
 
 The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt. Seeds are fixed, but Piper, which
@@ -29,6 +30,7 @@ import math
 import pickle
 import random
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +40,7 @@ import numpy as np
 import soundfile as sf
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, Xcodec2Model
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Xcodec2Model
 
 from common.cli import (
     HelpFormatter,
@@ -63,7 +65,7 @@ from tiny.natural.corpus import form, sentences
 from tiny.natural.melody import with_random_melody
 from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
-from tiny.natural.train_policy import Stream, asr_examples, new_policy, train_policy, tts_examples
+from tiny.natural.train_policy import UNFINISHED, Stream, asr_examples, new_policy, train_policy, tts_examples
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
 from tiny.train_codec import NUM_CODES
@@ -333,11 +335,11 @@ def build_policy(args: argparse.Namespace) -> None:
             "alone": stream_of_rows("tts", *map(without_voice_prompts, (rows, heldout)), times, tokenizer),
         }
 
-        def stream_of(step: int, progress: float) -> str:
+        def choose_stream(step: int, progress: float) -> str:
             return "alone" if progress < WITHOUT_PROMPTS else "prompted"
 
-        sft(args, model, tokenizer, streams, stream_of, trained, args.policy_steps, 1.5e-3)
-        write_run(str(trained), codec_id=codec, whisper=whisper, seed=SEED, steps=args.policy_steps)
+        record = {"codec_id": codec, "whisper": whisper}
+        sft(args, model, tokenizer, streams, choose_stream, trained, args.policy_steps, 1.5e-3, record)
     ship_policy(trained, args.work_dir / "llasa")
 
 
@@ -346,7 +348,11 @@ def without_voice_prompts(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def stream_of_rows(
-    task: str, rows: datasets.Dataset, heldout: datasets.Dataset, times: dict[str, list], tokenizer
+    task: str,
+    rows: datasets.Dataset,
+    heldout: datasets.Dataset,
+    times: dict[str, list],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> Stream:
     tokens = SpeechTokens.from_tokenizer(tokenizer)
     examples = {"tts": tts_examples, "asr": asr_examples}[task]
@@ -354,10 +360,33 @@ def stream_of_rows(
     return Stream(*(examples(part, times, tokenizer, tokens) for part in (rows, heldout)), answer_ids)
 
 
-def sft(args, model, tokenizer, streams, stream_of, folder: Path, steps: int, learning_rate: float) -> None:
-    """`train_policy` with the settings that the policies share."""
-    shared = (POLICY_BATCH, learning_rate, SEED, EVAL_STEPS, args.max_seconds)
-    train_policy(model.to(DEVICE), tokenizer, streams, stream_of, folder, steps, *shared)
+def sft(
+    args: argparse.Namespace,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    streams: dict[str, Stream],
+    choose_stream: Callable[[int, float], str],
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    record: dict,
+) -> None:
+    """`train_policy` with the settings that the policies share, and the run's `record`."""
+    train_policy(
+        model.to(DEVICE),
+        tokenizer,
+        streams,
+        choose_stream,
+        folder,
+        steps,
+        batch_size=POLICY_BATCH,
+        learning_rate=learning_rate,
+        seed=SEED,
+        eval_steps=EVAL_STEPS,
+        max_seconds=args.max_seconds,
+    )
+    write_run(str(folder), **record, seed=SEED, steps=steps)
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def build_asr_rows(args: argparse.Namespace) -> None:
@@ -373,8 +402,8 @@ def build_asr_rows(args: argparse.Namespace) -> None:
     }
     words = {}
     for number, (name, (chosen, non_speech)) in enumerate(sets.items()):
-        clips = clips_of(chosen, SEED + number) + clips_without_speech(non_speech, SEED + number)
-        encoded, times = rows_of(name, clips, args.work_dir / "speech", codec, SEED + number)
+        mixed = clips_of(chosen, SEED + number) + clips_without_speech(non_speech, SEED + number)
+        encoded, times = rows_of(name, mixed, args.work_dir / "speech", codec, SEED + number)
         if name != "heldout":
             encoded = encoded.remove_columns("keywords")  # select_rl_data.py finds them
         save_rows(encoded, args.work_dir / f"asr_{name}.parquet")
@@ -385,31 +414,32 @@ def build_asr_rows(args: argparse.Namespace) -> None:
 
 def build_asr_policy(args: argparse.Namespace) -> None:
     """SFT of the policy on both tasks; every third step is of text to speech, which it would forget."""
-    read = {
-        name: datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", stage)))
+    start = made(args.work_dir / "llasa_sft" / "run.json", "policy").parent
+    words = made(args.work_dir / "asr_words.pkl", "asr_rows")
+    asr_rows, asr_heldout, speech, speech_heldout = (
+        datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", stage)))
         for name, stage in (
             ("asr_sft", "asr_rows"),
             ("asr_heldout", "asr_rows"),
             ("speech", "rows"),
             ("speech_heldout", "rows"),
         )
-    }
-    trained, start = args.work_dir / "llasa_asr_sft", made(args.work_dir / "llasa_sft", "policy")
+    )
+    trained = args.work_dir / "llasa_asr_sft"
     if not (trained / "run.json").exists():
         model, tokenizer = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32), load_tokenizer(str(start))[0]
         times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
-        times |= pickle.loads((args.work_dir / "asr_words.pkl").read_bytes())
+        times |= pickle.loads(words.read_bytes())
         streams = {
-            "asr": stream_of_rows("asr", read["asr_sft"], read["asr_heldout"], times, tokenizer),
-            "tts": stream_of_rows("tts", read["speech"], read["speech_heldout"], times, tokenizer),
+            "asr": stream_of_rows("asr", asr_rows, asr_heldout, times, tokenizer),
+            "tts": stream_of_rows("tts", speech, speech_heldout, times, tokenizer),
         }
 
-        def stream_of(step: int, progress: float) -> str:
+        def choose_stream(step: int, progress: float) -> str:
             return "tts" if step % 3 == 0 else "asr"
 
-        sft(args, model, tokenizer, streams, stream_of, trained, args.asr_policy_steps, 1e-3)
-        record = {name: recorded(str(start), name, "") for name in ("codec_id", "whisper")}
-        write_run(str(trained), **record, seed=SEED, steps=args.asr_policy_steps)
+        record = {name: recorded(str(start), name) for name in ("codec_id", "whisper")}
+        sft(args, model, tokenizer, streams, choose_stream, trained, args.asr_policy_steps, 1e-3, record)
     ship_policy(trained, args.work_dir / "llasa_asr")
 
 
@@ -442,8 +472,10 @@ def build_ship(args: argparse.Namespace) -> None:
 
 def rl_texts() -> list[str]:
     """RL_TEXTS' numbers of the texts of each form behind those of the recordings, in a random order."""
-    behind = sentences(SEED)[TRAIN_CLIPS:]
-    texts = [text for kind, number in RL_TEXTS.items() for text in [t for t in behind if form(t) == kind][:number]]
+    texts = []
+    for kind, number in RL_TEXTS.items():
+        of_form = [text for text in sentences(SEED)[TRAIN_CLIPS:] if form(text) == kind]
+        texts += of_form[:number]
     random.Random(SEED).shuffle(texts)
     return texts
 
@@ -479,7 +511,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny", timestamps=True)
     with bad_input_exits():
-        check_at_least(args, threads=1, codec_steps=1, decoder_steps=1, whisper_steps=1, policy_steps=1, max_seconds=1)
+        check_at_least(
+            args,
+            threads=1,
+            codec_steps=1,
+            decoder_steps=1,
+            whisper_steps=1,
+            policy_steps=1,
+            asr_policy_steps=1,
+            max_seconds=1,
+        )
         check_writable(args.work_dir)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much

@@ -71,7 +71,7 @@ def heldout_rows() -> list[dict]:
 
 
 def asr_heldout_rows() -> list[dict]:
-    """Held out from the recognition of speech, whose clips may be several of these in a row."""
+    """Sentences held out for ASR; a clip of it joins one or more of them."""
     texts = sentences(SEED)[ASR_HELDOUT]
     shared = {"melody": "right", "split": "asr_heldout"}
     return [

@@ -4,8 +4,8 @@ The likelihood alone teaches a small Llama to follow the text last of all, since
 before it. The times of the words are known here, so one attention head is told for each code which word it speaks, and
 a second one where that word ends, since there stands the mark that decides on its melody: `?` or `*`. This is guided
 attention (arXiv 1710.08969, whose guide is a diagonal for want of times); the weight of its loss falls to 0 before the
-end. Speech recognition is guided the other way round: each token of the text is told the codes of its word. And the
-embeddings of codes start from the codes' levels, so that codes that sound alike are neighbours.
+end. In speech recognition each token of the text is told the codes of its word, and the last of them. The embeddings
+of codes start from the codes' levels, so that codes that sound alike are neighbours.
 
 Batches are of one stream at a time: rows of one task and kind.
 """
@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from common.cli import write_whole
+from common.cli import InputError, write_whole, write_whole_text
 from speech.tokens import (
     CODES_PER_SECOND,
     SPEECH_UNDERSTANDING_START,
@@ -44,11 +44,12 @@ logger = logging.getLogger(__name__)
 
 VOCAB_SIZE = 1_100  # of the text's BPE: a token for each word of the corpus
 EMBEDDING_STD = 0.02  # Llama's own start
-GUIDED_LAYER, WORD_HEAD, MARK_HEAD = 1, 0, 1
+GUIDED_LAYER, WORD_HEAD, WORD_END_HEAD = 1, 0, 1
 GUIDED_UNTIL = 0.9  # of the steps
 WARMUP_STEPS = 200
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.1
 IGNORED = -100
+UNFINISHED = "unfinished.pt"  # in the folder of a policy
 
 
 class Example(NamedTuple):
@@ -57,16 +58,14 @@ class Example(NamedTuple):
     Attributes:
         ids: (length,), prompt and answer.
         answer: number of its last tokens that are the answer: codes or text, and END.
-        due: (length,), number of the prompt's word that the next token answers; -1 where there is none.
-        given: (length,), number of the word that a token of the prompt belongs to; -2 elsewhere.
-        last: (length,), the same at the last token of a word alone: its mark, where it has one; -2 elsewhere.
+        target_word: (length,), number of the prompt's word that the next token answers; -1 where there is none.
+        prompt_word: (length,), number of the word that a token of the prompt belongs to; -2 elsewhere.
     """
 
     ids: torch.Tensor
     answer: int
-    due: torch.Tensor
-    given: torch.Tensor
-    last: torch.Tensor
+    target_word: torch.Tensor
+    prompt_word: torch.Tensor
 
 
 class Batch(NamedTuple):
@@ -74,9 +73,8 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor
     targets: torch.Tensor  # the next token if it is the answer's, else IGNORED
-    due: torch.Tensor
-    given: torch.Tensor
-    last: torch.Tensor
+    target_word: torch.Tensor
+    prompt_word: torch.Tensor
 
 
 def new_policy(texts: list[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -109,34 +107,54 @@ def tts_examples(
 
     Args:
         times: by the row's id, the clip's words: (word, start in s, end in s).
+    Raises:
+        InputError: a row longer than MAX_LENGTH tokens.
     """
-    made = []
-    for row, encoded in zip(rows, sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH), strict=True):
+    examples = []
+    for row, encoded in encoded_rows(rows, tokenizer, tokens, "tts"):
         ids, answer = encoded["input_ids"], sum(encoded["completion_mask"])
-        due, given = torch.full((len(ids),), -1), torch.full((len(ids),), -2)
+        target_word, prompt_word = no_words(ids)
         start, end = map(tokenizer.convert_tokens_to_ids, (TEXT_UNDERSTANDING_START, TEXT_UNDERSTANDING_END))
         text = slice(ids.index(start) + 1, ids.index(end))
-        given[text] = torch.tensor(words_of_tokens(ids[text], tokenizer))
+        prompt_word[text] = torch.tensor(words_of_tokens(ids[text], tokenizer))
         before = len((row.get("ref_text") or "").split())
-        due[-answer - 1 : -2] = before + torch.tensor(words_of_codes(times[row["id"]], answer - 1))
-        made.append(Example(torch.tensor(ids), answer, due, given, last_of_each(given)))
-    return made
+        target_word[-answer - 1 : -2] = before + torch.tensor(words_of_codes(times[row["id"]], answer - 1))
+        examples.append(Example(torch.tensor(ids), answer, target_word, prompt_word))
+    return examples
 
 
 def asr_examples(
     rows: datasets.Dataset, times: dict[str, list], tokenizer: PreTrainedTokenizerFast, tokens: SpeechTokens
 ) -> list[Example]:
     """What `train_policy` reads of rows of SFT for speech recognition; see `tts_examples`."""
-    made = []
-    for row, encoded in zip(rows, sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH, "asr"), strict=True):
+    examples = []
+    for row, encoded in encoded_rows(rows, tokenizer, tokens, "asr"):
         ids, answer, codes = encoded["input_ids"], sum(encoded["completion_mask"]), len(row["audio_codes"])
-        due, given = torch.full((len(ids),), -1), torch.full((len(ids),), -2)
+        target_word, prompt_word = no_words(ids)
         first = ids.index(tokenizer.convert_tokens_to_ids(SPEECH_UNDERSTANDING_START)) + 1
-        if times[row["id"]]:
-            given[first : first + codes] = torch.tensor(words_of_codes(times[row["id"]], codes))
-            due[-answer - 1 : -2] = torch.tensor(words_of_tokens(ids[-answer:-1], tokenizer))
-        made.append(Example(torch.tensor(ids), answer, due, given, last_of_each(given)))
-    return made
+        if times[row["id"]]:  # it has speech
+            prompt_word[first : first + codes] = torch.tensor(words_of_codes(times[row["id"]], codes))
+            target_word[-answer - 1 : -2] = torch.tensor(words_of_tokens(ids[-answer:-1], tokenizer))
+        examples.append(Example(torch.tensor(ids), answer, target_word, prompt_word))
+    return examples
+
+
+def encoded_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerFast, tokens: SpeechTokens, task: str
+) -> Iterator[tuple[dict, dict]]:
+    """Each row and its example of SFT; InputError for a row longer than MAX_LENGTH tokens, which `sft_rows` drops."""
+    encoded = sft_rows(rows, "rows", tokenizer, tokens, MAX_LENGTH, task)
+    if len(encoded) < len(rows):
+        raise InputError(
+            f"{len(rows) - len(encoded)} of {len(rows)} rows of {task} are longer than {MAX_LENGTH} tokens. "
+            "Shorten the clips"
+        )
+    return zip(rows, encoded, strict=True)
+
+
+def no_words(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """target_word and prompt_word of an example without any."""
+    return torch.full((len(ids),), -1), torch.full((len(ids),), -2)
 
 
 def words_of_codes(words: list, codes: int) -> list[int]:
@@ -162,15 +180,6 @@ def words_of_tokens(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[
     return numbers
 
 
-def last_of_each(numbers: torch.Tensor) -> torch.Tensor:
-    """The numbers where another one follows, -2 elsewhere.
-
-    >>> last_of_each(torch.tensor([-2, 0, 0, 1, -2]))
-    tensor([-2, -2,  0,  1, -2])
-    """
-    return numbers.masked_fill(numbers == numbers.roll(-1), -2)
-
-
 def batch_of(rows: list[Example], device: torch.device) -> Batch:
     targets = []
     for row in rows:
@@ -180,9 +189,8 @@ def batch_of(rows: list[Example], device: torch.device) -> Batch:
     columns = [
         ([row.ids for row in rows], 0),
         (targets, IGNORED),
-        ([row.due for row in rows], -1),
-        ([row.given for row in rows], -2),
-        ([row.last for row in rows], -2),
+        ([row.target_word for row in rows], -1),
+        ([row.prompt_word for row in rows], -2),
     ]
     return Batch(*(pad_sequence(column, True, padding).to(device) for column, padding in columns))
 
@@ -192,7 +200,7 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean negative log-likelihood of the answers' tokens, and the guided heads' loss, 0 if not `guided`.
 
-    A head's is −log of its attention on the tokens of the word which is due, or on the last of them.
+    A head's is −log of its attention on the tokens of the target word, or on the last of them.
 
     Args:
         answer_ids: what an answer may consist of, sorted; the likelihood is among them.
@@ -203,15 +211,18 @@ def losses(
         logits = torch.nn.functional.linear(out.last_hidden_state[known], model.lm_head.weight[answer_ids])
     targets = torch.searchsorted(answer_ids, batch.targets[known])
     nll = torch.nn.functional.cross_entropy(logits.float(), targets)
-    if not guided or not (batch.due >= 0).any():  # clips without speech
+    has_target = batch.target_word >= 0
+    if not guided or not has_target.any():  # clips without speech
         return nll, nll.new_zeros(())
     attention = out.attentions[GUIDED_LAYER].float()  # (rows, heads, length, length)
-    guide = nll.new_zeros(())
-    for head, numbers in ((WORD_HEAD, batch.given), (MARK_HEAD, batch.last)):
-        own = batch.due[:, :, None] == numbers[:, None, :]
-        on_own = (attention[:, head] * own).sum(-1)[batch.due >= 0]
-        guide = guide - on_own.clamp(min=1e-6).log().mean() / 2
-    return nll, guide
+    at_end = batch.prompt_word != batch.prompt_word.roll(-1, dims=-1)
+    word_end = batch.prompt_word.where(at_end, -2)
+    attention_loss = nll.new_zeros(())
+    for head, words in ((WORD_HEAD, batch.prompt_word), (WORD_END_HEAD, word_end)):
+        is_target = batch.target_word[:, :, None] == words[:, None, :]
+        on_target = (attention[:, head] * is_target).sum(-1)[has_target]
+        attention_loss = attention_loss - on_target.clamp(min=1e-6).log().mean() / 2
+    return nll, attention_loss
 
 
 def batches(rows: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
@@ -236,7 +247,10 @@ def heldout_loss(model: LlamaForCausalLM, rows: list[Example], answer_ids: torch
 
 
 def with_prompts_of_others(rows: list[Example]) -> list[Example]:
-    """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of a prompt."""
+    """Each answer behind the prompt of the next row: how much the loss rises says what the policy reads of a prompt.
+
+    Their words are no longer those of the prompts, so they are for the likelihood alone.
+    """
     return [
         row._replace(ids=torch.cat([other.ids[: -other.answer], row.ids[-row.answer :]]))
         for row, other in zip(rows, [*rows[1:], rows[0]], strict=True)
@@ -257,8 +271,9 @@ class Stream(NamedTuple):
 
 @dataclass
 class Progress:
-    """Of a training: steps taken, of each stream and in all, seconds, lowest held-out loss."""
+    """Of a training: its settings, steps taken, of each stream and in all, seconds, lowest held-out loss."""
 
+    settings: dict[str, float]
     steps: dict[str, int] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
@@ -281,7 +296,7 @@ def train_policy(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     streams: dict[str, Stream],
-    stream_of: Callable[[int, float], str],
+    choose_stream: Callable[[int, float], str],
     folder: Path,
     steps: int,
     batch_size: int,
@@ -292,50 +307,55 @@ def train_policy(
 ) -> None:
     """Train, and save to `folder` the weights with the lowest held-out loss, and curve.jsonl with a line an evaluation.
 
-    An interrupted training resumes from its last evaluation.
+    An interrupted training resumes from its last evaluation, which unfinished.pt has; the caller deletes that file.
 
     Args:
         streams: by name; the held-out loss of the first decides which weights are kept.
-        stream_of: the name of a step's stream, of its number and of the progress from 0 to 1.
+        choose_stream: the name of a step's stream, of its number and of the progress from 0 to 1.
         max_seconds: the training is shortened to them.
+    Raises:
+        InputError: the training that was interrupted had other settings.
     """
     device = next(model.parameters()).device
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU at these lengths, and it shows its attention
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    done, curve, unfinished = Progress(dict.fromkeys(streams, 0)), folder / "curve.jsonl", folder / "unfinished.pt"
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    done, curve, unfinished = Progress(settings, dict.fromkeys(streams, 0)), folder / "curve.jsonl", folder / UNFINISHED
     if unfinished.exists():
         done = load_unfinished(unfinished, model, optimizer)
+        if done.settings != settings:
+            raise InputError(f"{unfinished}: is of a training with {done.settings}, not {settings}. Delete it")
         logger.info("policy: resuming at step %d", done.step)
     lines = curve.read_text().splitlines(keepends=True) if curve.exists() else []
-    curve.write_text("".join(line for line in lines if json.loads(line)["step"] <= done.step))
-    chosen = {
+    write_whole_text(curve, "".join(line for line in lines if json.loads(line)["step"] <= done.step))
+    batches_of = {
         name: islice(batches(part.rows, batch_size, seed), done.steps[name], None) for name, part in streams.items()
     }
     start, total, logged = time.monotonic() - done.seconds, torch.zeros(2), done.step
     progress = max(done.step / steps, done.seconds / max_seconds)
     while progress < 1:
-        name = stream_of(done.step, progress)
+        name = choose_stream(done.step, progress)
         weight = max(0.0, 1 - progress / GUIDED_UNTIL)
         cooling = (1 + math.cos(math.pi * max(0.0, 2 * progress - 1))) / 2  # from the middle on
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, done.step / WARMUP_STEPS) * cooling
-        batch = batch_of(next(chosen[name]), device)
-        nll, guide = losses(model, batch, streams[name].answer_ids, guided=weight > 0)
+        batch = batch_of(next(batches_of[name]), device)
+        nll, attention_loss = losses(model, batch, streams[name].answer_ids, guided=weight > 0)
         optimizer.zero_grad()
-        (nll + weight * guide).backward()
+        (nll + weight * attention_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        total += torch.stack([nll, guide]).detach().cpu()
+        total += torch.stack([nll, attention_loss]).detach().cpu()
         done.step, done.steps[name], done.seconds = done.step + 1, done.steps[name] + 1, time.monotonic() - start
         progress = max(done.step / steps, done.seconds / max_seconds)
         if done.step % eval_steps == 0 or progress >= 1:
-            nll, guide = (total / (done.step - logged)).tolist()
+            nll, attention_loss = (total / (done.step - logged)).tolist()
             line = {
                 "step": done.step,
                 "loss": nll,
-                "attention": guide,
-                **evaluated(model, streams),
+                "attention": attention_loss,
+                **evaluate(model, streams),
                 "seconds": done.seconds,
             }
             logger.info("policy %s", ", ".join(f"{key} {round(value, 3)}" for key, value in line.items()))
@@ -347,16 +367,15 @@ def train_policy(
                 done.best = loss
                 model.save_pretrained(folder)
             save_unfinished(unfinished, done, model, optimizer)
-    unfinished.unlink(missing_ok=True)
 
 
-def evaluated(model: LlamaForCausalLM, streams: dict[str, Stream]) -> dict[str, float]:
+def evaluate(model: LlamaForCausalLM, streams: dict[str, Stream]) -> dict[str, float]:
     """By stream, the held-out loss, and by how much prompts of others raise it, in nats a token."""
     model.eval()
     line = {}
     for name, (_, heldout, answer_ids) in streams.items():
         line[f"heldout_{name}"] = heldout_loss(model, heldout, answer_ids)
-        line[f"prompt_{name}"] = (
+        line[f"mismatched_prompt_{name}"] = (
             heldout_loss(model, with_prompts_of_others(heldout), answer_ids) - line[f"heldout_{name}"]
         )
     model.train()

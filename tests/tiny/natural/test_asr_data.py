@@ -22,6 +22,7 @@ def rows(count: int, texts: tuple[str, ...] = tuple(WORDS)) -> list[dict]:
             "id": f"train_{i}",
             "text": texts[i % len(texts)],
             "speaker": ["joe", "slt"][i // 2 % 2],
+            "duration_s": 2.0 if i % 10 else 5.0,
             "words": [[word, 0.1 * n, 0.1 * (n + 1)] for n, word in enumerate(WORDS[texts[i % len(texts)]])],
         }
         for i in range(count)
@@ -35,7 +36,8 @@ def test_every_recording_is_in_one_clip_of_its_voice():
     assert all(len({row["speaker"] for row in clip.rows}) == 1 for clip in clips)
     lengths = Counter(len(clip.rows) for clip in clips)
     assert lengths.keys() == {1, 2, 3}
-    assert (lengths[2] + lengths[3]) / len(clips) == pytest.approx(asr_data.FRAC_LONG, abs=0.03)
+    assert 0.7 * asr_data.FRAC_LONG < (lengths[2] + lengths[3]) / len(clips) < 1.1 * asr_data.FRAC_LONG
+    assert max(asr_data.seconds(clip.rows) for clip in clips) <= asr_data.MAX_SECONDS
     assert sum(clip.snr_db is not None for clip in clips) / len(clips) == pytest.approx(FRAC_NOISY, abs=0.04)
     assert clips == asr_data.clips_of(recordings, seed=0) != asr_data.clips_of(recordings, seed=1)
 
@@ -62,7 +64,7 @@ def folder(tmp_path):
 
 def test_joined_recordings_keep_the_times_of_their_words(folder):
     first, second = rows(2)
-    wav, words = asr_data.recorded(Clip((first, second), None), folder, np.random.default_rng(0))
+    wav, words = asr_data.mix_clip(Clip((first, second), None), folder, np.random.default_rng(0))
     assert len(wav) == 4_000 + 3_200 + 4_000  # 0.2 s of pause
     assert np.abs(wav[4_000:7_200]).max() == 0 and np.abs(wav[7_200:]).max() == pytest.approx(0.2, abs=1e-3)
     assert [word for word, _, _ in words] == "rebecca lost it did peter lose it".split()
@@ -71,15 +73,15 @@ def test_joined_recordings_keep_the_times_of_their_words(folder):
 
 def test_noise_has_the_level_that_is_asked_for(folder):
     (row,) = rows(1)
-    clean, _ = asr_data.recorded(Clip((row,), None), folder, np.random.default_rng(0))
-    noisy, _ = asr_data.recorded(Clip((row,), 20.0), folder, np.random.default_rng(0))
+    clean, _ = asr_data.mix_clip(Clip((row,), None), folder, np.random.default_rng(0))
+    noisy, _ = asr_data.mix_clip(Clip((row,), 20.0), folder, np.random.default_rng(0))
     assert 20 * np.log10(clean.std() / (noisy - clean).std()) == pytest.approx(20, abs=0.1)
 
 
 def test_clips_without_speech_are_silent_or_noisy(folder):
     clips = asr_data.clips_without_speech(100, seed=0)
     rng = np.random.default_rng(0)
-    levels = [np.abs(asr_data.recorded(clip, folder, rng)[0]).max() for clip in clips]
+    levels = [np.abs(asr_data.mix_clip(clip, folder, rng)[0]).max() for clip in clips]
     assert all(clip.rows == () and clip.text == "" for clip in clips)
     assert [level > 0 for level in levels] == [clip.snr_db is not None for clip in clips]
 

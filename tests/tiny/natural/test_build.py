@@ -17,7 +17,7 @@ from inference import parse_args as inference_args
 from speech.audio import load_audio
 from tiny.natural import build
 from tiny.natural.corpus import form
-from tiny.natural.speak import heldout_texts, train_rows
+from tiny.natural.speak import asr_heldout_rows, heldout_texts, train_rows
 
 SHORT = {
     "DEVICE": "cpu",
@@ -98,7 +98,8 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     assert (shipped / "texts" / "heldout.txt").read_text() == "Nancy took the lamp.\n" * 4
     texts = [json.loads(line)["text"] for line in (shipped / "texts" / "train.jsonl").read_text().splitlines()]
     assert Counter(map(form, texts)) == build.RL_TEXTS and len(set(texts)) == len(texts)
-    assert not {row["text"] for row in train_rows()} & set(texts) and not set(heldout_texts()) & set(texts)
+    others = {row["text"] for row in [*train_rows(), *asr_heldout_rows()]} | set(heldout_texts())
+    assert not others & set(texts)
 
     monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
     monkeypatch.setattr(build, "train_decoder", None)
@@ -122,7 +123,15 @@ def state(folder: Path, part: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     "stage, missing",
-    [("codec", "speech"), ("rows", "speech"), ("policy", "decoder"), ("whisper", "decoder"), ("ship", "decoder")],
+    [
+        ("codec", "speech"),
+        ("rows", "speech"),
+        ("policy", "decoder"),
+        ("whisper", "decoder"),
+        ("asr_rows", "decoder"),
+        ("asr_policy", "policy"),
+        ("ship", "decoder"),
+    ],
 )
 def test_a_stage_names_the_one_it_needs(stage, missing, tmp_path):
     args = build.parse_args(["--work_dir", str(tmp_path)])
@@ -131,7 +140,7 @@ def test_a_stage_names_the_one_it_needs(stage, missing, tmp_path):
 
 
 def test_bad_flags_are_named(caplog, tmp_path):
-    for flag, value, named in (("threads", "0", "must be >= 1"), ("policy_steps", "0", "must be >= 1")):
+    for flag, value, named in (("threads", "0", "must be >= 1"), ("asr_policy_steps", "0", "must be >= 1")):
         with pytest.raises(SystemExit):
             build.main(build.parse_args(["--work_dir", str(tmp_path), f"--{flag}", value]))
         assert f"--{flag}: {named}" in caplog.text

@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 
+from common.cli import InputError
 from speech.tokens import SpeechTokens
 from tiny.natural import train_policy as policy
 from tiny.train_codec import LEVELS
@@ -36,13 +37,9 @@ def test_every_token_of_the_text_knows_its_word(made):
     for row, example in zip(with_prompt, policy.tts_examples(with_prompt, TIMES, tokenizer, tokens), strict=True):
         text = " ".join(filter(None, [row["ref_text"], row["text"]]))
         for number, word in enumerate(text.split()):
-            places = (example.given == number).nonzero()[:, 0]
+            places = (example.prompt_word == number).nonzero()[:, 0]
             assert tokenizer.decode(example.ids[places]).strip() == word
-            assert (example.last == number).nonzero()[:, 0].tolist() == [places[-1]]
-        assert (example.given >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        assert (example.last >= 0).sum() == len(text.split())
-    asked = tokenizer.decode(example.ids[example.last == 4])
-    assert asked.strip() == "?"  # TEXTS[1]'s, of "letter?"
+        assert (example.prompt_word >= 0).sum() == len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def test_a_position_knows_the_word_of_the_code_that_comes_next(made):
@@ -52,9 +49,9 @@ def test_a_position_knows_the_word_of_the_code_that_comes_next(made):
     assert alone.ids[first] == tokens.first_code_id and alone.answer == 19
     # codes of 0.02 s; the pause from 0.12 to 0.14 s is the word's before it
     words = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
-    assert alone.due.tolist() == [-1] * (first - 1) + words + [-1, -1]
+    assert alone.target_word.tolist() == [-1] * (first - 1) + words + [-1, -1]
     prompted = policy.tts_examples(rows(ref_text=[TEXTS[1], None], ref_codes=[[5], None]), TIMES, tokenizer, tokens)[0]
-    assert prompted.due[prompted.due >= 0].tolist() == [word + 5 for word in words]
+    assert prompted.target_word[prompted.target_word >= 0].tolist() == [word + 5 for word in words]
 
 
 def test_neighbouring_levels_have_neighbouring_embeddings():
@@ -79,10 +76,12 @@ def test_both_losses_of_a_batch_are_those_of_the_model(made):
             logits = out.logits[0, -row.answer - 1 : -1, answer_ids].float()
             target = torch.searchsorted(answer_ids, row.ids[-row.answer :])
             parts.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-            for place in (row.due >= 0).nonzero()[:, 0]:
-                word, mark = out.attentions[policy.GUIDED_LAYER][0, [policy.WORD_HEAD, policy.MARK_HEAD], place]
-                heads.append(word[row.given == row.due[place]].sum())
-                heads.append(mark[row.last == row.due[place]].sum())
+            for place in (row.target_word >= 0).nonzero()[:, 0]:
+                word, end = out.attentions[policy.GUIDED_LAYER][0, [policy.WORD_HEAD, policy.WORD_END_HEAD], place]
+                own = (row.prompt_word == row.target_word[place]).nonzero()[:, 0]
+                heads += [word[own].sum(), end[own[-1]]]
+                if row.target_word[place] == 4:  # of TEXTS[1], "letter?"; of TEXTS[0], "picture"
+                    assert tokenizer.decode(row.ids[own[-1]]).strip() in ("?", "picture")
     assert torch.allclose(nll, torch.cat(parts).mean(), atol=5e-3)  # bfloat16 on one side
     assert torch.allclose(guide, -torch.stack(heads).log().mean(), atol=2e-2)
     unguided = policy.losses(model, policy.batch_of(both, torch.device("cpu")), answer_ids, guided=False)
@@ -123,21 +122,20 @@ def test_a_token_of_a_transcript_knows_the_codes_of_its_word(made):
     row = policy.asr_examples(rows(), TIMES, tokenizer, tokens)[0]
     words = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
     codes = (row.ids >= tokens.first_code_id) & (row.ids < tokens.first_code_id + tokens.num_codes)
-    assert row.given[codes].tolist() == words and (row.given[~codes] == -2).all()
-    assert row.last[codes].tolist() == [-2, 0, -2, -2, 1, -2, 2, -2, -2, 3, -2, -2, -2, -2, 4, -2, -2, 5]
+    assert row.prompt_word[codes].tolist() == words and (row.prompt_word[~codes] == -2).all()
     answer = row.ids[-row.answer :]
-    assert answer[-1] == tokens.text_end_id and (row.due[: -row.answer - 1] == -1).all()
+    assert answer[-1] == tokens.text_end_id and (row.target_word[: -row.answer - 1] == -1).all()
     for number, word in enumerate("My neighbor lost her picture today.".split()):
-        due = row.due[-row.answer - 1 : -1] == number
+        due = row.target_word[-row.answer - 1 : -1] == number
         assert tokenizer.decode(answer[due]).strip() == word
-    assert row.due[-2:].tolist() == [-1, -1]
+    assert row.target_word[-2:].tolist() == [-1, -1]
 
 
 def test_a_clip_without_words_has_no_guide(made):
     _, tokenizer, tokens = made
     silent = datasets.Dataset.from_dict({"id": ["a"], "text": [""], "audio_codes": [[1, 2]]})
     row = policy.asr_examples(silent, {"a": []}, tokenizer, tokens)[0]
-    assert (row.due == -1).all() and (row.given == -2).all() and row.answer == 1
+    assert (row.target_word == -1).all() and (row.prompt_word == -2).all() and row.answer == 1
     model, batch = made[0], policy.batch_of([row], torch.device("cpu"))
     answer_ids = torch.tensor(sorted(tokens.text_ids))
     model.set_attn_implementation("eager")
@@ -151,39 +149,55 @@ class Killed(Exception):
 
 def test_resumed_is_uninterrupted(streams, tmp_path, monkeypatch):
     """Killed in the first evaluation, in the second and in the fourth."""
-    evaluate, left = policy.evaluated, []
+    evaluate, left = policy.evaluate, []
 
-    def evaluated_or_killed(*args):
+    def evaluate_or_killed(*args):
         if not left:
             raise Killed
         left.pop()
         return evaluate(*args)
 
-    def stream_of(step, _):
+    def choose_stream(step, _):
         return "asr" if step % 3 == 1 else "tts"
 
-    monkeypatch.setattr(policy, "evaluated", evaluated_or_killed)
+    monkeypatch.setattr(policy, "evaluate", evaluate_or_killed)
     monkeypatch.setattr(policy, "WARMUP_STEPS", 5)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder, evaluations in ((whole, [5]), (killed, [0, 1, 2, 5])):
         for number in evaluations:
             left[:] = [None] * number
             model, tokenizer = policy.new_policy(TEXTS, seed=0)
-            arguments = (streams, stream_of, folder, 15, 3, 1e-3)
+            arguments = (streams, choose_stream, folder, 15, 3, 1e-3)
             try:
                 policy.train_policy(model, tokenizer, *arguments, seed=0, eval_steps=3)
             except Killed:
                 continue
     a, b = (type(model).from_pretrained(folder).state_dict() for folder in (whole, killed))
-    start = policy.new_policy(TEXTS, seed=0)[0].half().state_dict()
+    start = policy.new_policy(TEXTS, seed=0)[0].state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"].float())
+    assert not torch.equal(a["model.norm.weight"], start["model.norm.weight"])
     curves = []
     for folder in (whole, killed):
         lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
         curves.append([(line["step"], line["loss"], line["heldout_tts"], line["heldout_asr"]) for line in lines])
     assert curves[0] == curves[1] and [step for step, *_ in curves[0]] == [3, 6, 9, 12, 15]
-    assert not (killed / "unfinished.pt").exists()
+
+
+def test_other_settings_do_not_resume(streams, tmp_path):
+    model, tokenizer = policy.new_policy(TEXTS, seed=0)
+    arguments = (model, tokenizer, {"tts": streams["tts"]}, lambda *_: "tts", tmp_path)
+    policy.train_policy(*arguments, 1, 2, 1e-3, seed=0, eval_steps=1)
+    with pytest.raises(InputError, match="is of a training with {'steps': 1, .*not {'steps': 2, "):
+        policy.train_policy(*arguments, 2, 2, 1e-3, seed=0, eval_steps=1)
+
+
+@pytest.mark.parametrize("task", ["tts", "asr"])
+def test_a_row_that_is_too_long_is_refused(task, made):
+    _, tokenizer, tokens = made
+    long = datasets.Dataset.from_dict({"id": ["a", "b"], "text": TEXTS, "audio_codes": [[1] * 600, [2] * 9]})
+    examples = {"tts": policy.tts_examples, "asr": policy.asr_examples}[task]
+    with pytest.raises(InputError, match=f"1 of 2 rows of {task} are longer than 512 tokens"):
+        examples(long, TIMES, tokenizer, tokens)
 
 
 @pytest.mark.parametrize("task", ["tts", "asr"])
@@ -197,7 +211,7 @@ def test_it_learns_from_the_prompt(task, streams, tmp_path, monkeypatch):
     curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     first, last = curve[0], curve[-1]
     assert last[f"heldout_{task}"] < 0.5 < first[f"heldout_{task}"] and last["attention"] < first["attention"]
-    assert last[f"prompt_{task}"] > 0.1  # behind the other's prompt it gives the other's answer
+    assert last[f"mismatched_prompt_{task}"] > 0.1  # behind the other's prompt it gives the other's answer
     kept = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     best = min(line[f"heldout_{task}"] for line in curve)
     stream = streams[task]

@@ -167,6 +167,15 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def test_another_policys_checkpoint_is_refused(tmp_path, capsys, caplog):
+    checkpoint = tmp_path / "checkpoint-1"
+    shutil.copytree("tiny/natural/llasa", checkpoint)  # of another vocabulary
+    (checkpoint / "trainer_state.json").write_text("{}")
+    message = refused(capsys, caplog, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
+    assert f"{checkpoint}: is of another model: model.embed_tokens.weight has shape [5210, 192] there" in message
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_lora(tmp_path):
     run("--output_dir", str(tmp_path), "--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--max_steps", "1")
     policy = Policy.from_pretrained(str(tmp_path))

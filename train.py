@@ -83,7 +83,7 @@ def grpo_trainer(
     if training_args.use_vllm:
         prepare_vllm(training_args, allowed_ids, tokens.answer_end_id(script_args.task), training_args.max_length)
     if script_args.method == "grpo":
-        trainer_class = partial(SpeechGRPOTrainer, allowed_ids=allowed_ids)
+        trainer_class = partial(SpeechGRPOTrainer, allowed_ids=allowed_ids, credit=training_args.credit)
     else:
         trainer_class = partial(DiffROTrainer, **diffro_settings(script_args, training_args, rollout_scorer))
     if model_args.model_revision not in (None, "main"):  # the reference model too

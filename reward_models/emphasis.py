@@ -6,7 +6,10 @@ the words around it. Word times come from the Whisper pass that scores the rollo
 
 import numpy as np
 
+from reward_models.parts import Part
 from speech.melody import marked_word_scores, words_to_emphasise
+
+EDGE_S = 0.1  # around the word: its rise begins before it
 
 
 class EmphasisReward:
@@ -37,3 +40,15 @@ class EmphasisReward:
             return 0.0
         track, text, language = rollouts.pitch_track(i), rollouts.texts[i], rollouts.languages[i]
         return float(np.mean(marked_word_scores(track, score.words, text, score.hyp_text, language)))
+
+    def parts(self, rollouts, i: int) -> dict[int, Part] | None:
+        """The marked words with their scores. None where they have no times."""
+        marked, score = words_to_emphasise(rollouts.texts[i]), rollouts.scores[i]
+        if not marked or rollouts.failures[i] or score.words is None:
+            return None
+        track, text, language = rollouts.pitch_track(i), rollouts.texts[i], rollouts.languages[i]
+        scores = marked_word_scores(track, score.words, text, score.hyp_text, language)
+        return {
+            index: Part(value, score.words[index].start_s - EDGE_S, score.words[index].end_s + EDGE_S)
+            for index, value in zip(marked, scores, strict=True)
+        }

@@ -1,8 +1,14 @@
 """Reward of the final melody: F0 rises at the end of a yes-no question, and does not at the end of a statement."""
 
+import math
+
 import numpy as np
 
+from reward_models.parts import Part
 from speech.melody import asks, final_movement_st, rise_share
+from speech.tokens import CODES_PER_SECOND
+
+END_S = 0.6  # what `final_movement_st` hears, and the silence behind it
 
 
 class QuestionReward:
@@ -34,3 +40,11 @@ class QuestionReward:
             return 0.0
         share = rise_share(movement_st)
         return share if question else 1.0 - share
+
+    def parts(self, rollouts, i: int) -> dict[str, Part] | None:
+        """The end, with the reward. None where the reward does not concern the rollout, or it failed."""
+        value = self._reward(rollouts, i)
+        if value is None or rollouts.failures[i]:
+            return None
+        seconds = len(rollouts.codes[i]) / CODES_PER_SECOND
+        return {"end": Part(value, seconds - END_S, math.inf)}

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from reward_models.parts import Part
 from reward_whisper import (
     ALPHA_NLL,
     ALPHA_WER,
@@ -12,6 +13,10 @@ from reward_whisper import (
     reward,
     wer_reward,
 )
+from speech.error_rate import heard_words
+from speech.text_marks import plain_text
+
+EDGE_S = 0.06  # around a word: the median error of the words' times
 
 
 class WhisperReward:
@@ -28,6 +33,7 @@ class WhisperReward:
 
     __name__ = "whisper"
     needs = ("codec", "whisper")
+    whole_share = 0.5  # beside `parts`: insertions and the NLL are of no word
 
     def __init__(
         self,
@@ -54,6 +60,17 @@ class WhisperReward:
             reward(score, truncated, **self.parameters)
             for score, truncated in zip(rollouts.scores, rollouts.truncated, strict=True)
         ]
+
+    def parts(self, rollouts, i: int) -> dict[int, Part] | None:
+        """Of each word of the text, whether Whisper heard it: 1 or 0. None where the rollout's words have no times."""
+        words, text, language = rollouts.scores[i].words, rollouts.texts[i], rollouts.languages[i]
+        if rollouts.failures[i] or words is None:
+            return None
+        heard = heard_words(plain_text(text), rollouts.scores[i].hyp_text, language)
+        return {
+            number: Part(float(is_heard), word.start_s - EDGE_S, word.end_s + EDGE_S)
+            for number, (word, is_heard) in enumerate(zip(words, heard, strict=True))
+        }
 
     def _log_terms(self, rollouts, log_metric) -> None:
         r_wer = [wer_reward(score.wer, self.parameters["alpha_wer"]) for score in rollouts.scores]

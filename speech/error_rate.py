@@ -108,6 +108,23 @@ def error_rate(ref: str, hyp: str, language: str) -> ErrorRate:
     return ErrorRate(sum(counts) / ref_length, *counts, ref_length)
 
 
+def heard_words(text: str, hyp: str, language: str) -> list[bool]:
+    """Which of `text.split()` a transcript has, in its place; all of the word's characters for CER_LANGUAGES.
+
+    'Tom took 7 cars.' over 'tom so seven cars' is [True, False, True, True].
+    """
+
+    def units(part: str) -> list[str]:
+        normalized = normalize_text(part, language).split()
+        return list("".join(normalized)) if language_code(language) in CER_LANGUAGES else normalized
+
+    words = [units(word) for word in text.split()]
+    [alignment] = jiwer.process_words(" ".join(chain(*words)), " ".join(units(hyp))).alignments
+    equal = {place for op in alignment if op.type == "equal" for place in range(op.ref_start_idx, op.ref_end_idx)}
+    starts = [0, *accumulate(map(len, words))]
+    return [all(place in equal for place in range(*span)) for span in pairwise(starts)]
+
+
 def sum_errors(error_rates: list[ErrorRate]) -> ErrorRate:
     """The error rate of a corpus: all edits over all reference words (or characters), so that long texts weigh more.
 

@@ -4,6 +4,7 @@
   beside its completions (speech to be recognised) is read once for its whole group.
 - Sampling: half-precision weights are cast once a batch of rollouts, not once a code, and the cache of keys and values
   is in half precision too.
+- Credit: `credit` "time" gives what a reward says of a part of a rollout to the codes of that part (credit.py).
 - vLLM: what it needs to stop at END and say nothing but speech, and the settings that would teach it nothing.
 """
 
@@ -26,6 +27,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, 
 
 from common.cli import InputError
 from speech.confined_head import ConfinedHead, confine_head
+from training.credit import token_advantages
 from training.held_out import HeldOutEvaluation
 
 
@@ -44,11 +46,23 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
     Args:
         allowed_ids: what that policy may say; the reference model, which TRL loads anew, is confined likewise.
         held_out: how `evaluate` measures; None: as TRL does, by the loss of rollouts at the training's temperature.
+        credit: "rollout": a rollout's codes have one advantage, as TRL gives it; "time": see credit.py.
     """
 
-    def __init__(self, *args, allowed_ids: list[int], held_out: HeldOutEvaluation | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        allowed_ids: list[int],
+        held_out: HeldOutEvaluation | None = None,
+        credit: str = "rollout",
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.held_out = held_out
+        self.credit = credit
+        if credit == "time":
+            for reward in self.reward_funcs:
+                reward.rollout_scorer.word_times = reward.rollout_scorer.whisper is not None
         if self.ref_model is not None:
             confine_head(self.accelerator.unwrap_model(self.ref_model), allowed_ids)
         for model in (self.model, self.ref_model):
@@ -71,6 +85,37 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
             self._buffered_inputs = groups_together(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    def _calculate_rewards(self, inputs, *args):
+        rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
+        first = self.accelerator.process_index * len(inputs)
+        self._own_rewards = rewards[first : first + len(inputs)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        outputs = super()._generate_and_score_completions(inputs)
+        if self.credit == "time" and self.model.training:
+            outputs["advantages"] = self._token_advantages(outputs["completion_mask"])
+        return outputs
+
+    def _token_advantages(self, completion_mask: torch.Tensor) -> torch.Tensor:
+        """`credit.token_advantages` of this process's rollouts, which are whole groups; (rollouts, time)."""
+        parts = []
+        for reward in self.reward_funcs:
+            rollouts = reward.rollout_scorer.rollouts
+            can_tell = hasattr(reward, "parts")
+            parts.append([reward.parts(rollouts, i) if can_tell else None for i in range(len(completion_mask))])
+        advantages = token_advantages(
+            self._own_rewards.cpu().double().numpy(),
+            parts,
+            self.reward_weights.tolist(),
+            [getattr(reward, "whole_share", 0.0) for reward in self.reward_funcs],
+            completion_mask.sum(dim=1).tolist(),
+            self.num_generations,
+        )
+        padded = torch.zeros(completion_mask.shape, device=completion_mask.device)
+        padded[:, : advantages.shape[1]] = torch.from_numpy(advantages)
+        return padded
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Log and return the metrics of `held_out`, each with the prefix, and the seconds that they took."""

@@ -193,6 +193,13 @@ class GRPORecipe(GRPOConfig):
         },
     )
     use_bias_correction_kl: bool = False
+    credit: str = field(
+        default="rollout",
+        metadata={
+            "help": "what a reward moves: all codes of a rollout, or those of the word or the end that it is about",
+            "choices": ["rollout", "time"],
+        },
+    )
     # One distribution for sampling and training: temperature only
     temperature: float = 1.0
     top_p: float = 1.0
@@ -346,6 +353,7 @@ COMMON_FLAGS = {
     "max_completion_length": "tokens of an answer (default: 1500 for tts, 30 s; 256 for asr)",
     "temperature": "sampling temperature of the rollouts",
     "multi_objective_aggregation": "normalize_then_sum: each reward is normalised in its group before the sum (GDPO)",
+    "credit": "time: a reward moves the codes of the words it is about, not the whole rollout (docs/rewards.md)",
     "beta": "weight of the KL to the reference policy; 0 drops the reference (dpo: above 0)",
     "bf16": "bfloat16 autocast (default: true on a GPU)",
     "dtype": "dtype of the weights, float32 or (with LoRA) bfloat16",
@@ -397,6 +405,10 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
             raise InputError(f"--task {script_args.task}: for --method dpo tts only, its pairs are of speech")
         if script_args.method not in RECIPES:
             _fill_in(script_args)
+            if training_args.credit == "time" and (script_args.method, script_args.task) != ("grpo", "tts"):
+                raise InputError(
+                    f"--credit time: for --method grpo --task tts only (got {script_args.method}, {script_args.task})"
+                )
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
             training_args.max_completion_length = longest
     return script_args, training_args, model_args

@@ -1,4 +1,4 @@
-"""What a reward says of a part of a rollout, a word or the end: it moves the part's tokens alone (training/credit.py)."""
+"""What a reward says of a part of a rollout, a word or the end: it moves the codes of the part alone (credit.py)."""
 
 from dataclasses import dataclass
 

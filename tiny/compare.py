@@ -11,8 +11,8 @@ The comparisons:
     recognition  GRPO for ASR: rewards and choices of RL data, against SFT for as long
     diffro       DiffRO, GRPO and both, and their variants, over 50 steps
     stability    the four main methods of diffro over 150 steps
-    melody       on the natural toy setup: the Whisper reward alone, and with rewards of melody; six hours. The held-out
-                 ASR is Whisper base, which `make whisper` fetches
+    melody       on the natural toy setup: the Whisper reward alone, and with rewards of melody, credit by rollout and
+                 in time; six hours. The held-out ASR is Whisper base, which `make whisper` fetches
 
 Runs and evaluations that are complete in --output_dir are kept, so an interrupted comparison resumes. The log of a run
 is beside its folder. <comparison>.md and <comparison>.png have every checkpoint evaluated so far: mean ± standard
@@ -122,7 +122,7 @@ TTS_METRICS = {
 
 # --- Melody -----------------------------------------------------------------------------------------------
 
-NATURAL = "--config configs/%s.yaml --max_steps 75 --save_steps 25 --sample_steps 0"
+NATURAL = "--config configs/%s.yaml --credit %s --max_steps 75 --save_steps 25 --sample_steps 0"
 NATURAL_EVALUATION = (
     "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
     "--num_players 120 --judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
@@ -216,7 +216,12 @@ COMPARISONS = {
     ),
     "melody": Comparison(
         policy="tiny/natural/llasa",
-        runs={"wer_nll": NATURAL % "natural", "melody": NATURAL % "natural_expressive"},
+        runs={
+            "wer_nll": NATURAL % ("natural", "rollout"),
+            "wer_nll_time": NATURAL % ("natural", "time"),
+            "melody": NATURAL % ("natural_expressive", "rollout"),
+            "melody_time": NATURAL % ("natural_expressive", "time"),
+        },
         evaluation=NATURAL_EVALUATION,
         metrics=MELODY_METRICS,
         plotted=(HELDOUT_WER, "questions that rise", "statements that rise", "emphasis"),

@@ -27,6 +27,7 @@ FIXED = ["--optim", "sgd", "--learning_rate", "0.1", "--save_strategy", "no"]
 FIXED_RUNS = {
     "grpo": [],
     "grpo with lora": LORA,
+    "grpo with credit in time": ["--credit", "time"],
     "diffro": ["--method", "diffro"],
     "grpo and diffro": ["--method", "grpo+diffro"],
 }

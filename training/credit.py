@@ -21,7 +21,7 @@ def token_advantages(
     lengths: list[int],
     group_size: int,
 ) -> np.ndarray:
-    """Advantages of shape (rollouts, longest length), 0 behind a rollout's length, with an RMS of 1 over the tokens.
+    """Advantages of shape (rollouts, longest length), 0 behind a rollout's length; they are still to be scaled.
 
     Args:
         rewards: (rollouts, reward functions), NaN where a reward does not concern a rollout.
@@ -46,8 +46,7 @@ def token_advantages(
                     if part is not None:
                         tokens = part.tokens(lengths[row])
                         advantages[row, tokens] += weight * (1 - whole) * advantage
-    size = np.sqrt(np.square(advantages).sum() / sum(lengths))
-    return advantages / (size + EPSILON)
+    return advantages
 
 
 def in_group(values: np.ndarray) -> np.ndarray:

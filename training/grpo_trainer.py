@@ -27,7 +27,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, 
 
 from common.cli import InputError
 from speech.confined_head import ConfinedHead, confine_head
-from training.credit import token_advantages
+from training.credit import EPSILON, token_advantages
 from training.held_out import HeldOutEvaluation
 
 
@@ -99,7 +99,10 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         return outputs
 
     def _token_advantages(self, completion_mask: torch.Tensor) -> torch.Tensor:
-        """`credit.token_advantages` of this process's rollouts, which are whole groups; (rollouts, time)."""
+        """`credit.token_advantages` of this process's rollouts, which are whole groups; (rollouts, time).
+
+        Their RMS over the tokens of all processes is 1.
+        """
         parts = []
         for reward in self.reward_funcs:
             rollouts = reward.rollout_scorer.rollouts
@@ -115,7 +118,9 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         )
         padded = torch.zeros(completion_mask.shape, device=completion_mask.device)
         padded[:, : advantages.shape[1]] = torch.from_numpy(advantages)
-        return padded
+        own = torch.stack([padded.square().sum(), completion_mask.sum().float()])
+        squares, tokens = self.accelerator.reduce(own, "sum")
+        return padded / ((squares / tokens).sqrt() + EPSILON)
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Log and return the metrics of `held_out`, each with the prefix, and the seconds that they took."""

@@ -5,8 +5,8 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 VLLM_INSTALL_S := 1800
 PYTHON := $(VENV)/bin/python
-# Not demo/ itself, where an older clone has the demo on the first toy setup: its checkpoints fit no other policy.
-DEMO := demo/natural
+# A folder of its own: an older clone has other demos in demo/ and demo/natural/, whose checkpoints are of other policies.
+DEMO := demo/melody
 WHISPER := build/whisper-base
 
 .PHONY: demo test test-vllm whisper
@@ -17,8 +17,8 @@ demo: $(VENV)/installed
 	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; \
 	else echo pocketsphinx > $(VENV)/held-out-asr; \
 	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx"; fi
-	@echo "Training tiny/natural/llasa with GRPO, then evaluating it on 120 held-out texts: some 16 minutes on two cores"
-	@$(PYTHON) train.py --config configs/natural.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	@echo "GRPO of tiny/natural/llasa for words and melody, then 120 held-out texts before and after: some 19 minutes on two cores"
+	@$(PYTHON) train.py --config configs/natural_expressive.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
 	@$(PYTHON) evaluation.py --models before=tiny/natural/llasa after=$(DEMO)/grpo \
 	  --texts tiny/natural/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \
 	  --judge tiny/natural/whisper.pt $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation

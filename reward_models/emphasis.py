@@ -38,17 +38,20 @@ class EmphasisReward:
         score = rollouts.scores[i]
         if rollouts.failures[i] or score.words is None:
             return 0.0
-        track, text, language = rollouts.pitch_track(i), rollouts.texts[i], rollouts.languages[i]
-        return float(np.mean(marked_word_scores(track, score.words, text, score.hyp_text, language)))
+        return float(np.mean(scores_of(rollouts, i)))
 
     def parts(self, rollouts, i: int) -> dict[int, Part] | None:
         """The marked words with their scores. None where they have no times."""
         marked, score = words_to_emphasise(rollouts.texts[i]), rollouts.scores[i]
         if not marked or rollouts.failures[i] or score.words is None:
             return None
-        track, text, language = rollouts.pitch_track(i), rollouts.texts[i], rollouts.languages[i]
-        scores = marked_word_scores(track, score.words, text, score.hyp_text, language)
         return {
             index: Part(value, score.words[index].start_s - EDGE_S, score.words[index].end_s + EDGE_S)
-            for index, value in zip(marked, scores, strict=True)
+            for index, value in zip(marked, scores_of(rollouts, i), strict=True)
         }
+
+
+def scores_of(rollouts, i: int) -> list[float]:
+    """`marked_word_scores` of a rollout whose words have times."""
+    score, text, language = rollouts.scores[i], rollouts.texts[i], rollouts.languages[i]
+    return marked_word_scores(rollouts.pitch_track(i), score.words, text, score.hyp_text, language)

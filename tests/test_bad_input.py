@@ -217,6 +217,13 @@ POLICY_FILES = (
 )
 
 
+def test_a_warm_up_that_the_schedule_would_ignore(capsys, caplog, tmp_path):
+    flags = ["--warmup_steps", "5", "--lr_scheduler_type", "constant"]
+    for script in ("train", "sft", "dpo"):
+        message = refusal(script, flags, capsys, caplog, tmp_path / "out")
+        assert "--warmup_steps 5: --lr_scheduler_type constant does not warm up" in message
+
+
 @pytest.mark.parametrize("damage", [*WEIGHTS, *POLICY_FILES])
 def test_a_broken_policy(damage, tmp_path):
     folder = damaged("tiny/llasa", damage, tmp_path / "broken")

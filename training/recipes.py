@@ -178,7 +178,7 @@ class GRPORecipe(GRPOConfig):
     num_generations: int = 8
     beta: float = 0.1
     learning_rate: float = 1e-5
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: str = "constant_with_warmup"  # fixed, unless --warmup_steps is above 0
     loss_type: str = field(default="grpo", metadata={"help": "the loss over tokens", "choices": LOSSES})
     scale_rewards: str = field(
         default="group",
@@ -326,6 +326,11 @@ def check_training(args: TrainingArguments, ranges: dict) -> None:
     check_ranges(args, ranges)
     if args.max_steps == 0 or args.max_steps < -1:
         raise InputError(f"--max_steps: must be >= 1, or -1 for --num_train_epochs (got {args.max_steps})")
+    if args.warmup_steps and args.lr_scheduler_type == "constant":
+        raise InputError(
+            f"--warmup_steps {args.warmup_steps:g}: --lr_scheduler_type constant does not warm up. "
+            "Use constant_with_warmup"
+        )
 
 
 def fill_in_number_format(args: TrainingArguments) -> None:

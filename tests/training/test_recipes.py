@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 import torch
-from transformers import TrainingArguments, training_args
+from transformers import TrainingArguments, get_scheduler, training_args
 
 import train
 from common.cli import InputError
@@ -46,6 +46,20 @@ def test_the_two_ways_to_name_a_config_file():
 def test_the_length_of_an_answer_is_the_tasks():
     for task, longest in MAX_COMPLETION_LENGTH.items():
         assert train.parse_args(["--task", task])[1].max_completion_length == longest
+
+
+def test_grpo_has_a_fixed_learning_rate_and_warms_up_to_it_where_asked():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for flags, expected in (([], [1, 1, 1, 1, 1]), (["--warmup_steps", "4"], [0, 0.25, 0.5, 0.75, 1])):
+        args = train.parse_args(["--config", "configs/tiny.yaml", *flags])[1]
+        optimizer = torch.optim.AdamW([parameter], lr=1.0)
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(75), 75)
+        factors = []
+        for _ in range(5):
+            factors += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step()
+        assert factors == expected
 
 
 @pytest.fixture

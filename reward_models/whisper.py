@@ -9,6 +9,7 @@ from reward_whisper import (
     LAMBDA_NLL,
     LAMBDA_WER,
     check_parameters,
+    harmonic_mean,
     nll_reward,
     reward,
     wer_reward,
@@ -62,15 +63,20 @@ class WhisperReward:
         ]
 
     def parts(self, rollouts, i: int) -> dict[int, Part] | None:
-        """Of each word of the text, whether Whisper heard it: 1 or 0. None where the rollout's words have no times."""
+        """Of each word of the text, R of its own WER, 0 or 1, and NLL. None where the rollout's words have no times."""
         words, text, language = rollouts.scores[i].words, rollouts.texts[i], rollouts.languages[i]
         if rollouts.failures[i] or words is None:
             return None
         heard = heard_words(plain_text(text), rollouts.scores[i].hyp_text, language)
         return {
-            number: Part(float(is_heard), word.start_s - EDGE_S, word.end_s + EDGE_S)
+            number: Part(self._word_reward(is_heard, word.nll), word.start_s - EDGE_S, word.end_s + EDGE_S)
             for number, (word, is_heard) in enumerate(zip(words, heard, strict=True))
         }
+
+    def _word_reward(self, is_heard: bool, nll: float) -> float:
+        r_wer = wer_reward(float(not is_heard), self.parameters["alpha_wer"])
+        r_nll = nll_reward(nll, self.parameters["alpha_nll"])
+        return harmonic_mean(r_wer, r_nll, self.parameters["lambda_wer"], self.parameters["lambda_nll"])
 
     def _log_terms(self, rollouts, log_metric) -> None:
         r_wer = [wer_reward(score.wer, self.parameters["alpha_wer"]) for score in rollouts.scores]

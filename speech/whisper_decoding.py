@@ -31,8 +31,7 @@ class Reading:
     """The greedy transcript of one window, and the NLL of its draft."""
 
     tokens: list[int]  # without the end-of-text
-    nll: float  # nats, summed over `nll_tokens` tokens
-    nll_tokens: int  # length of the draft and its end-of-text, or as many as the decoder's context can predict
+    nlls: list[float]  # nats, of the draft and its end-of-text, or of as many tokens as the context can predict
     # Of the same tokens, the encoder position at which each begins; None unless asked for
     frames: list[int] | None = None
 
@@ -95,14 +94,14 @@ class WindowReader:
             for row, token in zip(active, self._choose(self._logits(hidden)).tolist(), strict=True):
                 tokens[row].append(token)
         return [
-            Reading([token for token in row[:limit] if token != self.end], nll, len(target), starts)
-            for row, limit, nll, target, starts in zip(tokens, limits, nlls, targets, frames, strict=True)
+            Reading([token for token in row[:limit] if token != self.end], nll, starts)
+            for row, limit, nll, starts in zip(tokens, limits, nlls, frames, strict=True)
         ]
 
     def _read_drafts(
         self, decoder: "_Decoder", targets: list[list[int]], num_frames: list[int] | None
-    ) -> tuple[list[float], list[list[int]], list[list[int] | None]]:
-        """For each target its summed NLL, and for each of its tokens the greedy choice in its place, and its start."""
+    ) -> tuple[list[list[float]], list[list[int]], list[list[int] | None]]:
+        """For each token of each target its NLL, the greedy choice in its place, and its start."""
         before = len(self.prompt) - 1  # positions before the one that predicts the first token
         longest = max(map(len, targets))
         # After a target's end is padding, and no position looks ahead.
@@ -126,9 +125,8 @@ class WindowReader:
             # there are 50,000: up to 3e-4 nats per token in tiny/, 2e-3 where the vocabulary is not the last axis.
             losses.append(logits.logsumexp(dim=1) - logits.gather(1, token[:, None])[:, 0])
             choices.append(self._choose(logits, first=n == 0))
-        nlls = hidden.new_zeros(len(targets), dtype=torch.float32).index_add_(0, places[:, 0], torch.cat(losses))
-        choices = iter(torch.cat(choices).tolist())
-        return nlls.tolist(), [[next(choices) for _ in target] for target in targets], frames
+        losses, choices = (torch.cat(parts).split([len(target) for target in targets]) for parts in (losses, choices))
+        return [part.tolist() for part in losses], [part.tolist() for part in choices], frames
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(positions, n_state) to float32 (positions, n_vocab)."""

@@ -38,7 +38,7 @@ class Score:
     """Whisper's transcript of one clip, and how well it fits the reference text.
 
     `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL. `words` are those of
-    `plain_text(text).split()` with their times in the clip, where they were asked for and the text fits the decoder.
+    `plain_text(text).split()` with their times and NLLs, where they were asked for and the text fits the decoder.
     `features`, where they were asked for, are those of `WhisperScorer.encode`.
     """
 
@@ -342,16 +342,16 @@ class WhisperScorer:
         drafts: list[list[int]],
         language: str,
     ) -> tuple[Word, ...] | None:
-        """The words of a clip with their times; None where the text does not fit the decoder."""
+        """The words of a clip with their times and NLLs; None where the text does not fit the decoder."""
         words, tokenizer, lag_s = [], self._tokenizer(language), attention_lag_s(self.model.dims)
         for start, reading, stretch, ids in zip(windows.starts, readings, stretches, drafts, strict=True):
-            if reading.nll_tokens <= len(ids):
+            if len(reading.nlls) <= len(ids):
                 return None
             tokens = [tokenizer.encoding.decode_single_token_bytes(token) for token in ids]
             times = [(start + frame * SAMPLES_PER_FEATURE) / SAMPLE_RATE for frame in reading.frames]
             # The clip's edges are no lagging attention: the path has to begin and end there.
             times[1:-1] = [min(max(time - lag_s, times[0]), times[-1]) for time in times[1:-1]]
-            words += words_of_tokens(stretch, tokens, times)
+            words += words_of_tokens(stretch, tokens, times, reading.nlls)
         return tuple(words)
 
     def _transcripts(self, readings: list[Reading], language: str) -> list[str]:
@@ -367,8 +367,8 @@ def _mean_nll(readings: list[Reading], texts: list[list[int]]) -> float:
     Tokens beyond the decoder's context cannot be in this much audio: they count MAX_NLL each.
     """
     num_tokens = sum(len(ids) + 1 for ids in texts)
-    unread = num_tokens - sum(reading.nll_tokens for reading in readings)
-    return min((sum(reading.nll for reading in readings) + MAX_NLL * unread) / num_tokens, MAX_NLL)
+    nlls = [nll for reading in readings for nll in reading.nlls]
+    return min((sum(nlls) + MAX_NLL * (num_tokens - len(nlls))) / num_tokens, MAX_NLL)
 
 
 def _join(hyps: list[str], language: str) -> str:

@@ -15,11 +15,12 @@ SMOOTHED_FRAMES = 7  # encoder positions of 20 ms, the library's
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a clip: its spelling with its punctuation, start and end in s."""
+    """A word of a clip: its spelling with its punctuation, start and end in s, and NLL in nats per token, if known."""
 
     text: str
     start_s: float
     end_s: float
+    nll: float | None = None
 
 
 def token_frames(logits: torch.Tensor, num_prompt: int) -> list[int]:
@@ -38,8 +39,8 @@ def token_frames(logits: torch.Tensor, num_prompt: int) -> list[int]:
     return [int(frames[tokens == token][0]) for token in range(len(matrix))]
 
 
-def words_of_tokens(text: str, tokens: list[bytes], starts: list[float]) -> list[Word]:
-    """The words of a text, divided at spaces, with the times of their tokens.
+def words_of_tokens(text: str, tokens: list[bytes], starts: list[float], nlls: list[float]) -> list[Word]:
+    """The words of a text, divided at spaces, with the times and the mean NLL of their tokens.
 
     ' It rains' as b' It', b' r', b'ains' that begin at 0.1, 0.3, 0.4 s, and its end at 0.7 s: It from 0.1 to 0.3 s and
     rains from 0.3 to 0.7 s. A token belongs to the word that its last byte is in, or follows.
@@ -48,6 +49,7 @@ def words_of_tokens(text: str, tokens: list[bytes], starts: list[float]) -> list
         text: any text of these tokens; a space before it may be the tokens' alone.
         tokens: the bytes of each.
         starts: in s, one for each token and one for the end.
+        nlls: in nats, likewise.
     """
     written = b"".join(tokens).decode(errors="replace")
     begins = [len(written[: match.start()].encode()) for match in re.finditer(r"\S+", written)]
@@ -58,6 +60,6 @@ def words_of_tokens(text: str, tokens: list[bytes], starts: list[float]) -> list
             first_tokens.append(index)
     edges = [*first_tokens, len(tokens)]
     return [
-        Word(word, starts[first], starts[after])
+        Word(word, starts[first], starts[after], sum(nlls[first:after]) / max(1, after - first))
         for word, first, after in zip(words, edges[:-1], edges[1:], strict=True)
     ]

@@ -58,6 +58,13 @@ class CompactVocabulary:
     def rows(self, tokens: list[int]) -> list[int]:
         return [self.row[token] for token in tokens]
 
+    def compact(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inverse of `expand`, in single precision; the state may be of another vocabulary."""
+        full = state["decoder.token_embedding.weight"]
+        unused = next(token for token in range(len(full)) if token not in self.row)
+        small = full[[*self.used, unused]]
+        return {k: v.float() for k, v in (state | {"decoder.token_embedding.weight": small}).items()}
+
     def expand(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The trained state dict with the full embedding, in half precision."""
         small = state["decoder.token_embedding.weight"]

@@ -141,7 +141,7 @@ def test_transcripts_are_bounded(scorer, wavs, monkeypatch):
 def test_special_tokens_are_not_spelt_out(scorer, wavs, monkeypatch):
     tokenizer = get_tokenizer(True, language="en", task="transcribe")
     tokens = [*tokenizer.encode(" Hello there."), tokenizer.no_timestamps, tokenizer.sot + 1, tokenizer.timestamp_begin]
-    reading = whisper_decoding.Reading(tokens, nll=0.0, nll_tokens=1)
+    reading = whisper_decoding.Reading(tokens, nlls=[0.0])
     monkeypatch.setattr(WindowReader, "read", lambda *_: [reading])
     assert scorer.transcribe(wavs[:1]) == ["Hello there."]
 

@@ -46,13 +46,13 @@ def test_path_of_a_very_short_clip():
 
 
 def test_tokens_become_words():
-    words = words_of_tokens("It rains", [b" It", b" r", b"ains"], [0.1, 0.3, 0.4, 0.7])
-    assert words == [Word("It", 0.1, 0.3), Word("rains", 0.3, 0.7)]
+    words = words_of_tokens("It rains", [b" It", b" r", b"ains"], [0.1, 0.3, 0.4, 0.7], [0.5, 2.0, 1.0, 9.0])
+    assert words == [Word("It", 0.1, 0.3, 0.5), Word("rains", 0.3, 0.7, 1.5)]
     # Two spaces, a letter of two bytes that tokens divide, a dash by itself
     tokens = [b" A", b" ", b" \xc3", b"\xa9t", b" \xe2\x80", b"\x94", b" b", b"."]
-    words = words_of_tokens("A  ét — b.", tokens, [0, 1, 2, 3, 4, 5, 6, 7, 8])
-    assert words == [Word("A", 0, 2), Word("ét", 2, 4), Word("—", 4, 6), Word("b.", 6, 8)]
-    assert words_of_tokens("", [], [0.5]) == []
+    words = words_of_tokens("A  ét — b.", tokens, [0, 1, 2, 3, 4, 5, 6, 7, 8], [1.0] * 9)
+    assert words == [Word("A", 0, 2, 1), Word("ét", 2, 4, 1), Word("—", 4, 6, 1), Word("b.", 6, 8, 1)]
+    assert words_of_tokens("", [], [0.5], [1.0]) == []
 
 
 def test_equal_to_the_librarys_within_a_position(scorer, clips):

@@ -81,17 +81,20 @@ def test_a_rollout_that_failed_takes_its_reward_as_a_whole():
 
 
 def rollouts(text: str, hyp_text: str, **fields) -> SimpleNamespace:
-    """One rollout of 100 codes whose words are 0.3 s long."""
+    """One rollout of 100 codes whose words are 0.3 s long, with an NLL of 0.6 nats per token."""
     plain = text.replace("*", "").split()
-    words = tuple(Word(word, 0.3 * i, 0.3 * (i + 1)) for i, word in enumerate(plain))
+    words = tuple(Word(word, 0.3 * i, 0.3 * (i + 1), 0.6) for i, word in enumerate(plain))
     score = Score(hyp_text, 0.5, 0.1, 1, len(plain), words=words)
     one = {"texts": [text], "languages": ["en"], "failures": [None], "scores": [score], "codes": [[0] * 100]}
     return SimpleNamespace(**one | {name: [value] for name, value in fields.items()})
 
 
 def test_words_are_heard_in_their_places():
+    """Heard: R_wer 1, R_nll exp(-0.6 / 3) = 0.8187, R 1 / (0.6 + 0.4 / 0.8187) = 0.9186. Not heard: R_wer
+    1 - tanh(3) = 0.004945, R 1 / (0.6 / 0.004945 + 0.4 / 0.8187) = 0.00821."""
     parts = WhisperReward(None).parts(rollouts("Tom *took* 7 cars.", "tom so seven cars"), 0)
-    assert {number: part.value for number, part in parts.items()} == {0: 1, 1: 0, 2: 1, 3: 1}
+    assert [*parts] == [0, 1, 2, 3]
+    assert [part.value for part in parts.values()] == pytest.approx([0.9186, 0.00821, 0.9186, 0.9186], rel=1e-3)
     assert (parts[1].start_s, parts[1].end_s) == pytest.approx((0.24, 0.66))
 
 

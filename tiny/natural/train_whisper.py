@@ -199,12 +199,14 @@ def train_whisper(
     learning_rate: float,
     seed: int,
     max_seconds: float = math.inf,
+    start: dict | None = None,
 ) -> dict:
     """Train on (spectrogram, text) pairs, where the spectrograms lie.
 
     Args:
         mels: (clips, 80, WINDOW_FRAMES), float16.
         texts: "" for a clip without an intelligible word.
+        start: the checkpoint to go on from; None: random weights.
     Returns:
         A checkpoint as `whisper.load_model` reads it: {"dims", "model_state_dict"}, on the CPU.
     """
@@ -215,6 +217,8 @@ def train_whisper(
     model = Whisper(dimensions)
     torch.nn.init.normal_(model.decoder.token_embedding.weight, std=0.02)
     torch.nn.init.normal_(model.decoder.positional_embedding, std=0.01)  # torch.empty otherwise
+    if start is not None:
+        model.load_state_dict(vocabulary.compact(start["model_state_dict"]))
     model.to(device)
     optimizer = new_optimizer(list(model.parameters()))
     prefix = vocabulary.rows(vocabulary.prefix)

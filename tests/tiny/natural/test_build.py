@@ -15,20 +15,29 @@ from common.cli import InputError
 from inference import main as infer
 from inference import parse_args as inference_args
 from speech.audio import load_audio
-from tiny.natural import build
+from tiny.natural import build, build_policy, rollouts, work_dir
 from tiny.natural.corpus import form
 from tiny.natural.speak import asr_heldout_rows, heldout_texts, train_rows
 
 SHORT = {
-    "DEVICE": "cpu",
-    "CODEC_BATCH": 2,
-    "DECODER_BATCH": 1,
-    "CODEC_CLIPS": 3,
-    "SPLICED_CLIPS": 3,
-    "GARBLED_CLIPS": 3,
-    "POLICY_BATCH": 2,
-    "EVAL_STEPS": 1,
-    "NON_SPEECH": {"sft": 1, "pool": 1, "heldout": 1},
+    build: {
+        "DEVICE": "cpu",
+        "CODEC_BATCH": 2,
+        "DECODER_BATCH": 1,
+        "CODEC_CLIPS": 3,
+        "SPLICED_CLIPS": 3,
+        "GARBLED_CLIPS": 3,
+        "ROLLOUT_TEXTS": range(3),
+        "RECORDED": 1,
+        "RESYNTHESIZED": 2,
+    },
+    build_policy: {
+        "DEVICE": "cpu",
+        "POLICY_BATCH": 2,
+        "EVAL_STEPS": 1,
+        "NON_SPEECH": {"sft": 1, "pool": 1, "heldout": 1},
+    },
+    rollouts: {"MAX_LENGTH": 140},
 }
 CODECS = ("codec_joint", "codec")
 
@@ -50,14 +59,16 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="tiny.natural.build")
     fake_speech(tmp_path / "speech")
     fake_speech(tmp_path / "random")
-    for name, value in SHORT.items():
-        monkeypatch.setattr(build, name, value)
+    for module, constants in SHORT.items():
+        for name, value in constants.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(build, "TEACHER_POSITIONS", 60)
     flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --whisper_steps 2 --policy_steps 3"
-    flags += " --asr_policy_steps 2"
+    flags += " --reward_asr_steps 2 --asr_policy_steps 2 --teacher tiny/whisper.pt"
     args = build.parse_args(flags.split())
-    for stage in ("codec", "decoder", "whisper", "rows", "policy", "asr_rows", "asr_policy"):
+    for stage in ("codec", "decoder", "whisper", "rows", "policy", "rollouts", "reward_asr", "asr_rows", "asr_policy"):
         build.STAGES[stage](args)
-    codes = build.load_codes(tmp_path)
+    codes = work_dir.load_codes(tmp_path)
     assert [len(ids) for ids in codes] == [86] * 10  # 1.7 s are 85 hops, and the codec pads with one more
     assert build.training_frames(tmp_path)[0].lengths == [86] * 6  # of 3 of the 4 recordings, and their copies
     encoder = [np.concatenate([w.flatten() for w in state(tmp_path / name, "acoustic_encoder")]) for name in CODECS]
@@ -70,7 +81,7 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     assert shipped["steps"] == 3 and shipped["codec_id"] == str(tmp_path / "codec")
     assert shipped["whisper"] == str(tmp_path / "whisper.pt")
     heard = [message for message in caplog.messages if "held-out clips" in message]
-    assert len(heard) == 2 and "natural: WER" in heard[0] and "resynthesized: WER" in heard[1]
+    assert len(heard) == 4 and "natural: WER" in heard[2] and "resynthesized: WER" in heard[3]
     wav = tmp_path / "sample.wav"
     flags = f"--model_name_or_path {tmp_path}/llasa --output {wav} --max_length 110 --text"
     infer(inference_args([*flags.split(), "Nancy took the lamp."]))
@@ -91,7 +102,9 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     assert (record["codec_id"], record["whisper"]) == ("tiny/natural/codec", "tiny/natural/whisper.pt")
     assert json.loads((shipped / "llasa_asr" / "run.json").read_text())["codec_id"] == "tiny/natural/codec"
     assert len(read(shipped / "asr" / "pool.parquet")) == 3 and "Rebecca" in (shipped / "asr/keywords.txt").read_text()
-    assert (shipped / "codec" / "model.safetensors").exists() and (shipped / "whisper.pt").exists()
+    assert (shipped / "codec" / "model.safetensors").exists()
+    assert (shipped / "whisper.pt").read_bytes() == (tmp_path / "reward_asr.pt").read_bytes()
+    assert (tmp_path / "whisper.pt").read_bytes() != (tmp_path / "reward_asr.pt").read_bytes()
     recordings = [json.loads(line) for line in (shipped / "heldout" / "metadata.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in recordings) == ["joe_2", "joe_3", "slt_2", "slt_3"]
     assert all(len(load_audio(shipped / "heldout" / row["file_name"])) == 27_200 for row in recordings)
@@ -103,7 +116,7 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(build, "train_codec", None)  # would raise: what is there is kept
     monkeypatch.setattr(build, "train_decoder", None)
-    monkeypatch.setattr(build, "train_policy", None)
+    monkeypatch.setattr(build_policy, "train_policy", None)
     for stage in ("codec", "decoder", "policy", "asr_policy"):
         build.STAGES[stage](args)
 
@@ -128,6 +141,8 @@ def state(folder: Path, part: str) -> list[np.ndarray]:
         ("rows", "speech"),
         ("policy", "decoder"),
         ("whisper", "decoder"),
+        ("rollouts", "policy"),
+        ("reward_asr", "whisper"),
         ("asr_rows", "decoder"),
         ("asr_policy", "policy"),
         ("ship", "decoder"),
@@ -157,7 +172,7 @@ def test_voice_prompts_of_sft_rows_are_other_clips_of_the_same_voice():
     speakers = ["joe"] * 40 + ["slt", "rms"] * 10
     clip = {"form": "statement", "melody": "neutral", "duration_s": 1.0}
     rows = [{"id": str(i), "text": f"{name} {i}", "speaker": name} | clip for i, name in enumerate(speakers)]
-    made = build.speech_rows(rows, [[i, i] for i in range(len(rows))])
+    made = build_policy.speech_rows(rows, [[i, i] for i in range(len(rows))])
     assert made["text"] == [row["text"] for row in rows] and made["audio_codes"][7] == [7, 7]
     for i, row in enumerate(made):
         if row["ref_text"] is None:

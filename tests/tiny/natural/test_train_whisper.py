@@ -87,3 +87,16 @@ def test_training_lowers_the_loss_and_keeps_unused_tokens_tied(monkeypatch, capl
     assert (embedding[unused] == embedding[unused[0]]).all() and (embedding[used[0]] != embedding[unused[0]]).any()
     model = whisper.Whisper(whisper.model.ModelDimensions(**checkpoint["dims"]))
     model.load_state_dict(checkpoint["model_state_dict"])
+
+
+def test_training_goes_on_from_a_checkpoint_with_other_words():
+    """With a learning rate of 0 all stays, but for the words that are not in use any more."""
+    mels = torch.randn(2, 80, tw.WINDOW_FRAMES).half()
+    before = tw.train_whisper(mels, ["Keys.", "Boats."], steps=3, batch_size=2, learning_rate=2e-3, seed=0)
+    texts = ["Hammers.", "Boats."]
+    after = tw.train_whisper(mels, texts, steps=1, batch_size=2, learning_rate=0.0, seed=0, start=before)
+    before, after = before["model_state_dict"], after["model_state_dict"]
+    before_rows, after_rows = (state.pop("decoder.token_embedding.weight") for state in (before, after))
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    in_use = CompactVocabulary(texts).used
+    assert torch.equal(before_rows[in_use], after_rows[in_use])

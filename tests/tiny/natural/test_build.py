@@ -62,7 +62,6 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     for module, constants in SHORT.items():
         for name, value in constants.items():
             monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(build, "TEACHER_POSITIONS", 60)
     flags = f"--work_dir {tmp_path} --codec_steps 2 --decoder_steps 2 --whisper_steps 2 --policy_steps 3"
     flags += " --reward_asr_steps 2 --asr_policy_steps 2 --teacher tiny/whisper.pt"
     args = build.parse_args(flags.split())

@@ -3,24 +3,14 @@
 import pickle
 
 import pytest
-import torch
 
 from speech.codec import SpeechCodec
 from speech.policy import Policy
 from speech.whisper_scorer import WhisperScorer
 from tiny.natural import rollouts
-from tiny.natural.rollouts import Rollout, sample_rollouts, shorten_window, transcript
+from tiny.natural.rollouts import Rollout, sample_rollouts, transcript
 
 TEXTS = ["Nancy took the lamp.", "Did *Peter* find three boats?", "My cousin left.", "Oliver lost it.", "Tom sang."]
-
-
-def test_a_window_is_shortened(tmp_path):
-    """Positions that stay are what they were: the encoder sees the first of them alone."""
-    shorten_window("tiny/natural/whisper.pt", tmp_path / "short.pt", 150)
-    short, whole = WhisperScorer(tmp_path / "short.pt", "cpu"), WhisperScorer("tiny/natural/whisper.pt", "cpu")
-    assert short.window == 150 * 320 and whole.window == 190 * 320
-    kept, before = short.model.encoder.positional_embedding, whole.model.encoder.positional_embedding
-    assert torch.equal(kept, before[:150])
 
 
 def test_rollouts_resume_with_the_same_samples(tmp_path, monkeypatch, caplog):

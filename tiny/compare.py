@@ -217,9 +217,9 @@ COMPARISONS = {
     "melody": Comparison(
         policy="tiny/natural/llasa",
         runs={
-            "wer_nll": NATURAL % ("natural", "time"),
+            "wer_nll_time": NATURAL % ("natural", "time"),
             "wer_nll_rollout": NATURAL % ("natural", "rollout"),
-            "melody": NATURAL % ("natural_expressive", "time"),
+            "melody_time": NATURAL % ("natural_expressive", "time"),
         },
         evaluation=NATURAL_EVALUATION,
         metrics=MELODY_METRICS,

@@ -60,9 +60,7 @@ class CompactVocabulary:
 
     def compact(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inverse of `expand`, in single precision; the state may be of another vocabulary."""
-        full = state["decoder.token_embedding.weight"]
-        unused = next(token for token in range(len(full)) if token not in self.row)
-        small = full[[*self.used, unused]]
+        small = state["decoder.token_embedding.weight"][[*self.used, -1]]  # the last, a time stamp, is in no text
         return {k: v.float() for k, v in (state | {"decoder.token_embedding.weight": small}).items()}
 
     def expand(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -166,7 +166,7 @@ def shorten_window(source: str, path: Path, window_s: float) -> None:
     """Write a Whisper with the first `window_s` of its window alone, in OpenAI's format.
 
     Raises:
-        InputError: the window is shorter than that already.
+        InputError: a window of no length, or longer than the model's own.
     """
     dims, state = read_checkpoint(source)
     whole_s = dims["n_audio_ctx"] * SAMPLES_PER_FEATURE / SAMPLE_RATE
@@ -182,10 +182,12 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with bad_input_exits():
         check_writable(folder)
+        if args.window_s is not None and not 0 < args.window_s <= 30:
+            raise InputError(f"--window_s: must be above 0 and at most 30 (got {args.window_s:g})")
         new = fetch(args.model, folder)
         logger.info("Whisper %s %s %s", args.model, "is in" if new else "was already in", folder)
         if args.window_s is not None:
-            short = folder.with_name(f"{folder.name}-{args.window_s:g}s.pt")
+            short = Path(f"{folder.resolve()}-{args.window_s:g}s.pt")
             shorten_window(str(folder), short, args.window_s)
             logger.info("With a window of %g s: %s", args.window_s, short)
 
@@ -194,7 +196,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model", choices=MODELS, help="tiny.en: English only, 76 MB; base: multilingual, 145 MB")
     parser.add_argument("output_dir", help="folder to be written")
-    parser.add_argument("--window_s", type=float, help="also write a copy with a window of so many seconds, 8 to 30")
+    parser.add_argument("--window_s", type=float, help="also write a copy with a window of so many seconds, at most 30")
     return parse_strictly(parser, argv)
 
 

@@ -329,7 +329,7 @@ def check_training(args: TrainingArguments, ranges: dict) -> None:
     if args.warmup_steps and args.lr_scheduler_type == "constant":
         raise InputError(
             f"--warmup_steps {args.warmup_steps:g}: --lr_scheduler_type constant does not warm up. "
-            "Use constant_with_warmup"
+            "Use constant_with_warmup, or --warmup_steps 0"
         )
 
 

@@ -138,6 +138,14 @@ def test_transcripts_are_bounded(scorer, wavs, monkeypatch):
         scorer.transcribe(wavs[:1], max_tokens=0)
 
 
+def test_words_have_the_mean_nll_of_their_tokens(scorer, wavs):
+    ids = get_tokenizer(True).encode(" Hello there.")  # " Hello", " there", "."
+    [score] = scorer.score(wavs[3:4], ["Hello there."], word_times=True)
+    first, whole = (nll_by_hand(scorer, wavs[3], part, end=False) for part in (ids[:1], ids))
+    assert [word.text for word in score.words] == ["Hello", "there."]
+    assert [word.nll for word in score.words] == pytest.approx([first, (whole - first) / 2], rel=1e-4)
+
+
 def test_special_tokens_are_not_spelt_out(scorer, wavs, monkeypatch):
     tokenizer = get_tokenizer(True, language="en", task="transcribe")
     tokens = [*tokenizer.encode(" Hello there."), tokenizer.no_timestamps, tokenizer.sot + 1, tokenizer.timestamp_begin]

@@ -92,6 +92,7 @@ def test_times_come_with_the_same_scores_in_any_batch(scorer, clips):
         assert (score.hyp_text, score.wer) == (without.hyp_text, without.wer)
         assert score.nll == pytest.approx(without.nll, abs=1e-4)
         [alone] = scorer.score([wavs[i]], [texts[i]], word_times=True)
+        assert [w.nll for w in alone.words] == pytest.approx([w.nll for w in score.words], rel=1e-3, abs=1e-4)
         assert [w.start_s for w in alone.words] == pytest.approx([w.start_s for w in score.words], abs=0.021)
 
 

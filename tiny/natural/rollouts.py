@@ -1,12 +1,12 @@
 """Samples of the supervised policy, and what OpenAI's Whisper tiny.en hears in them: data of the reward ASR.
 
-    python -m tiny.whisper_weights tiny.en build/whisper-tiny.en
+    python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8
     python -m tiny.natural.build --stage rollouts
 
 What an ASR has not learnt to find wrong, RL cannot mend: the reward ASR that knew recordings, and words put together
 from them, found no error in half of the policy's samples, of whose words Whisper base has a third wrong
-(docs/experiments/natural_reward_asr.md). So it learns from the samples too, with transcripts by tiny.en, which is no
-judge of this setup: sequence-level knowledge distillation (Kim and Rush, arXiv 1606.07947).
+(docs/experiments/natural_reward_asr.md). So it learns from the samples too, with transcripts by tiny.en, which
+evaluates no policy of this setup: sequence-level knowledge distillation (Kim and Rush, arXiv 1606.07947).
 """
 
 import logging
@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import set_seed
 
+from common.cli import write_whole
 from speech.codec import SpeechCodec, decode_rollouts
 from speech.policy import Policy
 from speech.text_marks import plain_text
@@ -52,6 +53,8 @@ def sample_rollouts(
 ) -> list[Rollout]:
     """One rollout of each text as the teacher hears it; those that are in `file` already are kept."""
     rollouts = pickle.loads(file.read_bytes()) if file.exists() else []
+    if len(rollouts) == len(texts):
+        return rollouts
     starts = range(0, len(texts), BATCH)
     done = len(rollouts) // BATCH
     for number in tqdm(starts[done:], "rollouts", initial=done, total=len(starts), disable=None):
@@ -67,7 +70,8 @@ def sample_rollouts(
             Rollout(*columns)
             for columns in zip(plain, [s.codes for s in samples], [s.hyp_text for s in scores], strict=True)
         ]
-        file.write_bytes(pickle.dumps(rollouts))
+        content = pickle.dumps(rollouts)
+        write_whole(file, lambda temporary, content=content: temporary.write_bytes(content))
         wer = sum(score.edits for score in scores) / sum(score.ref_length for score in scores)
         logger.info(
             "rollouts: %d of %d, temperature %g, WER %.1f %%", len(rollouts), len(texts), temperature, 100 * wer

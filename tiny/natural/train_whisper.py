@@ -1,7 +1,8 @@
 """The natural toy setup's Whisper: tiny/whisper.pt's architecture with a window of 3.8 s instead of 2.56.
 
-It is to hear what was spoken and not what is likely. So half of its clips are no sentences: random words, spoken or
-put together from the codes of words, and speech with a word of noise in it, which is not in the transcript.
+It is to hear what was spoken and not what is likely. So at first half of its clips are no sentences: random words,
+spoken or put together from the codes of words, and speech with a word of noise in it, which is not in the transcript.
+Then it goes on from the policy's samples (tiny/natural/rollouts.py).
 """
 
 import logging

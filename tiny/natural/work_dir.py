@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.cli import InputError
+from common.cli import InputError, pick_device
 from speech.audio import load_audio
 
 SEED = 0
+DEVICE = pick_device()
 
 
 class Clips(NamedTuple):

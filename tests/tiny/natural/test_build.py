@@ -27,7 +27,7 @@ SHORT = {
         "CODEC_CLIPS": 3,
         "SPLICED_CLIPS": 3,
         "GARBLED_CLIPS": 3,
-        "ROLLOUT_TEXTS": range(3),
+        "ROLLOUT_TEXTS": slice(3),
         "RECORDED": 1,
         "RESYNTHESIZED": 2,
     },
@@ -80,7 +80,11 @@ def test_the_stages_after_the_speech(tmp_path, monkeypatch, caplog):
     assert shipped["steps"] == 3 and shipped["codec_id"] == str(tmp_path / "codec")
     assert shipped["whisper"] == str(tmp_path / "whisper.pt")
     heard = [message for message in caplog.messages if "held-out clips" in message]
-    assert len(heard) == 4 and "natural: WER" in heard[2] and "resynthesized: WER" in heard[3]
+    assert [message.split(": WER")[0] for message in heard] == [
+        f"{stage}: held-out clips, {name}"
+        for stage in ("whisper", "reward_asr")
+        for name in ("natural", "resynthesized")
+    ]
     wav = tmp_path / "sample.wav"
     flags = f"--model_name_or_path {tmp_path}/llasa --output {wav} --max_length 110 --text"
     infer(inference_args([*flags.split(), "Nancy took the lamp."]))
@@ -158,6 +162,13 @@ def test_bad_flags_are_named(caplog, tmp_path):
         with pytest.raises(SystemExit):
             build.main(build.parse_args(["--work_dir", str(tmp_path), f"--{flag}", value]))
         assert f"--{flag}: {named}" in caplog.text
+
+
+def test_a_teacher_that_is_missing_is_named_before_the_first_stage(caplog, tmp_path):
+    with pytest.raises(SystemExit):
+        build.main(build.parse_args(["--work_dir", str(tmp_path / "new"), "--teacher", "no.pt"]))
+    assert "--teacher no.pt: is not there. Run python -m tiny.whisper_weights tiny.en" in caplog.text
+    assert not list(tmp_path.rglob("*.flac"))
 
 
 def test_help_names_every_stage(capsys):

@@ -15,6 +15,8 @@ from speech.policy import Policy
 from speech.text_marks import plain_text
 from speech.tokens import SAMPLE_RATE, tts_prompt
 from speech.whisper_scorer import WhisperScorer
+from tiny.natural.build import ROLLOUT_TEXTS
+from tiny.natural.corpus import sentences
 from tiny.natural.melody import is_question
 from tiny.natural.speak import train_rows
 
@@ -65,6 +67,7 @@ def test_heldout_texts_are_in_no_training_data():
     heldout = (NATURAL / "texts" / "heldout.txt").read_text().splitlines()
     assert heldout == [row["text"] for row in ROWS] and len(set(heldout)) == 120
     assert not set(heldout) & (trained | rl) and not rl & trained
+    assert not set(sentences(0)[ROLLOUT_TEXTS]) & (set(heldout) | trained | rl)
 
 
 def test_reward_asr_on_natural_and_resynthesized_clips(whisper, codec, recordings, codes):

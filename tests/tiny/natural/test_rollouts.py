@@ -35,7 +35,8 @@ def test_rollouts_resume_with_the_same_samples(tmp_path, monkeypatch, caplog):
     assert "rollouts: 5 of 5, temperature 1, WER" in caplog.text
     file.write_bytes(pickle.dumps(whole[:2]))  # as after a run killed in its second batch
     assert sample_rollouts(TEXTS, policy, codec, teacher, seed=3, file=file) == whole
-    assert pickle.loads(file.read_bytes()) == whole
+    assert pickle.loads(file.read_bytes()) == whole and temperatures == [0.8, 1.0, 1.0, 1.0, 1.0]
+    assert sample_rollouts(TEXTS, policy, codec, teacher, seed=3, file=file) == whole and len(temperatures) == 5
 
 
 @pytest.mark.parametrize(

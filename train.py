@@ -29,6 +29,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     InputError,
     bad_input_exits,
@@ -45,10 +46,11 @@ from reward_models.transcripts import TranscriptScorer
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
 from speech.tokens import SpeechTokens
 from training import memory, recipes
-from training.callbacks import ConsoleLog, SampleSaver
+from training.callbacks import ConsoleLog, SampleSaver, console_header
 from training.checkpoints import check_same_shapes, find_checkpoint, stop_where_all_steps_are_done
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
+from training.gradients import stop_at_broken_gradients
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
 from training.held_out import HeldOutEvaluation
 from training.model_card import model_card
@@ -188,23 +190,6 @@ SUPERVISED = {"sft": sft_trainer, "dpo": dpo_trainer}  # without rewards
 # --- The run ----------------------------------------------------------------------------------------------
 
 
-UNITS = {"sft": "rows", "dpo": "pairs"}  # what a batch is counted in; else rollouts
-
-
-def console_header(
-    trainer: Trainer, script_args: ScriptArguments, model_name: str, rewards: RewardConfig | None
-) -> str:
-    """The line before the first step: method, policy, rewards, amount of work, folder."""
-    args, size = trainer.args, sum(p.numel() for p in trainer.model.parameters())
-    millions = f"{size / 1e6:.1f} M" if size < 1e9 else f"{size / 1e9:.2f} B"
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    amount = f"{steps} steps × {batch} {UNITS.get(script_args.method, 'rollouts')}"
-    parts = [f"{script_args.method.upper()} {script_args.task.upper()}", f"{model_name} ({millions})"]
-    parts += [f"reward {' + '.join(rewards)}"] if rewards else []
-    return " · ".join([*parts, amount, f"logs {args.output_dir}"])
-
-
 def use_own_console_and_card(
     trainer: Trainer, script_args: ScriptArguments, model_args: ModelConfig, rewards: RewardConfig | None
 ) -> None:
@@ -235,7 +220,7 @@ def use_own_console_and_card(
 def main(arguments: recipes.Arguments) -> None:
     script_args, training_args, model_args = arguments
     set_up_logging("train")
-    torch.set_flush_denormal(True)  # on a CPU, denormal weights cost a hundred times as much
+    set_up_arithmetic()
     with bad_input_exits():
         policy = model_args.model_name_or_path
         for flag, value in (("dataset", script_args.dataset), ("model_name_or_path", policy)):
@@ -259,6 +244,7 @@ def main(arguments: recipes.Arguments) -> None:
         models = {"codec_id": script_args.codec_id, "whisper": script_args.whisper}
         write_run(training_args.output_dir, **models, seed=training_args.seed, **facts, reward=rewards)
     stop_where_all_steps_are_done(trainer)
+    stop_at_broken_gradients(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:  # accelerate's default writes shards, and no model that loads elsewhere
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -390,7 +391,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("train_preference_model", timestamps=True)
-    torch.set_flush_denormal(True)  # on a CPU, weights near zero cost a hundred times as much
+    set_up_arithmetic()
     with bad_input_exits():
         check_args(args)
         device = pick_device(args.device)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -280,7 +281,7 @@ def check_rows(model: Token2Text, rows: datasets.Dataset, labels: list[str]) -> 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("train_token2text", timestamps=True)
-    torch.set_flush_denormal(True)  # on a CPU, weights near zero cost a hundred times as much
+    set_up_arithmetic()
     with bad_input_exits():
         check(args)
         device = pick_device(args.device)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py
 
 import train
 from benchmarks.harness import silence
+from common.arithmetic import set_up_arithmetic
 from common.cli import HelpFormatter, bad_input_exits, check_at_least, set_up_logging
 from common.tables import markdown_table
 from reward_models import load_config
@@ -102,7 +103,7 @@ def collect_gradients(args: argparse.Namespace) -> dict[str, list[list[torch.Ten
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("benchmarks")
-    torch.set_flush_denormal(True)
+    set_up_arithmetic()
     with bad_input_exits():
         check_at_least(args, batches=2)
     rows = []

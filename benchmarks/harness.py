@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import HelpFormatter, check_at_least, check_writable, pick_device, set_up_logging
 from common.run_record import provenance
 from common.tables import markdown_table
@@ -177,6 +178,6 @@ def set_up(args: argparse.Namespace) -> torch.device:
     given = [name for name in counts if getattr(args, name, None) is not None]
     check_at_least(args, **dict.fromkeys(given, 1))
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    set_up_arithmetic()
     check_writable(args.output_dir)
     return torch.device(pick_device(args.device))

@@ -14,6 +14,7 @@ of the run that is planned (--use_peft true, --per_device_train_batch_size 4). E
     log-probs      what the sampler drew from (with its cache of keys and values) is what the loss scores; with
                    --use_vllm true as vLLM reports it, in the last step
     memory         peak of the GPU against the estimate that train.py prints (training/memory.py)
+    attention      gradients of left-padded rows are finite at every length from 1 to 256 (common/arithmetic.py)
     speech         inference.py writes finite clips with what was saved
 
 Seconds are those of the steps after the first, which compiles kernels; sampling stands beside what reading weights and
@@ -40,6 +41,7 @@ from unittest import mock
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `python benchmarks/X.py` finds the project's files
@@ -72,6 +74,7 @@ MAX_LOG_PROB_DIFFERENCE = 0.02
 MAX_MEMORY_ERROR = 0.15  # of the estimate
 MAY_BE_MISSING = {"log_f0_std"}
 COMPARED_CODES = 64  # of each of two rollouts
+ATTENTION_LENGTHS = 256
 BUILT_BYTES = 14e9  # the three checkpoints, and what train.py saves
 TEXTS = "tiny/texts/train.jsonl"
 PHASES = ("sampling", "codec", "Whisper", "loss", "step")
@@ -268,6 +271,23 @@ def compare_log_probs(trainer: SpeechGRPOTrainer, texts: list[str]) -> LogProbs:
     return LogProbs(difference.item(), spread.item())
 
 
+def broken_lengths(device: torch.device) -> list[int]:
+    """Lengths at which the gradient of attention, with rows that see nothing as those of left padding, is not finite.
+
+    In bfloat16, by the kernel that PyTorch chooses: some of cuDNN's give NaN at a few lengths only.
+    """
+    broken = []
+    for length in range(1, ATTENTION_LENGTHS + 1):
+        query, key, value = torch.randn(3, 2, 4, length, 64, device=device, dtype=torch.bfloat16).unbind()
+        query.requires_grad_()
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        mask = causal & (torch.arange(length, device=device) >= length // 4)
+        scaled_dot_product_attention(query, key, value, attn_mask=mask).float().sum().backward()
+        if not query.grad.isfinite().all():
+            broken.append(length)
+    return broken
+
+
 def rollout_rate(run: Run, steps: int, device: torch.device) -> RolloutRate:
     """Of the steps that were timed; codes and calls are those of the last step."""
     entry = [entry for entry in run.trainer.state.log_history if "reward" in entry][-1]
@@ -334,6 +354,12 @@ def check_memory(estimate: int, peak: int | None) -> Check:
     return Check("memory", limit, f"{peak / memory.GIB:.2f} GiB", abs(peak / estimate - 1) <= MAX_MEMORY_ERROR)
 
 
+def check_attention(broken: list[int]) -> Check:
+    measured = f"{ATTENTION_LENGTHS - len(broken)} of {ATTENTION_LENGTHS}"
+    measured += f", not {', '.join(map(str, broken[:4]))}" if broken else ""
+    return Check("attention", "finite at all lengths", measured, not broken)
+
+
 def check_speech(wavs: list[np.ndarray]) -> Check:
     good = [wav for wav in wavs if len(wav) and np.isfinite(wav).all()]
     seconds = sum(map(len, good)) / 16_000
@@ -381,6 +407,7 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tup
     longest = max(len(prompt_ids(run.trainer.processing_class, tts_prompt(text))) for text in texts)
     checks = [*check_log(run.trainer.state.log_history), check_number_format(run.dtypes)]
     checks += [check_log_probs(compare_log_probs(run.trainer, texts)), check_memory(run.estimate["peak"], peak)]
+    checks += [check_attention(broken_lengths(device))]
     rate = rollout_rate(run, timed_steps(args.steps), device)
     max_length = longest + max(MIN_ROOM, arguments[1].max_completion_length)
     run.trainer = None

@@ -164,6 +164,27 @@ def test_two_steps_and_a_resumed_run(setup, tmp_path, method, task, adapter):
         assert difference.mean() < 0.01 and cache_dtype == torch.bfloat16  # 0.003 at most here; LoRA's dropout: 0.02
 
 
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
+def test_a_gradient_that_is_no_number_ends_the_run_before_the_weights_are(setup, tmp_path, method, monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default, which gives NaN on some GPUs
+    trainers = []
+
+    def broken_in_step_2(trainer, *_):
+        trainers.append(trainer)
+        weights = next(trainer.model.parameters())
+        weights.register_hook(lambda grad: grad * math.nan if trainer.state.global_step == 1 else grad)
+
+    monkeypatch.setattr(train, "use_own_console_and_card", broken_in_step_2)
+    monkeypatch.setattr(train, "build_rewards", lambda *_: ([mean_code], [1.0]))
+    flags = [*setup.flags(method, "tts", "all weights"), *AUTOCAST, "--disable_tqdm", "true"]
+    with pytest.raises(FloatingPointError, match="norm is nan in step 2.*--resume_from_checkpoint true"):
+        train.main(train.parse_args([*flags, "--output_dir", str(tmp_path)]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    after_step_1 = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    weights = dict(trainers[0].model.named_parameters())
+    assert after_step_1 and all(torch.equal(weights[name], stored) for name, stored in after_step_1.items())
+
+
 def sampled_minus_scored(trainer) -> tuple[torch.Tensor, torch.dtype]:
     """|sampled − scored| log-probs of two groups of rollouts in nats, shape (tokens,), and the KV cache's dtype."""
     tokenizer, outputs = trainer.processing_class, []

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, SeamlessM4TFeature
 
 import train
 import train_token2text
+from common.arithmetic import set_up_arithmetic
 from common.cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, set_up_logging
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
@@ -378,7 +379,7 @@ def main(args: argparse.Namespace) -> None:
     log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(log_file)
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    set_up_arithmetic()
     with bad_input_exits():
         for stage in args.stage or STAGES:
             STAGES[stage](args.work_dir)

@@ -121,7 +121,7 @@ def fit(codec: Xcodec2Model, weights: list, batch, steps: int, learning_rate: fl
         loss = loss_of(*batch())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         recent.append(loss.item())

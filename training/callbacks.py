@@ -5,16 +5,18 @@ import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from speech.audio import save_audio
 from speech.tokens import SAMPLE_RATE
+from training.recipes import ScriptArguments
 
 logger = logging.getLogger("train")
 
@@ -33,6 +35,23 @@ COLUMNS = {
     "mean_token_accuracy": lambda v: f"token accuracy {100 * v:.1f} %",
 }
 RECENT_LOGS = 20  # of which the time of a step is the mean
+
+
+UNITS = {"sft": "rows", "dpo": "pairs"}  # what a batch is counted in; else rollouts
+
+
+def console_header(
+    trainer: Trainer, script_args: ScriptArguments, model_name: str, rewards: Iterable[str] | None
+) -> str:
+    """The line before the first step: method, policy, rewards, amount of work, folder."""
+    args, size = trainer.args, sum(p.numel() for p in trainer.model.parameters())
+    millions = f"{size / 1e6:.1f} M" if size < 1e9 else f"{size / 1e9:.2f} B"
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    amount = f"{steps} steps × {batch} {UNITS.get(script_args.method, 'rollouts')}"
+    parts = [f"{script_args.method.upper()} {script_args.task.upper()}", f"{model_name} ({millions})"]
+    parts += [f"reward {' + '.join(rewards)}"] if rewards else []
+    return " · ".join([*parts, amount, f"logs {args.output_dir}"])
 
 
 class ConsoleLog(TrainerCallback):

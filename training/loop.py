@@ -92,7 +92,7 @@ def train(
         losses = losses_of(batches.pop(0), rng)
         optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         recent.append({name: loss.item() for name, loss in losses.items()})

@@ -39,7 +39,7 @@ def test_the_chain_on_the_published_layout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readiness, "random_models", small_models)
     results = run(tmp_path, "--size", "real", "--offload_rewards", "false", "--learning_rate", "1e-4")
     checks = {check["name"]: check for check in results["checks"]}
-    assert list(checks) == ["finite", "gradient", "number format", "log-probs", "memory", "speech"]
+    assert list(checks) == ["finite", "gradient", "number format", "log-probs", "memory", "attention", "speech"]
     assert checks.pop("memory")["passed"] is None, "there is no GPU here"
     assert all(check["passed"] for check in checks.values()), checks
     phases = results["seconds"]
@@ -137,9 +137,22 @@ def test_what_else_falls_short():
     assert readiness.check_number_format({torch.bfloat16}).passed
     assert not readiness.check_number_format({torch.float32, torch.bfloat16}).passed
     assert not readiness.check_number_format(set()).passed
+    assert readiness.check_attention([]).passed and not readiness.check_attention([64, 192]).passed
     clip = np.zeros(320, np.float32)
     assert readiness.check_speech([clip]).passed and not readiness.check_speech([]).passed
     assert not readiness.check_speech([clip, clip[:0]]).passed and not readiness.check_speech([clip * np.nan]).passed
+
+
+def test_a_kernel_whose_gradient_is_no_number_at_some_lengths_is_found(monkeypatch):
+    """As cuDNN's in pytorch/pytorch#196678."""
+    attention = readiness.scaled_dot_product_attention
+
+    def broken(query, *args, **kwargs):
+        return attention(query, *args, **kwargs) * (math.nan if query.shape[2] % 128 == 64 else 1.0)
+
+    assert readiness.broken_lengths(torch.device("cpu")) == []
+    monkeypatch.setattr(readiness, "scaled_dot_product_attention", broken)
+    assert readiness.broken_lengths(torch.device("cpu")) == [64, 192]
 
 
 def test_a_full_disk_is_known_before_anything_is_built(tmp_path, monkeypatch, caplog):

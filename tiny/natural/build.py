@@ -43,6 +43,7 @@ import torch
 from tqdm import tqdm
 from transformers import Xcodec2Model
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -362,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
                 "build/whisper-tiny.en --window_s 8 first, or give another Whisper's file or folder"
             )
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # on a CPU, denormal numbers cost a hundred times as much
+    set_up_arithmetic()
     with bad_input_exits():
         for stage in args.stage or STAGES:
             STAGES[stage](args)

@@ -189,7 +189,7 @@ def update(optimizer: torch.optim.AdamW, loss: torch.Tensor) -> None:
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=weights)
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0, error_if_nonfinite=True)
     optimizer.step()
 
 

@@ -344,7 +344,7 @@ def train_policy(
         nll, attention_loss = losses(model, batch, streams[name].answer_ids, guided=weight > 0)
         optimizer.zero_grad()
         (nll + weight * attention_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         total += torch.stack([nll, attention_loss]).detach().cpu()
         done.step, done.steps[name], done.seconds = done.step + 1, done.steps[name] + 1, time.monotonic() - start

@@ -28,7 +28,6 @@ SHORTER = {  # what a command holds: flags that make it short
     "train.py .*--method dpo": "--max_steps 1 --per_device_train_batch_size 2",
     "train.py (?!.*(sft|--method dpo))": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
     "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
-    "train.py .*multitask_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset sft.parquet",
     "evaluation.py --models": "--texts eight.txt --references eight.jsonl --num_players 2",
     "evaluation.py --models .*--adapters": "--max_length 160",
     "evaluation.py --task asr": "--clips sixty.parquet",
@@ -87,9 +86,7 @@ def clone(tmp_path_factory) -> Path:
     for reading in readings:
         reading["audio"] = str(ROOT / "tiny/heldout" / reading.pop("file_name"))
     (folder / "eight.jsonl").write_text("".join(json.dumps(reading) + "\n" for reading in readings))
-    rows = datasets.Dataset.from_parquet(str(ROOT / "tiny/asr/pool.parquet"))
-    rows.select([*range(50), *range(len(rows) - 10, len(rows))]).to_parquet(folder / "sixty.parquet")
-    for name, source in (("speech", "tiny/speech.parquet"), ("sft", "tiny/asr/sft.parquet")):
+    for name, source in (("sixty", "tiny/natural/asr/pool.parquet"), ("speech", "tiny/speech.parquet")):
         rows = datasets.Dataset.from_parquet(str(ROOT / source))
         rows.select(range(0, len(rows), len(rows) // 60)).to_parquet(folder / f"{name}.parquet")
     return folder

@@ -25,7 +25,7 @@ from speech.policy import Policy, Sample
 from speech.tokens import asr_prompt, tts_prompt
 from speech.whisper_scorer import Score
 
-MULTITASK_MODEL = "tiny/llasa_asr"
+MULTITASK_MODEL = "tiny/natural/llasa_asr"
 
 
 @pytest.fixture(scope="module")
@@ -176,15 +176,16 @@ def transcribe(*argv: str) -> None:
 
 
 def test_transcripts_of_files(tmp_path):
-    clips = ["tiny/heldout/slt_000.flac", "tiny/heldout/rms_001.flac"]
+    lines = Path("tiny/natural/heldout/metadata.jsonl").read_text().splitlines()[1:3]
+    recordings = [json.loads(line) for line in lines]
+    clips = [f"tiny/natural/heldout/{recording['file_name']}" for recording in recordings]
     transcribe("--audio", *clips, "--output", str(tmp_path / "t.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [line["audio"] for line in lines] == clips
     assert all(len(line["transcripts"]) == 1 and line["truncated"] == [False] for line in lines)
-    texts = [json.loads(line)["text"] for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()[:2]]
-    ref_words = [set(text.lower().rstrip(".").split()) for text in texts]
+    ref_words = [set(recording["text"].lower().rstrip(".").split()) for recording in recordings]
     hyp_words = [set(line["transcripts"][0].lower().rstrip(".").split()) for line in lines]
-    assert sum(len(a & b) for a, b in zip(ref_words, hyp_words, strict=True)) >= 6  # of 8 words
+    assert sum(len(a & b) for a, b in zip(ref_words, hyp_words, strict=True)) >= 9  # of 11 words
 
 
 def test_transcripts_of_a_dataset_are_what_select_rl_data_reads(tmp_path):
@@ -260,7 +261,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_stopped(policy_path, clips,
 
 def test_transcripts_of_other_adapters_are_not_resumed(tmp_path, caplog):
     save_lora(MULTITASK_MODEL, tmp_path / "lora", seed=0)
-    output = ("--audio", "tiny/heldout/slt_000.flac", "--output", str(tmp_path / "a.jsonl"))
+    output = ("--audio", "tiny/natural/heldout/heldout_103.ogg", "--output", str(tmp_path / "a.jsonl"))
     output += ("--max_completion_length", "20")
     transcribe(*output)
     plain = (tmp_path / "a.jsonl").read_text()
@@ -297,7 +298,7 @@ def test_transcripts_of_another_run_are_not_overwritten(policy_path, clips, tmp_
     ("argv", "message"),
     [
         (["--text", "hello"], "--text or --text_file is for --task tts"),
-        (["--dataset", "tiny/asr/heldout.parquet"], "Add --output with a .jsonl file"),
+        (["--dataset", "tiny/natural/asr/heldout.parquet"], "Add --output with a .jsonl file"),
         (["--audio", "nowhere.wav"], "nowhere.wav"),
         (["--audio", "tiny/heldout/slt_000.flac", "--output", "a.wav"], "--output a.wav: not a .jsonl file"),
         (["--audio", "tiny/heldout/slt_000.flac", "--output", "{tmp}/a.jsonl"], "a.jsonl: is a folder"),

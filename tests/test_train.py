@@ -272,10 +272,10 @@ def test_bad_pairs_of_dpo(pairs, message, tmp_path, capsys, caplog, monkeypatch)
 
 
 def test_asr_moves_every_parameter_and_logs_its_rules(tmp_path):
-    flags = ["--config", "configs/tiny_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    flags = ["--config", "configs/natural_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
     flags += ["--per_device_train_batch_size", "16", "--sample_steps", "1"]
     train.main(train.parse_args(flags))
-    before = Policy.from_pretrained("tiny/llasa_asr").model.state_dict()
+    before = Policy.from_pretrained("tiny/natural/llasa_asr").model.state_dict()
     after = weights(tmp_path)
     assert [name for name in after if torch.equal(before[name], after[name])] == []
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

@@ -9,8 +9,6 @@ The stages, in order; each reads what the ones before it wrote:
     texts        texts for RL, held-out texts and recordings, rows of SFT: tiny/texts, tiny/heldout, tiny/speech.parquet
     whisper      the reward ASR: tiny/whisper.pt
     policy       SFT of Llasa for text to speech, by train.py: tiny/llasa
-    asr_data     SFT, RL and held-out data for ASR: tiny/asr
-    asr_policy   SFT of tiny/llasa on both tasks, by train.py: tiny/llasa_asr
     token2text   the token-to-text model, by train_token2text.py: tiny/token2text
 
 Needs flite (Debian package `flite`). Seeds are fixed. Intermediate results are kept in --work_dir, so an interrupted
@@ -44,7 +42,6 @@ from common.cli import HelpFormatter, bad_input_exits, check_at_least, check_wri
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
-from tiny.asr_data import RARE_NAMES, Mix, clips_of, rows_of
 from tiny.corpus import SPEAKERS, random_word_sequences, sentences, speak_all
 from tiny.llasa import new_model, new_tokenizer
 from tiny.train_codec import NUM_CODES, new_codec, train_codec, train_decoder
@@ -61,7 +58,6 @@ RL_TEXTS = 3_000
 HELDOUT_TEXTS = 100
 HELDOUT_CLIPS = 96  # recordings of the first of them
 CODEC_CLIPS = 3_000
-POOL_NON_SPEECH = 100  # clips of noise or silence to pick RL data from
 RANDOM_WORD_CLIPS = 1_500
 # Rows without a voice prompt are DEFAULT_SPEAKER's; rows with one train the policy to continue in the prompt's voice.
 DEFAULT_SPEAKER = "slt"
@@ -71,11 +67,6 @@ PROMPTED_ROWS = {"slt": 800, "rms": 1_600}
 POLICY_ROUNDS = [
     "",
     "--learning_rate 1e-3 --max_steps 500 --seed 1",  # a warm restart: before it, WER at temperature 1.0 is 58 %
-]
-ASR_POLICY_ROUNDS = [
-    # ASR of clean recordings; without it, learning to attend to the speech at all takes four times as long
-    "--task asr --dataset tiny/speech.parquet --max_steps 700 --learning_rate 2e-3",
-    "",  # both tasks, and ASR of harder clips
 ]
 # Flags of train_token2text.py. Noise on the embeddings makes the model smooth between codes, so that its gradient
 # points to better codes.
@@ -297,44 +288,6 @@ def build_policy(work_dir: Path) -> None:
     ship_policy(trained, TINY / "llasa")
 
 
-def build_asr_data(work_dir: Path) -> None:
-    """ASR data: few clips for SFT, a pool to pick RL data from, and a held-out set."""
-    folder = TINY / "asr"
-    folder.mkdir(exist_ok=True)
-    (folder / "keywords.txt").write_text("\n".join(RARE_NAMES) + "\n")
-    every, codec = sentences(SEED), SpeechCodec.from_pretrained(str(TINY / "codec"))
-    sets = {  # name: sentences, clips, mix
-        "sft": (every[:TRAIN_CLIPS], 2_400, Mix(long=0.04, rare=0.02, non_speech=0.03)),
-        "pool": (every[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS], 2_000, Mix(long=0.15, rare=0.08)),
-        "heldout": (every[TRAIN_CLIPS + RL_TEXTS : -HELDOUT_TEXTS], 500, Mix(long=0.25, rare=0.12, non_speech=0.1)),
-    }
-    for number, (name, (texts, count, mix)) in enumerate(sets.items()):
-        rows = rows_of(clips_of(texts, count, mix, SEED + number), codec, SEED + number)
-        if name == "pool":
-            non_speech = clips_of([], POOL_NON_SPEECH, Mix(long=0, rare=0, non_speech=1), SEED + 10)
-            rows = datasets.concatenate_datasets([rows, rows_of(non_speech, codec, SEED + 10)])
-        if name != "heldout":
-            rows = rows.remove_columns("keywords")  # select_rl_data.py finds them
-        if name == "sft":  # against forgetting TTS: a third of the rows, without noise
-            tts = datasets.Dataset.from_parquet(str(TINY / "speech.parquet"))
-            tts = tts.remove_columns(["ref_text", "ref_codes"])
-            tts = tts.filter(lambda row: row["speaker"] == DEFAULT_SPEAKER).select(range(1_200))
-            rows = datasets.concatenate_datasets(
-                [
-                    rows.add_column("task", ["asr"] * len(rows)),
-                    tts.add_column("task", ["tts"] * len(tts)),
-                ]
-            )
-        save_rows(rows, folder / f"{name}.parquet")
-        logger.info("asr_data: %s, %d rows, %.0f s", name, len(rows), sum(rows["duration_s"]))
-
-
-def build_asr_policy(work_dir: Path) -> None:
-    """SFT of tiny/llasa by train.py."""
-    config = "configs/tiny_multitask_sft.yaml"
-    ship_policy(train_rounds(TINY / "llasa", config, ASR_POLICY_ROUNDS, work_dir / "llasa_asr"), TINY / "llasa_asr")
-
-
 def build_token2text(work_dir: Path) -> None:
     """Train on the codes of all training clips, by train_token2text.py; its held-out set is tiny/heldout."""
     texts, speakers, _ = clips(work_dir)
@@ -355,8 +308,6 @@ STAGES = {
     "texts": build_texts,
     "whisper": build_whisper,
     "policy": build_policy,
-    "asr_data": build_asr_data,
-    "asr_policy": build_asr_policy,
     "token2text": build_token2text,
 }
 

@@ -8,7 +8,7 @@
 The comparisons:
 
     grpo         GRPO with the Whisper reward over 400 steps
-    recognition  GRPO for ASR: rewards and choices of RL data, against SFT for as long
+    recognition  on the natural toy setup: GRPO for ASR, rewards and choices of RL data, against SFT for as long
     diffro       DiffRO, GRPO and both, and their variants, over 50 steps
     stability    the four main methods of diffro over 150 steps
     melody       on the natural toy setup: the Whisper reward, with credit in time and by rollout, and with rewards of
@@ -38,21 +38,22 @@ START = "sft"  # name of the policy that every run starts from
 
 # --- ASR --------------------------------------------------------------------------------------------------
 
-POOL = "--dataset tiny/asr/pool.parquet --num 400"
+POOL = "--dataset tiny/natural/asr/pool.parquet --num 400"
 TRANSCRIPTS = (
-    "inference.py --task asr --model_name_or_path tiny/llasa_asr --dataset tiny/asr/pool.parquet --num_samples 4 "
-    "--temperature 1 --batch_size 64 --max_completion_length 64"
+    "inference.py --task asr --model_name_or_path tiny/natural/llasa_asr --dataset tiny/natural/asr/pool.parquet "
+    "--num_samples 4 --temperature 1 --batch_size 64 --max_completion_length 64"
 )
 HARD = "--transcripts {folder}/transcripts.jsonl"
+KEYWORDS = "--keywords tiny/natural/asr/keywords.txt"
 LONG = "--longest_frac 0.15"
 RL_DATA = {  # name: flags of select_rl_data.py; without non_speech the policies learn to hallucinate on it
     "d0": "--select random non_speech",
     "d02": f"--select random long non_speech {LONG}",
     "d12": f"--select hard long non_speech {LONG} {HARD}",
-    "all": f"--select random hard long keywords non_speech {LONG} {HARD} --keywords tiny/asr/keywords.txt",
+    "all": f"--select random hard long keywords non_speech {LONG} {HARD} {KEYWORDS}",
 }
 RECOGNITION = (
-    "--config configs/tiny_asr.yaml --save_strategy no --sample_steps 0 --dataset {folder}/%s.parquet "
+    "--config configs/natural_asr.yaml --save_strategy no --sample_steps 0 --dataset {folder}/%s.parquet "
     "--reward_config reward_models/%s.json"
 )
 
@@ -172,21 +173,23 @@ COMPARISONS = {
         checkpoints=(75, 150, 300, 400),
     ),
     "recognition": Comparison(
-        policy="tiny/llasa_asr",
+        policy="tiny/natural/llasa_asr",
         runs={
-            # 480 steps take as long as the RL runs
-            "sft_longer": "--config configs/tiny_multitask_sft.yaml --task asr --model_name_or_path tiny/llasa_asr "
-            "--learning_rate 5e-4 --max_steps 480",
+            # On all clips that RL picks from, with their texts; 800 steps take as long as the RL runs
+            "sft_longer": "--method sft --task asr --model_name_or_path tiny/natural/llasa_asr "
+            "--dataset tiny/natural/asr/pool.parquet --max_length 512 --max_steps 800 --per_device_train_batch_size 16 "
+            "--learning_rate 3e-4 --gradient_checkpointing false --train_sampling_strategy group_by_length "
+            "--save_strategy no",
             "r1_d0": RECOGNITION % ("d0", "asr_wer"),
             "r12_d0": RECOGNITION % ("d0", "asr_wer_hallucination"),
             "r12_d02": RECOGNITION % ("d02", "asr_wer_hallucination"),
             "r12_d12": RECOGNITION % ("d12", "asr_wer_hallucination"),
             "r123_all": RECOGNITION % ("all", "asr_rules"),
         },
-        evaluation="--task asr --clips tiny/asr/heldout.parquet --long_s 3 --temperature 0 1 --seeds 0 --batch_size 64 "
-        "--max_length 512 --max_completion_length 64",
+        evaluation="--task asr --clips tiny/natural/asr/heldout.parquet --long_s 3.2 --temperature 0 1 --seeds 0 1 2 "
+        "--batch_size 64 --max_length 512 --max_completion_length 64",
         metrics=RECOGNITION_METRICS,
-        plotted=("all: WER", "short: WER", "long: WER", "hallucinations on non-speech"),
+        plotted=("all: WER", "short: WER", "long: WER", "keyword recall"),
         rl_data=tuple(RL_DATA),
     ),
     "diffro": Comparison(
@@ -376,6 +379,7 @@ def main(args: argparse.Namespace) -> None:
     folder, comparison = Path(args.output_dir), COMPARISONS[args.comparison]
     with bad_input_exits():
         check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     select_data(comparison, folder)
     for seed in args.seeds:
         for name, flags in comparison.runs.items():

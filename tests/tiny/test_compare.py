@@ -126,6 +126,21 @@ def test_table_and_plot_of_what_is_there(tmp_path, monkeypatch):
     assert (tmp_path / "diffro.png").stat().st_size > 10_000
 
 
+def test_into_a_folder_that_is_not_there(tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(log, *_):
+        log.touch()
+        raise Started
+
+    monkeypatch.setattr(compare, "run", start)
+    for name, log in (("recognition", "data.log"), ("diffro", "grpo_0.log")):
+        with pytest.raises(Started):
+            compare.main(compare.parse_args([name, "--output_dir", str(tmp_path / name), "--seeds", "0"]))
+        assert (tmp_path / name / log).exists()
+
+
 def test_longer_runs_resume_from_shorter_ones(tmp_path, monkeypatch):
     finish(tmp_path, "grpo_0", 50, 0.3)
     commands = []

@@ -64,11 +64,11 @@ def test_the_code_of_an_adapters_card_too(tmp_path):
 
 
 def test_the_code_of_an_asr_card_transcribes(tmp_path):
-    folder = trained(tmp_path, "configs/tiny_asr.yaml")
+    folder = trained(tmp_path, "configs/natural_asr.yaml")
     card = (folder / "README.md").read_text(encoding="utf-8")
     import datasets
 
-    codes = datasets.Dataset.from_parquet("tiny/asr/heldout.parquet")[0]["audio_codes"]
+    codes = datasets.Dataset.from_parquet("tiny/natural/asr/heldout.parquet")[0]["audio_codes"]
     scope = {}
     exec(code_of(card).replace("[...]", repr(codes)), scope)
     [transcript] = Policy.from_pretrained(str(folder), task="asr").transcribe([asr_prompt(codes)], max_length=512)

@@ -18,7 +18,6 @@ from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.text_marks import plain_text
 from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
-from tiny.asr_data import FRAC_NOISY, SNR_DB, noise
 
 RARE_NAMES = "Rebecca Jessica Benjamin Samuel Julia Oliver".split()
 FRAC_RARE = 0.03  # of their sentences that the supervised training of speech recognition has
@@ -26,6 +25,8 @@ FRAC_LONG = 0.12
 MAX_SECONDS = 7.5  # of a long clip: 375 codes, beside which prompt and text fit into the policy's 512 tokens
 PAUSE_S = 0.2  # between the sentences of a long clip
 NON_SPEECH_S = (1.0, 3.0)
+SNR_DB = (10.0, 30.0)  # range of the signal-to-noise ratio; below it, the codec loses most of the speech
+FRAC_NOISY = 0.6
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,16 @@ def mix_clip(clip: Clip, folder: Path, rng: np.random.Generator) -> tuple[np.nda
         start_s += (len(parts[-2]) + len(pause)) / SAMPLE_RATE
     wav = np.concatenate(parts[:-1])
     return wav + noise(rng, wav, clip.snr_db), words
+
+
+def noise(rng: np.random.Generator, wav: np.ndarray, snr_db: float | None) -> np.ndarray:
+    """Pink noise at `snr_db` below the waveform, or below speech of a typical level where the waveform is silent."""
+    if snr_db is None:
+        return np.zeros_like(wav)
+    white = np.fft.rfft(rng.standard_normal(len(wav)))
+    pink = np.fft.irfft(white / np.sqrt(np.arange(len(white)) + 1), len(wav))
+    level = wav.std() if wav.any() else 0.1
+    return (pink / pink.std() * level * 10 ** (-snr_db / 20)).astype(np.float32)
 
 
 def rows_of(

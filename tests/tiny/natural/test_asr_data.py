@@ -7,9 +7,8 @@ import pytest
 import soundfile as sf
 
 from speech.tokens import SAMPLE_RATE
-from tiny.asr_data import FRAC_NOISY
 from tiny.natural import asr_data
-from tiny.natural.asr_data import Clip
+from tiny.natural.asr_data import FRAC_NOISY, Clip
 
 WORDS = {"Rebecca *lost* it.": ["rebecca", "lost", "it"], "Did Peter lose it?": ["did", "peter", "lose", "it"]}
 RARE, COMMON = WORDS

@@ -70,7 +70,7 @@ from tiny.natural.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, reco
 from tiny.natural.train_codec import Frames, frames_of, new_codec, train_codec, train_decoder
 from tiny.natural.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.natural.voices import check_installed
-from tiny.natural.work_dir import DEVICE, SEED, clip_rows, clips, load_codes, made, of_split
+from tiny.natural.work_dir import DEVICE, SEED, clip_rows, heldout_clips, load_codes, made, of_split, recordings
 from tiny.train_codec import NUM_CODES
 
 logger = logging.getLogger("tiny.natural.build")
@@ -109,7 +109,8 @@ def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
 
 def training_frames(work_dir: Path) -> tuple[Frames, "Copies"]:
     """The codec's recordings, and after them a copy of each with a random melody, on the device of training."""
-    rows, wavs = clips(work_dir)
+    rows = clip_rows(work_dir)
+    wavs = recordings(work_dir, rows)
     train_columns = of_split("train", rows, wavs, features(work_dir, wavs))
     _, wavs, inputs = (column[:CODEC_CLIPS] for column in train_columns)
     copies = random_melodies(work_dir, wavs)
@@ -147,7 +148,7 @@ def build_codec(args: argparse.Namespace) -> None:
         train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1e-3, SEED, args.max_seconds)
         codec.half().save_pretrained(joint)
     if not codes_file.exists():
-        wavs = clips(args.work_dir).wavs
+        wavs = recordings(args.work_dir, clip_rows(args.work_dir))
         inputs = features(args.work_dir, wavs)
         codec = SpeechCodec.from_pretrained(str(joint), DEVICE)
         codes = codec.encode_inputs([EncoderInputs(*clip) for clip in zip(wavs, inputs, strict=True)])
@@ -188,10 +189,9 @@ def build_decoder(args: argparse.Namespace) -> None:
 def build_whisper(args: argparse.Namespace) -> None:
     """Train on recordings, on their resyntheses, and on codes put together from theirs; test on the held-out clips."""
     made(args.work_dir / "codec", "decoder")
-    rows, wavs = clips(args.work_dir)
-    heldout = of_split("heldout", rows, wavs, load_codes(args.work_dir))
-    train_columns = of_split("train", rows, wavs, load_codes(args.work_dir))
-    rows, wavs, codes = (column[:CODEC_CLIPS] for column in train_columns)
+    train_columns = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    rows, codes = (column[:CODEC_CLIPS] for column in train_columns)
+    wavs = recordings(args.work_dir, rows)
     more_rows, more_wavs, more_codes = random_word_clips(args)
     rows, wavs, codes = [*rows, *more_rows], [*wavs, *more_wavs], [*codes, *more_codes]
     by_words = [word_clip(*pair) for pair in zip(rows, codes, strict=True)]
@@ -210,7 +210,7 @@ def build_whisper(args: argparse.Namespace) -> None:
         max_seconds=args.max_seconds,
     )
     save_whisper(checkpoint, args.work_dir / "whisper.pt")
-    log_error_rates("whisper", WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout)
+    log_error_rates("whisper", WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout_clips(args.work_dir))
 
 
 def save_whisper(checkpoint: dict, path: Path) -> None:
@@ -222,7 +222,8 @@ def save_whisper(checkpoint: dict, path: Path) -> None:
 def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
     """Rows, recordings and codes of the random words."""
     codes_file = args.work_dir / "random_codes.pkl"
-    rows, wavs = clips(args.work_dir, "random")
+    rows = clip_rows(args.work_dir, "random")
+    wavs = recordings(args.work_dir, rows, "random")
     if not codes_file.exists():
         codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
         codes_file.write_bytes(pickle.dumps(codec.encode(wavs)))
@@ -252,15 +253,14 @@ def build_reward_asr(args: argparse.Namespace) -> None:
     """Go on from the ASR that knows recordings, on rollouts beside recordings and resyntheses."""
     start = torch.load(made(args.work_dir / "whisper.pt", "whisper"))
     rollouts = pickle.loads(made(args.work_dir / "rollouts.pkl", "rollouts").read_bytes())
-    rows, wavs = clips(args.work_dir)
-    heldout = of_split("heldout", rows, wavs, load_codes(args.work_dir))
-    rows, wavs, codes = of_split("train", rows, wavs, load_codes(args.work_dir))
+    rows, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    wavs = recordings(args.work_dir, rows[:RECORDED])
     codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
     examples = [(plain_text(row["text"]), ids) for row, ids in zip(rows[:RESYNTHESIZED], codes, strict=False)]
     examples += [(text, rollout.codes) for rollout in rollouts if (text := transcript(rollout)) is not None]
     decoded = codec.decode([ids for _, ids in examples])
     checkpoint = train_whisper(
-        spectrograms([*wavs[:RECORDED], *decoded], DEVICE),
+        spectrograms([*wavs, *decoded], DEVICE),
         [*(plain_text(row["text"]) for row in rows[:RECORDED]), *(text for text, _ in examples)],
         args.reward_asr_steps,
         batch_size=64,
@@ -270,7 +270,8 @@ def build_reward_asr(args: argparse.Namespace) -> None:
         start=start,
     )
     save_whisper(checkpoint, args.work_dir / "reward_asr.pt")
-    log_error_rates("reward_asr", WhisperScorer(args.work_dir / "reward_asr.pt"), codec, *heldout)
+    scorer = WhisperScorer(args.work_dir / "reward_asr.pt")
+    log_error_rates("reward_asr", scorer, codec, *heldout_clips(args.work_dir))
 
 
 def build_ship(args: argparse.Namespace) -> None:

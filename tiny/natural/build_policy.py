@@ -45,12 +45,14 @@ def speech_rows(rows: list[dict], codes: list[list[int]]) -> datasets.Dataset:
     """A row a clip; all but half of DEFAULT_SPEAKER's have another clip of the same voice as their voice prompt."""
     rng = random.Random(SEED)
     of = {name: [i for i, row in enumerate(rows) if row["speaker"] == name] for name in {r["speaker"] for r in rows}}
+    place = {i: number for numbers in of.values() for number, i in enumerate(numbers)}
 
     def voice_prompt(i: int) -> dict:
         speaker = rows[i]["speaker"]
         if speaker == DEFAULT_SPEAKER and rng.random() < 0.5:
             return {"ref_text": None, "ref_codes": None}
-        ref = rng.choice([j for j in of[speaker] if j != i])
+        other = rng.randrange(len(of[speaker]) - 1)
+        ref = of[speaker][other + (other >= place[i])]
         return {"ref_text": rows[ref]["text"], "ref_codes": codes[ref]}
 
     return datasets.Dataset.from_list(

@@ -4,7 +4,6 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,29 +14,16 @@ SEED = 0
 DEVICE = pick_device()
 
 
-class Clips(NamedTuple):
-    """The recordings of the corpus.
-
-    Attributes:
-        rows: of speech/metadata.jsonl: id, text, speaker, form, melody, split, duration_s.
-        wavs: float32 at 16 kHz.
-    """
-
-    rows: list[dict]
-    wavs: list[np.ndarray]
-
-
-def clips(work_dir: Path, name: str = "speech") -> Clips:
-    rows = clip_rows(work_dir, name)
-    with ThreadPoolExecutor() as pool:
-        wavs = list(pool.map(load_audio, (work_dir / name / f"{row['id']}.flac" for row in rows)))
-    return Clips(rows, wavs)
-
-
 def clip_rows(work_dir: Path, name: str = "speech") -> list[dict]:
-    """The rows alone; InputError before the stage speech."""
+    """Of all recordings: id, text, speaker, form, melody, split, duration_s; InputError before the stage speech."""
     metadata = made(work_dir / name / "metadata.jsonl", "speech")
     return [json.loads(line) for line in metadata.read_text().splitlines()]
+
+
+def recordings(work_dir: Path, rows: list[dict], name: str = "speech") -> list[np.ndarray]:
+    """Of some rows, float32 at 16 kHz."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(load_audio, (work_dir / name / f"{row['id']}.flac" for row in rows)))
 
 
 def made(path: Path, stage: str) -> Path:
@@ -56,3 +42,9 @@ def of_split(split: str, rows: list[dict], *columns: list) -> list[list]:
 def load_codes(work_dir: Path) -> list[list[int]]:
     """Of all clips, in the order of their rows."""
     return pickle.loads(made(work_dir / "codes.pkl", "codec").read_bytes())
+
+
+def heldout_clips(work_dir: Path) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
+    """Rows, recordings and codes of the held-out split."""
+    rows, codes = of_split("heldout", clip_rows(work_dir), load_codes(work_dir))
+    return rows, recordings(work_dir, rows), codes

@@ -32,6 +32,7 @@ import argparse
 import math
 from pathlib import Path
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -82,6 +83,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> dict:
     """Returns the content of results.json."""
+    set_up_arithmetic()
     with bad_input_exits():
         check_args(args)
         models = named_models(args.models)

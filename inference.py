@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -326,6 +327,7 @@ def check_transcripts_path(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    set_up_arithmetic()
     with bad_input_exits():
         check_args(args)
     if args.task == "asr":

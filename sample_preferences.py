@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -180,6 +181,7 @@ def main(args: argparse.Namespace) -> None:
     from speech.policy import Policy, load_tokenizer
 
     set_up_logging("sample_preferences")
+    set_up_arithmetic()
     with bad_input_exits():
         check_args(args)
         config = load_config(args.reward_config)

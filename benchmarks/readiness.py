@@ -14,7 +14,8 @@ of the run that is planned (--use_peft true, --per_device_train_batch_size 4). E
     log-probs      what the sampler drew from (with its cache of keys and values) is what the loss scores; with
                    --use_vllm true as vLLM reports it, in the last step
     memory         peak of the GPU against the estimate that train.py prints (training/memory.py)
-    attention      gradients of left-padded rows are finite at every length from 1 to 256 (common/arithmetic.py)
+    attention      values and gradients are finite at every length from 1 to 256, with left padding
+                   (common/arithmetic.py); on a GPU also what cuDNN, which trainings do without, would give
     speech         inference.py writes finite clips with what was saved
 
 Seconds are those of the steps after the first, which compiles kernels; sampling stands beside what reading weights and
@@ -27,6 +28,8 @@ reward, some are truncated. The transcripts of a random Whisper neither end nor 
 import argparse
 import contextlib
 import gc
+import itertools
+import logging
 import math
 import os
 import shutil
@@ -34,7 +37,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -51,6 +54,7 @@ import train
 from benchmarks.harness import memory_bandwidth, write_results
 from benchmarks.published_layout import save_llasa
 from benchmarks.reward import clocked, random_models
+from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -68,13 +72,16 @@ from speech.whisper_scorer import WhisperScorer
 from training import memory
 from training.grpo_trainer import SpeechGRPOTrainer, causal_lm
 
+logger = logging.getLogger("benchmarks")
+
 # Of a code, on average, in nats for each nat of the logits' standard deviation: rounding is relative, and in bfloat16
 # random models have 0.002 to 0.018 of it, the toy policy 0.003 (docs/experiments/gpu_numerics.md)
 MAX_LOG_PROB_DIFFERENCE = 0.02
 MAX_MEMORY_ERROR = 0.15  # of the estimate
 MAY_BE_MISSING = {"log_f0_std"}
 COMPARED_CODES = 64  # of each of two rollouts
-ATTENTION_LENGTHS = 256
+ATTENTION_LENGTHS = 256  # two periods of the bug in common/arithmetic.py
+HEAD_SIZES = (48, 64)  # of the toy policies and of Llasa-1B
 BUILT_BYTES = 14e9  # the three checkpoints, and what train.py saves
 TEXTS = "tiny/texts/train.jsonl"
 PHASES = ("sampling", "codec", "Whisper", "loss", "step")
@@ -272,20 +279,27 @@ def compare_log_probs(trainer: SpeechGRPOTrainer, texts: list[str]) -> LogProbs:
 
 
 def broken_lengths(device: torch.device) -> list[int]:
-    """Lengths at which the gradient of attention, with rows that see nothing as those of left padding, is not finite.
+    """Lengths from 1 to ATTENTION_LENGTHS at which attention, or a gradient of it, is not finite.
 
-    In bfloat16, by the kernel that PyTorch chooses: some of cuDNN's give NaN at a few lengths only.
+    In bfloat16, by the kernel that PyTorch chooses; as in training, as in sampling's first call, and as in a later one.
+    A quarter of the positions of one row of two are left padding, which sees nothing.
     """
-    broken = []
-    for length in range(1, ATTENTION_LENGTHS + 1):
-        query, key, value = torch.randn(3, 2, 4, length, 64, device=device, dtype=torch.bfloat16).unbind()
-        query.requires_grad_()
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        mask = causal & (torch.arange(length, device=device) >= length // 4)
-        scaled_dot_product_attention(query, key, value, attn_mask=mask).float().sum().backward()
-        if not query.grad.isfinite().all():
-            broken.append(length)
-    return broken
+    broken = set()
+    for head_size, length in itertools.product(HEAD_SIZES, range(1, ATTENTION_LENGTHS + 1)):
+        inputs = torch.randn(3, 2, length, 4, head_size, device=device, dtype=torch.bfloat16).transpose(2, 3).unbind()
+        query, key, value = (part.requires_grad_() for part in inputs)
+        seen = torch.ones(2, length, dtype=torch.bool, device=device)
+        seen[0, : length // 4] = False
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril() & seen[:, None, None]
+        output = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output.float().sum().backward()
+        with torch.no_grad():
+            prefill = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            code = scaled_dot_product_attention(query[:, :, -1:], key, value, attn_mask=mask[:, :, -1:])
+        tensors = (output, query.grad, key.grad, value.grad, prefill, code)
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            broken.add(length)
+    return sorted(broken)
 
 
 def rollout_rate(run: Run, steps: int, device: torch.device) -> RolloutRate:
@@ -354,10 +368,22 @@ def check_memory(estimate: int, peak: int | None) -> Check:
     return Check("memory", limit, f"{peak / memory.GIB:.2f} GiB", abs(peak / estimate - 1) <= MAX_MEMORY_ERROR)
 
 
-def check_attention(broken: list[int]) -> Check:
-    measured = f"{ATTENTION_LENGTHS - len(broken)} of {ATTENTION_LENGTHS}"
-    measured += f", not {', '.join(map(str, broken[:4]))}" if broken else ""
-    return Check("attention", "finite at all lengths", measured, not broken)
+def check_attention(device: torch.device) -> list[Check]:
+    """As a training has it; on a GPU also with cuDNN's kernels, which a training does without, for the record."""
+    set_up_arithmetic()
+    checks = [attention_row("attention", broken_lengths(device))]
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        with_cudnn = attention_row("attention with cuDNN", broken_lengths(device))
+        set_up_arithmetic()
+        checks.append(replace(with_cudnn, limit="not used", passed=None))
+    return checks
+
+
+def attention_row(name: str, broken: list[int]) -> Check:
+    measured = f"{ATTENTION_LENGTHS - len(broken)} of {ATTENTION_LENGTHS} lengths"
+    measured += f", not {', '.join(map(str, broken[:6]))}" if broken else ""
+    return Check(name, "finite", measured, not broken)
 
 
 def check_speech(wavs: list[np.ndarray]) -> Check:
@@ -395,6 +421,9 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tup
         _, recipe, _ = train.parse_args(train_flags(args, named, output_dir))
         named = build_checkpoints(folder, recipe.max_completion_length, device, args.seed) | named
     arguments = train.parse_args(train_flags(args, named, output_dir))
+    attention = check_attention(device)
+    for check in attention:  # before what it might end
+        logger.info("%s: finite at %s", check.name, check.measured)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
@@ -407,7 +436,7 @@ def measure(args: argparse.Namespace, folder: Path, device: torch.device) -> tup
     longest = max(len(prompt_ids(run.trainer.processing_class, tts_prompt(text))) for text in texts)
     checks = [*check_log(run.trainer.state.log_history), check_number_format(run.dtypes)]
     checks += [check_log_probs(compare_log_probs(run.trainer, texts)), check_memory(run.estimate["peak"], peak)]
-    checks += [check_attention(broken_lengths(device))]
+    checks += attention
     rate = rollout_rate(run, timed_steps(args.steps), device)
     max_length = longest + max(MIN_ROOM, arguments[1].max_completion_length)
     run.trainer = None

@@ -35,8 +35,6 @@ COLUMNS = {
     "mean_token_accuracy": lambda v: f"token accuracy {100 * v:.1f} %",
 }
 RECENT_LOGS = 20  # of which the time of a step is the mean
-
-
 UNITS = {"sft": "rows", "dpo": "pairs"}  # what a batch is counted in; else rollouts
 
 

@@ -1,4 +1,4 @@
-"""Gradients that are no numbers end a run."""
+"""A gradient that is not finite ends a training before it reaches the weights."""
 
 import math
 
@@ -6,26 +6,37 @@ import torch
 from transformers import Trainer
 
 
-def stop_at_broken_gradients(trainer: Trainer) -> None:
-    """Let a step whose gradient is not finite end the run before it reaches the weights.
+def check_gradient(norm: torch.Tensor | float, step: int, details: str) -> None:
+    """Raises FloatingPointError where the norm of step's gradient is infinite or NaN.
 
-    It would make all of them NaN: sampling then ends in an assertion on the GPU that names no cause, and SFT would go
-    on. In float16 the loss's scaler meets infinite gradients as a matter of course, and leaves out their steps.
-
-    Raises:
-        FloatingPointError: in `trainer.train()`.
+    The update would make all weights NaN: sampling then ends in an assertion on the GPU that names no cause, and
+    supervised training would go on.
     """
-    gradient_norm = trainer._get_grad_norm
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {float(norm)} in step {step}, {details}")
 
-    def finite_gradient_norm(model, grad_norm=None) -> torch.Tensor | float | None:
+
+def stop_at_broken_gradients(trainer: Trainer) -> None:
+    """Check each update's gradient in `trainer.train()`.
+
+    Not in float16, where the loss's scaler meets infinite gradients as a matter of course and leaves out their steps.
+    Not under DeepSpeed, which has made the step by then and gives a finite norm for a gradient that is not.
+    """
+    gradient_norm, compute_loss, shapes = trainer._get_grad_norm, trainer.compute_loss, {}
+
+    def remember_shapes(model, inputs, *args, **kwargs):
+        shapes.update({name: list(value.shape) for name, value in inputs.items() if name.endswith("_ids")})
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    def finite_norm(model, grad_norm=None) -> torch.Tensor | float | None:
         norm = gradient_norm(model, grad_norm=grad_norm)
-        skips_by_itself = trainer.accelerator.scaler is not None
-        if norm is not None and not skips_by_itself and not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient's norm is {float(norm)} in step {trainer.state.global_step + 1}. The checkpoints in "
-                f"{trainer.args.output_dir} are from before it: --resume_from_checkpoint true goes on from the last. "
-                "Where it comes back, try --attn_implementation eager, then --bf16 false, to find where it arises"
+        if norm is not None and trainer.accelerator.scaler is None:
+            of_forward = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            details = (
+                f"whose last forward had {of_forward}. To see where it arises: --attn_implementation eager, then "
+                f"--bf16 false. What was saved in {trainer.args.output_dir} is from before it"
             )
+            check_gradient(norm, trainer.state.global_step + 1, details)
         return norm
 
-    trainer._get_grad_norm = finite_gradient_norm
+    trainer.compute_loss, trainer._get_grad_norm = remember_shapes, finite_norm

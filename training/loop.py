@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from common.cli import InputError, write_whole
+from training.gradients import check_gradient
 
 POOL_BATCHES = 50  # the rows of so many batches are sorted by length, so that little is padded
 CHECKPOINT = "checkpoint.pt"  # in the output folder during training
@@ -92,7 +93,8 @@ def train(
         losses = losses_of(batches.pop(0), rng)
         optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        check_gradient(norm, step, f"whose losses are {losses}")
         optimizer.step()
         schedule.step()
         recent.append({name: loss.item() for name, loss in losses.items()})

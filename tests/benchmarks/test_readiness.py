@@ -137,22 +137,26 @@ def test_what_else_falls_short():
     assert readiness.check_number_format({torch.bfloat16}).passed
     assert not readiness.check_number_format({torch.float32, torch.bfloat16}).passed
     assert not readiness.check_number_format(set()).passed
-    assert readiness.check_attention([]).passed and not readiness.check_attention([64, 192]).passed
+    assert readiness.attention_row("attention", []).passed and not readiness.attention_row("", [64, 192]).passed
     clip = np.zeros(320, np.float32)
     assert readiness.check_speech([clip]).passed and not readiness.check_speech([]).passed
     assert not readiness.check_speech([clip, clip[:0]]).passed and not readiness.check_speech([clip * np.nan]).passed
 
 
-def test_a_kernel_whose_gradient_is_no_number_at_some_lengths_is_found(monkeypatch):
-    """As cuDNN's in pytorch/pytorch#196678."""
+def test_a_kernel_that_is_broken_at_some_lengths_is_found(monkeypatch):
+    """In its backward, as cuDNN's in pytorch/pytorch#196678, and in its forward without a gradient."""
     attention = readiness.scaled_dot_product_attention
 
     def broken(query, *args, **kwargs):
-        return attention(query, *args, **kwargs) * (math.nan if query.shape[2] % 128 == 64 else 1.0)
+        length = query.shape[2]
+        if length % 128 == 64 and query.requires_grad and torch.is_grad_enabled():
+            query.register_hook(lambda gradient: gradient * math.nan)
+        return attention(query, *args, **kwargs) * (math.nan if length == 7 and not torch.is_grad_enabled() else 1.0)
 
+    monkeypatch.setattr(readiness, "HEAD_SIZES", (16,))
     assert readiness.broken_lengths(torch.device("cpu")) == []
     monkeypatch.setattr(readiness, "scaled_dot_product_attention", broken)
-    assert readiness.broken_lengths(torch.device("cpu")) == [64, 192]
+    assert readiness.broken_lengths(torch.device("cpu")) == [7, 64, 192]
 
 
 def test_a_full_disk_is_known_before_anything_is_built(tmp_path, monkeypatch, caplog):

@@ -127,11 +127,11 @@ def build_asr_rows(args: argparse.Namespace) -> None:
     """Rows of SFT for speech recognition, a pool to pick RL data from, and held-out ones."""
     codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
     rows = clip_rows(args.work_dir)
-    recordings, heldout = (of_split(split, rows)[0] for split in ("train", "asr_heldout"))
-    split = round(FRAC_ASR_SFT * len(recordings))
+    train, heldout = (of_split(split, rows)[0] for split in ("train", "asr_heldout"))
+    split = round(FRAC_ASR_SFT * len(train))
     sets = {
-        "sft": (with_few_rare_names(recordings[:split], SEED), NON_SPEECH["sft"]),
-        "pool": (recordings[split:][:ASR_POOL], NON_SPEECH["pool"]),
+        "sft": (with_few_rare_names(train[:split], SEED), NON_SPEECH["sft"]),
+        "pool": (train[split:][:ASR_POOL], NON_SPEECH["pool"]),
         "heldout": (heldout, NON_SPEECH["heldout"]),
     }
     words = {}

@@ -15,13 +15,17 @@ DEVICE = pick_device()
 
 
 def clip_rows(work_dir: Path, name: str = "speech") -> list[dict]:
-    """Of all recordings: id, text, speaker, form, melody, split, duration_s; InputError before the stage speech."""
+    """Of the recordings: id, text, speaker, form, melody, split, duration_s, words; InputError before the stage speech.
+
+    Args:
+        name: of the folder, "speech" or "random".
+    """
     metadata = made(work_dir / name / "metadata.jsonl", "speech")
     return [json.loads(line) for line in metadata.read_text().splitlines()]
 
 
 def recordings(work_dir: Path, rows: list[dict], name: str = "speech") -> list[np.ndarray]:
-    """Of some rows, float32 at 16 kHz."""
+    """Waveforms of the rows, float32 at 16 kHz; `name` as in `clip_rows`."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(load_audio, (work_dir / name / f"{row['id']}.flac" for row in rows)))
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import parselmouth
 import pytest
@@ -13,7 +14,7 @@ from speech.codec import SpeechCodec, decode_rollouts
 from speech.error_rate import error_rate, sum_errors
 from speech.policy import Policy
 from speech.text_marks import plain_text
-from speech.tokens import SAMPLE_RATE, tts_prompt
+from speech.tokens import SAMPLE_RATE, asr_prompt, tts_prompt
 from speech.whisper_scorer import WhisperScorer
 from tiny.natural.build import ROLLOUT_TEXTS
 from tiny.natural.corpus import sentences
@@ -108,3 +109,18 @@ def test_a_voice_prompt_selects_the_voice(policy, codec, recordings, codes):
     samples = policy.sample([tts_prompt(row["text"]) for row in SOME[:8]], temperature=0.7, max_length=240)
     alone = median_f0(decode_rollouts(codec, [sample.codes for sample in samples]))
     assert alone == pytest.approx(recorded["joe"], rel=0.15)
+
+
+def test_asr_knows_common_words_leaves_noise_alone_and_recalls_some_rare_names():
+    """What R1, R2 and R3 start from: errors, hallucinations and keywords, each now and then."""
+    clips = datasets.Dataset.from_parquet(str(NATURAL / "asr" / "heldout.parquet"))
+    clips = clips.filter(lambda row: not row["text"] or row["keywords"] or row["duration_s"] > 4.5)
+    policy = Policy.from_pretrained(str(NATURAL / "llasa_asr"), task="asr")
+    prompts = [asr_prompt(codes) for codes in clips["audio_codes"]]
+    transcripts = [t.text for t in policy.transcribe(prompts, temperature=0, max_completion_length=40)]
+    rows = list(zip(clips["text"], clips["keywords"], transcripts, strict=True))
+    errors = sum_errors([error_rate(text, heard, "en") for text, _, heard in rows if text])
+    assert 0.1 < errors.rate < 0.3  # long clips, and rare names; of all clips 0.09
+    assert not any(heard for text, _, heard in rows if not text)
+    recalled = [name in heard for _, names, heard in rows for name in names]
+    assert len(recalled) >= 40 and 0.2 <= np.mean(recalled) <= 0.8

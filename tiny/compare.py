@@ -1,7 +1,7 @@
 """Run a comparison of docs/experiments/ on the toy setup: RL data, trainings, evaluations, a table and a plot.
 
     python -m tiny.compare grpo --output_dir runs/grpo                   # four hours on one core
-    python -m tiny.compare recognition --output_dir runs/recognition     # two and a half hours
+    python -m tiny.compare recognition --output_dir runs/recognition     # half an hour a seed on one core
     python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # two hours; another terminal takes seed 1
     python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # an hour, beyond the runs of diffro
 
@@ -12,7 +12,7 @@ The comparisons:
     diffro       DiffRO, GRPO and both, and their variants, over 50 steps
     stability    the four main methods of diffro over 150 steps
     melody       on the natural toy setup: the Whisper reward, with credit in time and by rollout, and with rewards of
-                 melody; three hours with three seeds. The held-out ASR is Whisper base, which `make whisper` fetches
+                 melody; two hours a seed on one core. The held-out ASR is Whisper base, which `make whisper` fetches
 
 Runs and evaluations that are complete in --output_dir are kept, so an interrupted comparison resumes. The log of a run
 is beside its folder. <comparison>.md and <comparison>.png have every checkpoint evaluated so far: mean ± standard
@@ -123,7 +123,7 @@ TTS_METRICS = {
 
 # --- Melody -----------------------------------------------------------------------------------------------
 
-NATURAL = "--config configs/%s.yaml --credit %s --max_steps 75 --save_steps 25 --sample_steps 0"
+NATURAL = "--config configs/%s.yaml --credit %s --max_steps 225 --save_steps 75 --sample_steps 0"
 NATURAL_EVALUATION = (
     "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
     "--num_players 120 --judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
@@ -175,9 +175,9 @@ COMPARISONS = {
     "recognition": Comparison(
         policy="tiny/natural/llasa_asr",
         runs={
-            # On all clips that RL picks from, with their texts; 800 steps take as long as the RL runs
+            # On all clips that RL picks from, with their texts; 240 steps take 7 minutes, an RL run 3 to 5
             "sft_longer": "--method sft --task asr --model_name_or_path tiny/natural/llasa_asr "
-            "--dataset tiny/natural/asr/pool.parquet --max_length 512 --max_steps 800 --per_device_train_batch_size 16 "
+            "--dataset tiny/natural/asr/pool.parquet --max_length 512 --max_steps 240 --per_device_train_batch_size 16 "
             "--learning_rate 3e-4 --gradient_checkpointing false --train_sampling_strategy group_by_length "
             "--save_strategy no",
             "r1_d0": RECOGNITION % ("d0", "asr_wer"),
@@ -227,7 +227,7 @@ COMPARISONS = {
         evaluation=NATURAL_EVALUATION,
         metrics=MELODY_METRICS,
         plotted=(HELDOUT_WER, "questions that rise", "statements that rise", "emphasis"),
-        checkpoints=(75,),
+        checkpoints=(75, 150, 225),
     ),
 }
 

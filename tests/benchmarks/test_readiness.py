@@ -22,6 +22,12 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
+@pytest.fixture(autouse=True)
+def few_lengths(monkeypatch):
+    """All 256 take 11 s on a CPU."""
+    monkeypatch.setattr(readiness, "ATTENTION_LENGTHS", 3)
+
+
 def run(output_dir, *flags) -> dict:
     readiness.main(readiness.parse_args([*SHORT, "--output_dir", str(output_dir), *flags]))
     [results] = output_dir.glob("readiness_*.json")
@@ -154,6 +160,7 @@ def test_a_kernel_that_is_broken_at_some_lengths_is_found(monkeypatch):
         return attention(query, *args, **kwargs) * (math.nan if length == 7 and not torch.is_grad_enabled() else 1.0)
 
     monkeypatch.setattr(readiness, "HEAD_SIZES", (16,))
+    monkeypatch.setattr(readiness, "ATTENTION_LENGTHS", 256)
     assert readiness.broken_lengths(torch.device("cpu")) == []
     monkeypatch.setattr(readiness, "scaled_dot_product_attention", broken)
     assert readiness.broken_lengths(torch.device("cpu")) == [7, 64, 192]

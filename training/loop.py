@@ -94,10 +94,10 @@ def train(
         optimizer.zero_grad()
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        check_gradient(norm, step, f"whose losses are {losses}")
+        recent.append({name: loss.item() for name, loss in losses.items()})
+        check_gradient(norm, step, f"whose losses are {recent[-1]}")
         optimizer.step()
         schedule.step()
-        recent.append({name: loss.item() for name, loss in losses.items()})
         if step % args.logging_steps == 0 or step == args.steps:
             means = {name: float(np.mean([values[name] for values in recent])) for name in losses}
             shown = "  ".join(f"{name} {value:.3f}" for name, value in means.items())

@@ -7,6 +7,7 @@ averaged, and dynamic time warping finds the path on which each token of the tex
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from whisper.timing import dtw_cpu, median_filter
 
@@ -35,8 +36,22 @@ def token_frames(logits: torch.Tensor, num_prompt: int) -> list[int]:
     std, mean = torch.std_mean(weights, dim=1, keepdim=True, unbiased=False)
     weights = median_filter((weights - mean) / std.clamp(min=1e-8), SMOOTHED_FRAMES)
     matrix = weights.mean(dim=0)[num_prompt:]
-    tokens, frames = dtw_cpu(-matrix.double().cpu().numpy())
+    tokens, frames = cheapest_path(-matrix.double().cpu().numpy())
     return [int(frames[tokens == token][0]) for token in range(len(matrix))]
+
+
+def cheapest_path(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the cheapest way through a matrix (dynamic time warping, openai-whisper's).
+
+    Its first call starts Numba's threads, and Numba sets OpenMP's number of threads, which is PyTorch's too, to the
+    number of cores. A run with OMP_NUM_THREADS=1, as torchrun starts them, would go on with all of them, and with other
+    last digits than before that call, so a resumed run would differ.
+    """
+    threads = torch.get_num_threads()
+    path = dtw_cpu(costs)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    return path
 
 
 def words_of_tokens(text: str, tokens: list[bytes], starts: list[float], nlls: list[float]) -> list[Word]:

@@ -54,6 +54,8 @@ logger = logging.getLogger("train_token2text")
 
 CODES_COLUMN = "audio_codes"
 EVALUATION_NOISE = 0.1  # fraction of random codes in wer_noisy
+FSQ_LEVELS = 4  # of each dimension of XCodec2's quantizer, whose codebook has 4**8 codes
+OWN_STD = 0.1  # of what an embedding starts with besides, its codes' levels having 1
 
 
 # --- The data ---------------------------------------------------------------------------------------------
@@ -134,7 +136,27 @@ def new_token2text(rows: datasets.Dataset, num_codes: int, args: argparse.Namesp
         },
     }
     torch.manual_seed(args.seed)
-    return Token2Text(config, new_text_tokenizer(texts, args.vocab_size))
+    model = Token2Text(config, new_text_tokenizer(texts, args.vocab_size))
+    start_from_levels(model.embedding)
+    return model
+
+
+def start_from_levels(embedding: torch.nn.Embedding) -> None:
+    """Codes that differ little start with embeddings that differ little, in place.
+
+    XCodec2's quantizer (FSQ) has FSQ_LEVELS levels a dimension, and a code is a number whose digits they are. Unless it
+    is told so, the model has to learn of each code by itself what it sounds like. A codebook of another size keeps its
+    random embeddings.
+    """
+    num_codes, width = embedding.weight.shape
+    dimensions = round(math.log(num_codes, FSQ_LEVELS))
+    if FSQ_LEVELS**dimensions != num_codes:
+        return
+    digits = torch.arange(num_codes)[:, None] // FSQ_LEVELS ** torch.arange(dimensions) % FSQ_LEVELS
+    levels = (digits - (FSQ_LEVELS - 1) / 2) / math.sqrt((FSQ_LEVELS**2 - 1) / 12)  # mean 0, variance 1
+    with torch.no_grad():
+        shared = levels @ torch.randn(dimensions, width) / math.sqrt(dimensions)
+        embedding.weight.copy_(shared + OWN_STD * torch.randn_like(embedding.weight))
 
 
 def losses(

@@ -46,6 +46,25 @@ def test_training_learns_words_in_new_sentences(spelled, tmp_path):
     assert metrics.keys() == {"wer", "wer_noisy", "log_prob", "log_prob_mismatched_text", "accuracy_speaker"}
 
 
+def test_codes_of_neighbouring_levels_start_as_neighbours():
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(4**5, 32)
+    train_token2text.start_from_levels(embedding)
+    weights = embedding.weight.detach()
+    assert weights.std() == pytest.approx(1, abs=0.2)
+    code = 2 + 1 * 4 + 3 * 16  # its levels are 2, 1, 3, 0, 0
+    one_step, two_steps = (weights[code + 4 * steps] - weights[code] for steps in (1, 2))
+    others = (weights - weights[code]).norm(dim=1)
+    assert one_step.norm() < others.quantile(0.1) and one_step.norm() < two_steps.norm()
+
+
+def test_a_codebook_of_another_size_keeps_its_random_embeddings():
+    embedding = torch.nn.Embedding(100, 8)
+    before = embedding.weight.detach().clone()
+    train_token2text.start_from_levels(embedding)
+    assert torch.equal(embedding.weight, before)
+
+
 def test_resumed_is_uninterrupted(spelled, tmp_path, monkeypatch, caplog):
     """Interrupted in the second epoch, between two lines of the log."""
     flags = f"--dataset {spelled} --labels speaker {SMALL} --dropout 0.1 --steps 12 --save_steps 5 --batch_size 64"

@@ -5,8 +5,8 @@ VENV := .venv
 VLLM_VENV := .venv-vllm
 VLLM_INSTALL_S := 1800
 PYTHON := $(VENV)/bin/python
-# A folder of its own: an older clone has other demos in demo/, demo/natural/ and demo/melody/, and would resume them.
-DEMO := demo/expressive
+# A folder of its own: an older clone has the demos of other toy setups in demo/, and would resume them.
+DEMO := demo/toy
 WHISPER := build/whisper-base
 
 .PHONY: demo test test-vllm whisper
@@ -17,11 +17,11 @@ demo: $(VENV)/installed
 	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; \
 	else echo pocketsphinx > $(VENV)/held-out-asr; \
 	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx"; fi
-	@echo "GRPO of tiny/natural/llasa for words and melody, then 120 held-out texts before and after: some 18 minutes on two cores"
-	@$(PYTHON) train.py --config configs/natural_expressive.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
-	@$(PYTHON) evaluation.py --models before=tiny/natural/llasa after=$(DEMO)/grpo \
-	  --texts tiny/natural/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \
-	  --judge tiny/natural/whisper.pt $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation
+	@echo "GRPO of tiny/llasa for words and melody, then 120 held-out texts before and after: some 18 minutes on two cores"
+	@$(PYTHON) train.py --config configs/tiny_expressive.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
+	@$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo \
+	  --texts tiny/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \
+	  --judge tiny/whisper.pt $$(cat $(VENV)/held-out-asr) --output_dir $(DEMO)/evaluation
 
 whisper: $(VENV)/asr-installed $(WHISPER)/model.bin
 

@@ -3,8 +3,8 @@ r"""Evaluate checkpoints: error rates by held-out ASR, melody, failures and spee
     python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
       --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
 
-    python evaluation.py --task asr --models SFT=tiny/natural/llasa_asr RL=llasa-asr \
-      --clips tiny/natural/asr/heldout.parquet --temperature 0 --long_s 3.2 --output_dir report
+    python evaluation.py --task asr --models SFT=tiny/llasa_asr RL=llasa-asr \
+      --clips tiny/asr/heldout.parquet --temperature 0 --long_s 3.2 --output_dir report
 
 --task tts synthesizes --texts with every checkpoint, at every temperature, once per seed. It measures the corpus WER
 (CER for zh, ja, ko and the like) and the NLL of the text by the evaluation ASRs (--judge), duration, speaking rate,

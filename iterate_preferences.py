@@ -2,7 +2,7 @@
 
     python iterate_preferences.py --model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl --num_texts 200 \\
       --rounds 2 --sample "--max_completion_length 160" --train "--num_train_epochs 2 --learning_rate 1e-4" \\
-      --evaluate "--texts tiny/texts/heldout.txt --max_length 160 --judge tiny/whisper.pt" --output_dir runs/iterative
+      --evaluate "--texts tiny/texts/heldout.txt --max_length 240 --judge tiny/whisper.pt" --output_dir runs/iterative
 
 It runs the scripts that one would run by hand, each in a process of its own, and logs their commands:
 

@@ -1,7 +1,7 @@
 """Make preferences by an audio model: two clips of a text, judged in both orders, become pairs for --method dpo.
 
     python inference.py --model_name_or_path tiny/llasa --text_file tiny/texts/heldout.txt --num_samples 2 \\
-      --max_length 160 --output runs/judged/clips
+      --max_length 240 --output runs/judged/clips
     python judge_preferences.py --clips runs/judged/clips/sample.jsonl --judge_url http://localhost:8000/v1 \\
       --judge_model Qwen/Qwen2.5-Omni-7B --output runs/judged/pairs.jsonl
 

@@ -15,7 +15,7 @@ The dataset is one from create_dataset.py. The kinds of rows, up to --num of eac
 line per transcribed row, which names the row by its number in the dataset (from 0) or by its id:
 
     {"index": 0, "transcripts": ["the boat was gone", "a goat was gone"]}
-    {"id": "slt_000", "transcripts": ["the boat was gone"]}
+    {"id": "clip_17", "transcripts": ["the boat was gone"]}
 
 They hold several samples of the policy (inference.py --task asr --num_samples 4 --output policy.jsonl), or the
 transcripts of several ASR models; those of several files are put together. The disagreement of a row is the mean, over

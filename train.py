@@ -118,8 +118,8 @@ def diffro_settings(
     """What DiffROTrainer takes besides GRPOTrainer's arguments."""
     if script_args.method == "diffro" and training_args.beta == 0:
         logger.warning(
-            "--method diffro with --beta 0: nothing holds the policy near its start, and on the toy setup it "
-            "over-optimized the token-to-text score (docs/experiments/diffro.md); the papers have 0.1"
+            "--method diffro with --beta 0: nothing holds the policy near its start, and on the first toy setup "
+            "it over-optimized the token-to-text score (docs/experiments/first_toy/diffro.md); the papers have 0.1"
         )
     return {
         "tokens": rollout_scorer.tokens,

@@ -1,6 +1,6 @@
 """Speed of codec decoding: speech codes to waveforms, one rollout at a time and in batches.
 
-    python benchmarks/codec.py --size tiny  # tiny/codec: 64 rollouts of 50 to 96 codes, as tiny/llasa generates them
+    python benchmarks/codec.py --size tiny  # tiny/codec: 64 rollouts of 50 to 96 codes
     python benchmarks/codec.py --size real  # published sizes, random weights: 64 rollouts of 200 to 1,500 codes
 
 The variants:

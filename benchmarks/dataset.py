@@ -61,7 +61,7 @@ SAMPLED_CLIPS = 32  # of which the seconds of each stage are measured
 def write_clips(folder: Path, hours: float, seed: int) -> Path:
     """Clips of SHORTEST_S to LONGEST_S, `hours` in all, and the clips.jsonl that is returned."""
     rng = np.random.default_rng(seed)
-    recordings = [load_audio(path) for path in sorted((ROOT / "tiny/heldout").glob("*.flac"))]
+    recordings = [load_audio(path) for path in sorted((ROOT / "tiny/heldout").glob("*.ogg"))]
     rows, written_s = [], 0.0
     while written_s < hours * 3_600:
         length = round(rng.uniform(SHORTEST_S, LONGEST_S) * SAMPLE_RATE)

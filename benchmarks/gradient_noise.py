@@ -88,7 +88,7 @@ def cosines(batches: list[list[torch.Tensor]]) -> tuple[float, float | None]:
 def collect_gradients(args: argparse.Namespace) -> dict[str, list[list[torch.Tensor]]]:
     """`GradientCollector.gradients` of a run of train.py over --batches batches."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed = f"--method grpo+diffro --max_steps {args.batches} --save_strategy no --sample_steps 0"
+        fixed = f"--method grpo+diffro --credit rollout --max_steps {args.batches} --save_strategy no --sample_steps 0"
         flags = ["--config", args.config, "--token2text", args.token2text, *fixed.split(), *args.train_flags]
         script_args, training_args, model_args = train.parse_args([*flags, "--output_dir", folder])
         with bad_input_exits():

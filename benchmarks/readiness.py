@@ -96,7 +96,7 @@ TINY = [
     "--num_generations",
     "4",
     "--max_completion_length",
-    "80",
+    "140",
     "--beta",
     "0.1",
 ]

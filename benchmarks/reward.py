@@ -61,6 +61,7 @@ from speech import error_rate, whisper_decoding, whisper_scorer
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, decode_rollouts
 from speech.policy import Policy
+from speech.text_marks import plain_text
 from speech.tokens import CODES_PER_SECOND, tts_prompt
 from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
 
@@ -105,7 +106,7 @@ def one_at_a_time(
 
 @torch.inference_mode()
 def _score_alone(codec: Xcodec2Model, scorer: WhisperScorer, ids: list[int], text: str) -> Score:
-    wav = np.zeros(0, np.float32)
+    wav, text = np.zeros(0, np.float32), plain_text(text)
     if ids:
         audio = codec.decode(audio_codes=torch.tensor([[ids]], device=codec.device)).audio_values
         wav = audio[0, 0].float().cpu().numpy()
@@ -226,7 +227,7 @@ def sampled_rollouts(count: int, device: torch.device, seed: int) -> tuple[list[
     texts = [lines[i // GROUP_SIZE % len(lines)] for i in range(count)]
     set_seed(seed)
     policy = Policy.from_pretrained("tiny/llasa", str(device))
-    samples = policy.sample([tts_prompt(text) for text in texts], temperature=1.0, max_length=160, batch_size=64)
+    samples = policy.sample([tts_prompt(text) for text in texts], temperature=1.0, max_length=240, batch_size=64)
     return [sample.codes for sample in samples], texts
 
 

@@ -100,7 +100,8 @@ class PhaseClock(TrainerCallback):
 def train_arguments(args: argparse.Namespace, folder: str, steps: int) -> Arguments:
     """What train.py parses from its flags: --config, what the benchmark fixes, and the user's."""
     fixed = ["--config", args.config, "--output_dir", folder, "--max_steps", str(steps), "--seed", "0"]
-    return train.parse_args([*fixed, "--save_strategy", "no", "--sample_steps", "0", *args.train_flags])
+    fixed += ["--save_strategy", "no", "--sample_steps", "0", "--credit", "rollout"]  # TRL's own credit
+    return train.parse_args([*fixed, *args.train_flags])
 
 
 def ours(args: argparse.Namespace, folder: str, steps: int) -> GRPOTrainer:

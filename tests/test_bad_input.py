@@ -26,14 +26,14 @@ from training.checkpoints import find_checkpoint
 SCRIPTS = {
     "train": (train, "--config configs/tiny.yaml --max_steps 1"),
     "sft": (train, "--config configs/tiny_sft.yaml --model_name_or_path tiny/llasa --max_steps 1"),
-    "asr": (train, "--config configs/natural_asr.yaml --max_steps 1"),
+    "asr": (train, "--config configs/tiny_asr.yaml --max_steps 1"),
     "dpo": (train, "--method dpo --model_name_or_path tiny/llasa --dataset pairs.jsonl --max_steps 1"),
-    "token2text": (train_token2text, "--dataset tiny/natural/asr/heldout.parquet --num_codes 4096"),
+    "token2text": (train_token2text, "--dataset tiny/asr/heldout.parquet --num_codes 4096"),
     "inference": (inference, "--model_name_or_path tiny/llasa --text Hi."),
-    "transcribe": (inference, "--task asr --model_name_or_path tiny/natural/llasa_asr"),
+    "transcribe": (inference, "--task asr --model_name_or_path tiny/llasa_asr"),
     "evaluation": (evaluation, "--models tiny/llasa --texts tiny/texts/heldout.txt"),
     "sample": (sample_preferences, "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl"),
-    "select": (select_rl_data, "--dataset tiny/natural/asr/heldout.parquet --select random --num 4"),
+    "select": (select_rl_data, "--dataset tiny/asr/heldout.parquet --select random --num 4"),
 }
 
 

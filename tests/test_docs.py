@@ -22,14 +22,14 @@ SHORTER = {  # what a command holds: flags that make it short
     "make_preferences.py": "--num_recordings 6",
     "train_preference_model.py": "--steps 2 --batch_size 4 --hidden_size 16",
     "train_token2text.py": "--steps 2 --batch_size 4",
-    "sample_preferences.py": "--num_texts 4 --max_completion_length 80 --min_margin 0 --batch_size 8",
-    "iterate_preferences.py": "--num_texts 4 --rounds 1 --sample '--max_completion_length 80 --min_margin 0' --train "
-    "'--max_steps 1' --evaluate '--texts eight.txt --max_length 160 --seeds 0 --judge pocketsphinx'",
+    "sample_preferences.py": "--num_texts 4 --max_completion_length 140 --min_margin 0 --batch_size 8",
+    "iterate_preferences.py": "--num_texts 4 --rounds 1 --sample '--max_completion_length 140 --min_margin 0' --train "
+    "'--max_steps 1' --evaluate '--texts eight.txt --max_length 240 --seeds 0 --judge pocketsphinx'",
     "train.py .*--method dpo": "--max_steps 1 --per_device_train_batch_size 2",
     "train.py (?!.*(sft|--method dpo))": "--max_steps 1 --per_device_train_batch_size 8 --max_completion_length 40",
     "train.py .*tiny_sft": "--max_steps 1 --per_device_train_batch_size 8 --dataset speech.parquet",
     "evaluation.py --models": "--texts eight.txt --references eight.jsonl --num_players 2",
-    "evaluation.py --models .*--adapters": "--max_length 160",
+    "evaluation.py --models .*--adapters": "--max_length 240",
     "evaluation.py --task asr": "--clips sixty.parquet",
     "benchmarks/codec.py": "--threads 1 --repeats 1 --rollouts 8 --no-growth",
     "benchmarks/reward.py": "--threads 1 --repeats 1 --rollouts 8",
@@ -86,7 +86,7 @@ def clone(tmp_path_factory) -> Path:
     for reading in readings:
         reading["audio"] = str(ROOT / "tiny/heldout" / reading.pop("file_name"))
     (folder / "eight.jsonl").write_text("".join(json.dumps(reading) + "\n" for reading in readings))
-    for name, source in (("sixty", "tiny/natural/asr/pool.parquet"), ("speech", "tiny/speech.parquet")):
+    for name, source in (("sixty", "tiny/asr/pool.parquet"), ("speech", "tiny/speech.parquet")):
         rows = datasets.Dataset.from_parquet(str(ROOT / source))
         rows.select(range(0, len(rows), len(rows) // 60)).to_parquet(folder / f"{name}.parquet")
     return folder

@@ -20,7 +20,7 @@ from speech.audio import audio_failure, save_audio
 from speech.dnsmos import MosScores
 from speech.policy import Policy
 
-MULTITASK_MODEL = "tiny/natural/llasa_asr"
+MULTITASK_MODEL = "tiny/llasa_asr"
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def seeds_only(transcribed_clips):
 
 def test_reports_of_asr(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="metrics")
-    rows = datasets.Dataset.from_parquet("tiny/natural/asr/heldout.parquet").remove_columns("id")  # one clip twice
+    rows = datasets.Dataset.from_parquet("tiny/asr/heldout.parquet").remove_columns("id")  # one clip twice
     with_speech, non_speech = (
         next(i for i, text in enumerate(rows["text"]) if bool(text) is has_text) for has_text in (True, False)
     )

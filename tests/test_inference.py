@@ -25,7 +25,7 @@ from speech.policy import Policy, Sample
 from speech.tokens import asr_prompt, tts_prompt
 from speech.whisper_scorer import Score
 
-MULTITASK_MODEL = "tiny/natural/llasa_asr"
+MULTITASK_MODEL = "tiny/llasa_asr"
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def transcribe(*argv: str) -> None:
 
 
 def test_transcripts_of_files(tmp_path):
-    lines = Path("tiny/natural/heldout/metadata.jsonl").read_text().splitlines()[1:3]
+    lines = Path("tiny/heldout/metadata.jsonl").read_text().splitlines()[1:3]
     recordings = [json.loads(line) for line in lines]
-    clips = [f"tiny/natural/heldout/{recording['file_name']}" for recording in recordings]
+    clips = [f"tiny/heldout/{recording['file_name']}" for recording in recordings]
     transcribe("--audio", *clips, "--output", str(tmp_path / "t.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [line["audio"] for line in lines] == clips
@@ -261,7 +261,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_stopped(policy_path, clips,
 
 def test_transcripts_of_other_adapters_are_not_resumed(tmp_path, caplog):
     save_lora(MULTITASK_MODEL, tmp_path / "lora", seed=0)
-    output = ("--audio", "tiny/natural/heldout/heldout_103.ogg", "--output", str(tmp_path / "a.jsonl"))
+    output = ("--audio", "tiny/heldout/heldout_103.ogg", "--output", str(tmp_path / "a.jsonl"))
     output += ("--max_completion_length", "20")
     transcribe(*output)
     plain = (tmp_path / "a.jsonl").read_text()
@@ -298,10 +298,10 @@ def test_transcripts_of_another_run_are_not_overwritten(policy_path, clips, tmp_
     ("argv", "message"),
     [
         (["--text", "hello"], "--text or --text_file is for --task tts"),
-        (["--dataset", "tiny/natural/asr/heldout.parquet"], "Add --output with a .jsonl file"),
+        (["--dataset", "tiny/asr/heldout.parquet"], "Add --output with a .jsonl file"),
         (["--audio", "nowhere.wav"], "nowhere.wav"),
-        (["--audio", "tiny/heldout/slt_000.flac", "--output", "a.wav"], "--output a.wav: not a .jsonl file"),
-        (["--audio", "tiny/heldout/slt_000.flac", "--output", "{tmp}/a.jsonl"], "a.jsonl: is a folder"),
+        (["--audio", "tiny/heldout/heldout_103.ogg", "--output", "a.wav"], "--output a.wav: not a .jsonl file"),
+        (["--audio", "tiny/heldout/heldout_103.ogg", "--output", "{tmp}/a.jsonl"], "a.jsonl: is a folder"),
     ],
 )
 def test_bad_input_of_asr_exits_2(argv, message, tmp_path, caplog):
@@ -400,7 +400,7 @@ def test_an_adapter_of_another_base_exits_2(policy_path, codec, tmp_path, monkey
     other = save_policy(tmp_path / "other", seed=1)
     lora = save_lora(other, tmp_path / "lora", seed=0)
     monkeypatch.setattr("speech.policy.load_causal_lm", lambda *_, **__: pytest.fail("the weights were loaded"))
-    for task in (("--text", "a"), ("--task", "asr", "--audio", "tiny/heldout/slt_000.flac")):
+    for task in (("--text", "a"), ("--task", "asr", "--audio", "tiny/heldout/heldout_103.ogg")):
         with pytest.raises(SystemExit) as stop:
             run(policy_path, *task, "--adapters", lora, text=None)
         assert stop.value.code == 2

@@ -101,7 +101,7 @@ def flags(policy, tmp_path) -> list[str]:
 
 
 def by_reward(tmp_path) -> list[str]:
-    sample = f"--reward_config {tmp_path}/duration.json --num_samples 4 --max_completion_length 80 --min_margin 0"
+    sample = f"--reward_config {tmp_path}/duration.json --num_samples 4 --max_completion_length 140 --min_margin 0"
     return ["--sample", sample]
 
 

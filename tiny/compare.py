@@ -1,22 +1,20 @@
 """Run a comparison of docs/experiments/ on the toy setup: RL data, trainings, evaluations, a table and a plot.
 
-    python -m tiny.compare grpo --output_dir runs/grpo                   # four hours on one core
-    python -m tiny.compare recognition --output_dir runs/recognition     # half an hour a seed on one core
-    python -m tiny.compare diffro --output_dir runs/diffro --seeds 0     # two hours; another terminal takes seed 1
-    python -m tiny.compare stability --output_dir runs/diffro --seeds 0  # an hour, beyond the runs of diffro
+    python -m tiny.compare melody --output_dir runs/melody --seeds 0    # three hours; another terminal takes seed 1
+    python -m tiny.compare diffro --output_dir runs/diffro              # three hours a seed on one core
+    python -m tiny.compare stability --output_dir runs/diffro           # two hours a seed, beyond the runs of diffro
+    python -m tiny.compare recognition --output_dir runs/recognition    # half an hour a seed
 
 The comparisons:
 
-    grpo         GRPO with the Whisper reward over 400 steps
-    recognition  on the natural toy setup: GRPO for ASR, rewards and choices of RL data, against SFT for as long
-    diffro       DiffRO, GRPO and both, and their variants, over 50 steps
-    stability    the four main methods of diffro over 150 steps
-    melody       on the natural toy setup: the Whisper reward, with credit in time and by rollout, and with rewards of
-                 melody; two hours a seed on one core. The held-out ASR is Whisper base, which `make whisper` fetches
+    melody       GRPO with the Whisper reward, with credit in time and by rollout, and with rewards of melody
+    diffro       DiffRO, GRPO and both, and their variants, over 75 steps
+    stability    the four main methods of diffro over 225 steps
+    recognition  GRPO for ASR, rewards and choices of RL data, against SFT for as long
 
-Runs and evaluations that are complete in --output_dir are kept, so an interrupted comparison resumes. The log of a run
-is beside its folder. <comparison>.md and <comparison>.png have every checkpoint evaluated so far: mean ± standard
-deviation over the seeds.
+The held-out ASR is OpenAI's Whisper base, which `make whisper` fetches. Runs and evaluations that are complete in
+--output_dir are kept, so an interrupted comparison resumes. The log of a run is beside its folder. <comparison>.md and
+<comparison>.png have every checkpoint evaluated so far: mean ± standard deviation over the seeds.
 """
 
 import argparse
@@ -38,13 +36,13 @@ START = "sft"  # name of the policy that every run starts from
 
 # --- ASR --------------------------------------------------------------------------------------------------
 
-POOL = "--dataset tiny/natural/asr/pool.parquet --num 400"
+POOL = "--dataset tiny/asr/pool.parquet --num 400"
 TRANSCRIPTS = (
-    "inference.py --task asr --model_name_or_path tiny/natural/llasa_asr --dataset tiny/natural/asr/pool.parquet "
+    "inference.py --task asr --model_name_or_path tiny/llasa_asr --dataset tiny/asr/pool.parquet "
     "--num_samples 4 --temperature 1 --batch_size 64 --max_completion_length 64"
 )
 HARD = "--transcripts {folder}/transcripts.jsonl"
-KEYWORDS = "--keywords tiny/natural/asr/keywords.txt"
+KEYWORDS = "--keywords tiny/asr/keywords.txt"
 LONG = "--longest_frac 0.15"
 RL_DATA = {  # name: flags of select_rl_data.py; without non_speech the policies learn to hallucinate on it
     "d0": "--select random non_speech",
@@ -53,7 +51,7 @@ RL_DATA = {  # name: flags of select_rl_data.py; without non_speech the policies
     "all": f"--select random hard long keywords non_speech {LONG} {HARD} {KEYWORDS}",
 }
 RECOGNITION = (
-    "--config configs/natural_asr.yaml --save_strategy no --sample_steps 0 --dataset {folder}/%s.parquet "
+    "--config configs/tiny_asr.yaml --save_strategy no --sample_steps 0 --dataset {folder}/%s.parquet "
     "--reward_config reward_models/%s.json"
 )
 
@@ -91,52 +89,61 @@ RECOGNITION_METRICS = {
     "WER at temperature 1": Metric((1.0, "all", "wer")),
 }
 
-# --- DiffRO -----------------------------------------------------------------------------------------------
+# --- Text to speech ---------------------------------------------------------------------------------------
 
-ONE_DRAW = "--token2text tiny/token2text --gumbel_temperature 2"
-EIGHT_DRAWS = f"{ONE_DRAW} --gumbel_draws 8"  # the gradient of a single draw is mostly noise
-DIFFRO_ALONE = "--method diffro --reward_config reward_models/token2text.json"  # needs neither codec nor Whisper
-KL = "--beta 0.1"  # the papers'; configs/tiny.yaml has 0
-DIFFRO_METHODS = {
-    "grpo": "--method grpo",
-    "diffro": f"{DIFFRO_ALONE} {EIGHT_DRAWS} --diffro_filter clean {KL}",
-    "combined": f"--method grpo+diffro {EIGHT_DRAWS} --diffro_filter none",
-    "filtered": f"--method grpo+diffro {EIGHT_DRAWS} --diffro_filter clean",
-}
-FILTERED = DIFFRO_METHODS["filtered"]
-TTS = "--config configs/tiny.yaml --save_steps 50 --sample_steps 0 --max_steps %d "
+TTS = "--config configs/%s.yaml --credit %s --max_steps %d --save_steps 75 --sample_steps 0 "
 TTS_EVALUATION = (
-    "--texts tiny/texts/heldout.txt --max_length 160 --batch_size 50 --temperature 1.0 --seeds 0 1 2 "
-    "--judge tiny/whisper.pt pocketsphinx --token2text tiny/token2text"
+    "--texts tiny/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 --num_players 120 "
+    "--judge tiny/whisper.pt faster-whisper:build/whisper-base --token2text tiny/token2text"
 )
-HELDOUT_WER = "WER, held-out ASR"  # pocketsphinx, which no reward uses
+HELDOUT_WER = "WER, held-out ASR"  # OpenAI's Whisper base, which no reward uses
 REWARD_WER = "WER, reward ASR"
-TTS_METRICS = {
-    HELDOUT_WER: Metric((1.0, "asr", "pocketsphinx", "error_rate")),
+WORDS_METRICS = {
+    HELDOUT_WER: Metric((1.0, "asr", "faster-whisper:build/whisper-base", "error_rate")),
     REWARD_WER: Metric((1.0, "asr", "tiny/whisper.pt", "error_rate")),
+}
+DIFFRO_METRICS = {
+    **WORDS_METRICS,
     "token-to-text score": Metric((1.0, "token2text"), scale=1, digits=2),
     "duration, s": Metric((1.0, "duration_s"), scale=1, digits=2),
     "log-F0 std": Metric((1.0, "log_f0_std"), scale=1, digits=3),
     "truncated": Metric((1.0, "truncated")),
 }
-
-
-# --- Melody -----------------------------------------------------------------------------------------------
-
-NATURAL = "--config configs/%s.yaml --credit %s --max_steps 225 --save_steps 75 --sample_steps 0"
-NATURAL_EVALUATION = (
-    "--texts tiny/natural/texts/heldout.txt --max_length 240 --batch_size 60 --temperature 1.0 --seeds 0 "
-    "--num_players 120 --judge tiny/natural/whisper.pt faster-whisper:build/whisper-base"
-)
 MELODY_METRICS = {
-    HELDOUT_WER: Metric((1.0, "asr", "faster-whisper:build/whisper-base", "error_rate")),
-    REWARD_WER: Metric((1.0, "asr", "tiny/natural/whisper.pt", "error_rate")),
+    **WORDS_METRICS,
     "questions that rise": Metric((1.0, "question", "mean")),
     "statements that rise": Metric((1.0, "statement_rise", "mean")),
     "emphasis": Metric((1.0, "emphasis", "mean")),
     "F0 movement, st": Metric((1.0, "f0_range_st", "mean"), scale=1, digits=2),
     "duration, s": Metric((1.0, "duration_s"), scale=1, digits=2),
 }
+
+
+ONE_DRAW = "--token2text tiny/token2text --gumbel_temperature 2"
+EIGHT_DRAWS = f"{ONE_DRAW} --gumbel_draws 8"  # a single draw's is mostly noise
+DIFFRO_ALONE = "--method diffro --reward_config reward_models/token2text.json"  # needs neither codec nor Whisper
+KL = "--beta 0.1"  # the papers'; configs/tiny.yaml has 0
+FILTERED = f"--method grpo+diffro {EIGHT_DRAWS} --diffro_filter clean"
+DIFFRO_METHODS = {
+    "grpo": "--method grpo",
+    "diffro": f"{DIFFRO_ALONE} {EIGHT_DRAWS} --diffro_filter clean {KL}",
+    "combined": f"--method grpo+diffro {EIGHT_DRAWS} --diffro_filter none",
+    "filtered": FILTERED,
+}
+DIFFRO_VARIANTS = {
+    "grpo_kl": f"--method grpo {KL}",
+    "filtered_kl": f"{FILTERED} {KL}",
+    "diffro_no_kl": f"{DIFFRO_ALONE} {EIGHT_DRAWS} --diffro_filter clean",
+    "published": f"{DIFFRO_ALONE} {ONE_DRAW} --diffro_filter none {KL}",
+    "published_no_kl": f"{DIFFRO_ALONE} {ONE_DRAW} --diffro_filter none",
+    "filtered_r2": f"{FILTERED} --reward_config reward_models/duration.json",
+    "filtered_r23": f"{FILTERED} --reward_config reward_models/duration_diversity.json",
+}
+
+
+def diffro_runs(steps: int, methods: dict[str, str]) -> dict[str, str]:
+    """Credit is by rollout, since DiffRO's own is."""
+    return {name: TTS % ("tiny", "rollout", steps) + flags for name, flags in methods.items()}
 
 
 @dataclass(frozen=True)
@@ -164,20 +171,40 @@ class Comparison:
 
 DIFFRO_PLOTTED = (HELDOUT_WER, REWARD_WER, "token-to-text score", "truncated")
 COMPARISONS = {
-    "grpo": Comparison(
+    "melody": Comparison(
         policy="tiny/llasa",
-        runs={"grpo": "--config configs/tiny.yaml --max_steps 400 --save_steps 75 --sample_steps 0"},
+        runs={
+            "wer_nll_time": TTS % ("tiny", "time", 225),
+            "wer_nll_rollout": TTS % ("tiny", "rollout", 225),
+            "melody_time": TTS % ("tiny_expressive", "time", 225),
+        },
         evaluation=TTS_EVALUATION,
-        metrics=TTS_METRICS,
-        plotted=(HELDOUT_WER, REWARD_WER, "duration, s", "truncated"),
-        checkpoints=(75, 150, 300, 400),
+        metrics=MELODY_METRICS,
+        plotted=(HELDOUT_WER, "questions that rise", "statements that rise", "emphasis"),
+        checkpoints=(75, 150, 225),
+    ),
+    "diffro": Comparison(
+        policy="tiny/llasa",
+        runs=diffro_runs(75, DIFFRO_METHODS | DIFFRO_VARIANTS),
+        evaluation=TTS_EVALUATION,
+        metrics=DIFFRO_METRICS,
+        plotted=DIFFRO_PLOTTED,
+        checkpoints=(75,),
+    ),
+    "stability": Comparison(
+        policy="tiny/llasa",
+        runs=diffro_runs(225, DIFFRO_METHODS),
+        evaluation=TTS_EVALUATION,
+        metrics=DIFFRO_METRICS,
+        plotted=DIFFRO_PLOTTED,
+        checkpoints=(75, 150, 225),
     ),
     "recognition": Comparison(
-        policy="tiny/natural/llasa_asr",
+        policy="tiny/llasa_asr",
         runs={
             # On all clips that RL picks from, with their texts; 240 steps take 7 minutes, an RL run 3 to 5
-            "sft_longer": "--method sft --task asr --model_name_or_path tiny/natural/llasa_asr "
-            "--dataset tiny/natural/asr/pool.parquet --max_length 512 --max_steps 240 --per_device_train_batch_size 16 "
+            "sft_longer": "--method sft --task asr --model_name_or_path tiny/llasa_asr "
+            "--dataset tiny/asr/pool.parquet --max_length 512 --max_steps 240 --per_device_train_batch_size 16 "
             "--learning_rate 3e-4 --gradient_checkpointing false --train_sampling_strategy group_by_length "
             "--save_strategy no",
             "r1_d0": RECOGNITION % ("d0", "asr_wer"),
@@ -186,48 +213,11 @@ COMPARISONS = {
             "r12_d12": RECOGNITION % ("d12", "asr_wer_hallucination"),
             "r123_all": RECOGNITION % ("all", "asr_rules"),
         },
-        evaluation="--task asr --clips tiny/natural/asr/heldout.parquet --long_s 3.2 --temperature 0 1 --seeds 0 1 2 "
+        evaluation="--task asr --clips tiny/asr/heldout.parquet --long_s 3.2 --temperature 0 1 --seeds 0 1 2 "
         "--batch_size 64 --max_length 512 --max_completion_length 64",
         metrics=RECOGNITION_METRICS,
         plotted=("all: WER", "short: WER", "long: WER", "keyword recall"),
         rl_data=tuple(RL_DATA),
-    ),
-    "diffro": Comparison(
-        policy="tiny/llasa",
-        runs={
-            **{name: TTS % 50 + flags for name, flags in DIFFRO_METHODS.items()},
-            "grpo_kl": TTS % 50 + f"{DIFFRO_METHODS['grpo']} {KL}",
-            "filtered_kl": TTS % 50 + f"{FILTERED} {KL}",
-            "diffro_no_kl": TTS % 50 + f"{DIFFRO_ALONE} {EIGHT_DRAWS} --diffro_filter clean",
-            "published": TTS % 50 + f"{DIFFRO_ALONE} {ONE_DRAW} --diffro_filter none {KL}",
-            "published_no_kl": TTS % 50 + f"{DIFFRO_ALONE} {ONE_DRAW} --diffro_filter none",
-            "filtered_r2": TTS % 50 + f"{FILTERED} --reward_config reward_models/duration.json",
-            "filtered_r23": TTS % 50 + f"{FILTERED} --reward_config reward_models/duration_diversity.json",
-        },
-        evaluation=TTS_EVALUATION,
-        metrics=TTS_METRICS,
-        plotted=DIFFRO_PLOTTED,
-        checkpoints=(50,),
-    ),
-    "stability": Comparison(
-        policy="tiny/llasa",
-        runs={name: TTS % 150 + flags for name, flags in DIFFRO_METHODS.items()},
-        evaluation=TTS_EVALUATION,
-        metrics=TTS_METRICS,
-        plotted=DIFFRO_PLOTTED,
-        checkpoints=(50, 100, 150),
-    ),
-    "melody": Comparison(
-        policy="tiny/natural/llasa",
-        runs={
-            "wer_nll_time": NATURAL % ("natural", "time"),
-            "wer_nll_rollout": NATURAL % ("natural", "rollout"),
-            "melody_time": NATURAL % ("natural_expressive", "time"),
-        },
-        evaluation=NATURAL_EVALUATION,
-        metrics=MELODY_METRICS,
-        plotted=(HELDOUT_WER, "questions that rise", "statements that rise", "emphasis"),
-        checkpoints=(75, 150, 225),
     ),
 }
 

@@ -43,7 +43,7 @@ def new_tokenizer(texts: list[str], num_codes: int, vocab_size: int = 512) -> Pr
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 192, layers: int = 4) -> LlamaForCausalLM:
-    """Random weights; 2.6 M of them with tiny/llasa's tokenizer."""
+    """Random weights; 2.8 M of them with tiny/llasa's tokenizer."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(

@@ -12,10 +12,10 @@ Stated by the papers: the hard forward (2509.18569), the context o_<t (arXiv 250
 distribution at each step (same place), the filter "advantage > 0". Not stated, and chosen here: R is a mean over the
 text's tokens and the KL one over the rollout's; noise is added to the logits that sampling divides by its temperature;
 temperature 1 of the Gumbel-softmax (arXiv 2606.28249 takes 2 → 1 → 0.8); λ = 1; a rollout that the filter drops counts
-0 in a mean over all. R may be the mean over several draws of each rollout: on the toy setup the noise of a single one
-is most of the gradient (docs/experiments/gradient_noise.md), and further draws cost passes of the small token-to-text
-model, none of the policy. Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ: what R rewards
-about an end reaches the policy by GRPO alone.
+0 in a mean over all. R may be the mean over several draws of each rollout: on the first toy setup the noise of a single
+one is most of the gradient (docs/experiments/first_toy/gradient_noise.md), and further draws cost passes of the small
+token-to-text model, none of the policy. Beside GRPO the KL is GRPO's own and is not added twice. END is drawn in no õ:
+what R rewards about an end reaches the policy by GRPO alone.
 """
 
 import math

@@ -114,7 +114,9 @@ def _licence(licence: str | None, base_model: str) -> str:
 
 
 def _usage(name: str, task: str, codec_id: str, max_length: int) -> str:
-    ours = f'python inference.py --model_name_or_path {name} --text "Anna found two boxes." --output sample.wav'
+    ours = (
+        f'python inference.py --model_name_or_path {name} --text "Did Susan find the yellow boat?" --output sample.wav'
+    )
     if task == "asr":
         ours = f"python inference.py --task asr --model_name_or_path {name} --audio clip.wav"
     plain = _plain_asr(name, max_length) if task == "asr" else _plain_tts(name, max_length)
@@ -141,7 +143,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32).eval()
-text = "Anna found two boxes."
+text = "Did Susan find the yellow boat?"
 content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{{text}}{TEXT_UNDERSTANDING_END}"
 prompt = [{{"role": "user", "content": content, "opening": "{SPEECH_GENERATION_START}"}}]
 inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")

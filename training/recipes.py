@@ -412,7 +412,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
             _fill_in(script_args)
             if training_args.credit == "time" and (script_args.method, script_args.task) != ("grpo", "tts"):
                 raise InputError(
-                    f"--credit time: for --method grpo --task tts only (got {script_args.method}, {script_args.task})"
+                    f"--credit time: for --method grpo --task tts only (got {script_args.method}, {script_args.task}). "
+                    "Give --credit rollout, also where a config sets it"
                 )
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
             training_args.max_completion_length = longest

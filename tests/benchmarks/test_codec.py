@@ -67,5 +67,5 @@ def test_bad_input_is_one_line(tmp_path, caplog, flags, error):
 def test_decoder_flops():
     model = codec.load_model("tiny", torch.device("cpu"), torch.float32, seed=0)
     weights = sum(weight.numel() for weight in model.acoustic_decoder.parameters())
-    # attention: 3 layers, 6 heads of 32; two products of 2 operations for each of 10 * 10 pairs
-    assert codec.decoder_flops(model, [10, 1]) == 2 * weights * 11 + 4 * 3 * 192 * (100 + 1)
+    # attention: 3 layers, 7 heads of 32; two products of 2 operations for each of 10 * 10 pairs
+    assert codec.decoder_flops(model, [10, 1]) == 2 * weights * 11 + 4 * 3 * 224 * (100 + 1)

@@ -109,7 +109,7 @@ def test_a_number_that_is_not_finite(value):
 def test_flags_of_the_run_that_is_planned(tmp_path):
     """A sampling temperature is in both log-probs; of LoRA the adapter is saved, loaded and synthesizes."""
     lora = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear", "--learning_rate", "1e-3"]
-    results = run(tmp_path, "--size", "tiny", "--temperature", "0.6", *lora)
+    results = run(tmp_path, "--size", "tiny", "--temperature", "0.6", "--max_completion_length", "140", *lora)
     checks = {check["name"]: check["passed"] for check in results["checks"]}
     assert checks.pop("memory") is None and all(checks.values()), results["checks"]
 

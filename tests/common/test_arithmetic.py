@@ -20,7 +20,7 @@ def test_denormal_numbers_are_0_and_cudnn_gives_no_attention():
     assert not (torch.full((8,), 1e-30) * 1e-10).any()
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "tiny/build", "tiny/natural/build", "benchmarks/gradient_noise"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "tiny/build", "tiny/build", "benchmarks/gradient_noise"])
 def test_a_script_calls_it(script):
     tree = ast.parse(Path(f"{script}.py").read_text(encoding="utf-8"))
     [main] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]

@@ -1,5 +1,9 @@
 """ASR evaluation: hand-worked numbers, keywords, recordings as clips, and what the shipped model reaches."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ from speech.codec import SpeechCodec
 from speech.policy import Policy, Transcript
 from speech.tokens import asr_prompt, tts_prompt
 
-MULTITASK_MODEL = "tiny/natural/llasa_asr"
+MULTITASK_MODEL = "tiny/llasa_asr"
 
 
 def clip(text: str, seconds: float = 1.0, keywords: tuple[str, ...] = ("Zagreb", "Split")) -> Clip:
@@ -68,10 +72,10 @@ def test_a_keyword_of_another_clip_counts_against_precision():
     assert keywords == {"in_text": 0, "in_transcript": 1, "in_both": 0}
 
 
-def test_clips_may_be_recordings(tmp_path):
+def test_clips_may_be_recordings(recordings, tmp_path):
     codec = SpeechCodec.from_pretrained("tiny/codec")
-    clips = read_clips("tiny/heldout", "train", "en", lambda: codec)
-    assert len(clips) == 96 and clips[0].codes and clips[0].id == "slt_000"
+    clips = read_clips(recordings, "train", "en", lambda: codec)
+    assert len(clips) == 24 and clips[0].codes and clips[0].id == "heldout_057"
     (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
     with pytest.raises(ValueError, match="neither audio_codes nor audio"):
         read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec)
@@ -93,11 +97,22 @@ def test_bad_clips_are_named(row, message, tmp_path):
         read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: pytest.fail("encoded"))
 
 
-def test_one_model_transcribes_and_then_synthesizes():
-    """tiny/natural/llasa_asr is a multitask model: ASR, and TTS again after that."""
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> str:
+    """The first 24 held-out ones, as a folder of audio."""
+    folder = tmp_path_factory.mktemp("recordings")
+    lines = Path("tiny/heldout/metadata.jsonl").read_text().splitlines(keepends=True)[:24]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    for line in lines:
+        shutil.copy(Path("tiny/heldout") / json.loads(line)["file_name"], folder)
+    return str(folder)
+
+
+def test_one_model_transcribes_and_then_synthesizes(recordings):
+    """tiny/llasa_asr is a multitask model: ASR, and TTS again after that."""
     policy = Policy.from_pretrained(MULTITASK_MODEL, task="asr")
-    codec = SpeechCodec.from_pretrained("tiny/natural/codec")
-    clips = read_clips("tiny/natural/heldout", "train", "en", lambda: codec)[:40]
+    codec = SpeechCodec.from_pretrained("tiny/codec")
+    clips = read_clips(recordings, "train", "en", lambda: codec)
     transcripts = policy.transcribe([asr_prompt(one.codes) for one in clips], batch_size=48, max_completion_length=40)
     row = row_of(list(zip(clips, transcripts, strict=True)))
     assert summarize(row, row, long_s=3.0)["all"]["wer"] <= 0.10  # clean recordings

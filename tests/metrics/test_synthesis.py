@@ -12,7 +12,7 @@ from metrics.texts import Item
 from speech.audio import save_audio
 from speech.tokens import tts_prompt
 
-MULTITASK_MODEL = "tiny/natural/llasa_asr"
+MULTITASK_MODEL = "tiny/llasa_asr"
 
 
 def test_results_know_the_weights_of_a_faster_whisper(tmp_path):
@@ -66,7 +66,7 @@ def test_resynthesis_has_the_codes_of_the_recordings():
 def test_round_trip_wer_of_a_multitask_model(tmp_path):
     (tmp_path / "t.txt").write_text("Nancy took the lamp.\nMartin carried seven chairs.\n")
     argv = ["--models", f"both={MULTITASK_MODEL}", "--texts", str(tmp_path / "t.txt"), "--seeds", "0", "--cycle"]
-    recording = Path("tiny/natural/heldout/heldout_103.ogg").absolute()
+    recording = Path("tiny/heldout/heldout_103.ogg").absolute()
     (tmp_path / "natural.jsonl").write_text(
         json.dumps({"text": "My teacher carried eleven hammers.", "audio": str(recording)})
     )

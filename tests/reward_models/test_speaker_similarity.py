@@ -126,7 +126,8 @@ def test_bad_bounds(max_wer):
 
 
 def test_train_takes_rows_with_voice_prompts_and_refuses_others(tmp_path, capsys, caplog):
-    codes = datasets.load_dataset("parquet", data_files="tiny/speech.parquet", split="train[3000:3002]")
+    codes = datasets.load_dataset("parquet", data_files="tiny/speech.parquet", split="train")
+    codes = codes.filter(lambda row: row["ref_codes"] is not None).select(range(2))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({k: row[k] for k in ("text", "ref_text", "ref_codes")}) + "\n" for row in codes))
     flags = ["--config", "configs/tiny.yaml", "--max_steps", "1", "--num_generations", "4", "--sample_steps", "0"]

@@ -108,7 +108,7 @@ def test_reward_needs_neither_codec_nor_whisper(model):
 
 # --- The shipped model -------------------------------------------------------------------------------------------
 
-ROWS = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()]
+ROWS = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()[:60]]
 REF_TEXTS = [row["text"] for row in ROWS]
 
 

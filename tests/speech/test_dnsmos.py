@@ -21,7 +21,7 @@ def dnsmos() -> Dnsmos:
 
 @pytest.fixture(scope="module")
 def speech() -> np.ndarray:
-    return load_audio("tiny/heldout/rms_001.flac")
+    return load_audio("tiny/heldout/heldout_059.ogg")
 
 
 def test_speech_and_noise(dnsmos, speech):

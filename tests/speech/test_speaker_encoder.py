@@ -13,7 +13,7 @@ from speech.audio import load_audio
 from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import SAMPLE_RATE
 
-CLIPS = [f"tiny/heldout/{name}.flac" for name in ("slt_000", "rms_001", "slt_002", "rms_003", "slt_004")]
+CLIPS = [f"tiny/heldout/heldout_{number}.ogg" for number in ("103", "059", "073", "047", "022")]
 KINDS = {  # group norm over time in the first layer, or layer norm in all
     "wavlm": {},
     "wavlm, weighted layers": {"use_weighted_layer_sum": True},  # microsoft/wavlm-base-plus-sv

@@ -11,6 +11,7 @@ from fake_whisper import TEXTS, babble, save_random_whisper
 
 from speech import whisper_decoding
 from speech.audio import load_audio
+from speech.text_marks import plain_text
 from speech.whisper_decoding import WindowReader
 from speech.whisper_scorer import WhisperScorer
 
@@ -24,7 +25,7 @@ def tiny():
     rows = [json.loads(line) for line in (HELDOUT / "metadata.jsonl").read_text().splitlines()[:12]]
     clips = [load_audio(HELDOUT / row["file_name"])[: scorer.window] for row in rows]
     noises = [babble(1.0, seed) for seed in range(4)]
-    texts = [row["text"] for row in rows]
+    texts = [plain_text(row["text"]) for row in rows]
     return scorer, scorer._encode(clips + noises), [scorer._text_ids(text, "en") for text in texts + texts[:4]]
 
 

@@ -49,7 +49,7 @@ class FakeASR(WhisperScorer):
 
 def tts_metrics() -> dict:
     """What evaluation.py measures of one rollout."""
-    heard_by = ("pocketsphinx", "tiny/whisper.pt", "tiny/natural/whisper.pt", "faster-whisper:build/whisper-base")
+    heard_by = ("tiny/whisper.pt", "faster-whisper:build/whisper-base")
     wav = np.sin(np.arange(3_200) / 10).astype(np.float32)
     texts = ("Anna found two boxes.", "Did Anna find two boxes?", "Anna *found* two boxes.")
     speech = SynthesizedSpeech([Sample([1] * 10, truncated=True)] * 3, [wav] * 3)
@@ -92,7 +92,7 @@ def finish(folder, name, step, wer):
 
 def write_evaluation(folder, name, wer):
     metrics = {
-        "asr": {asr: {"error_rate": wer} for asr in ("pocketsphinx", "tiny/whisper.pt")},
+        "asr": {asr: {"error_rate": wer} for asr in ("tiny/whisper.pt", "faster-whisper:build/whisper-base")},
         "token2text": -wer, "duration_s": 1.5, "log_f0_std": None, "truncated": 0.25,
     }  # fmt: skip
     path = folder / "evaluations" / name / "results.json"
@@ -102,8 +102,8 @@ def write_evaluation(folder, name, wer):
 
 def test_table_and_plot_of_what_is_there(tmp_path, monkeypatch):
     for seed, wer in enumerate((0.3, 0.4, 0.5)):
-        finish(tmp_path, f"grpo_{seed}", 50, wer)
-    finish(tmp_path, "diffro_0", 50, 0.7)
+        finish(tmp_path, f"grpo_{seed}", 75, wer)
+    finish(tmp_path, "diffro_0", 75, 0.7)
     write_evaluation(tmp_path, "sft", 0.5)
     commands = []
     monkeypatch.setattr(compare, "run", lambda log, command, *more: commands.append((command, *more)))
@@ -118,11 +118,11 @@ def test_table_and_plot_of_what_is_there(tmp_path, monkeypatch):
     header, _, *rows = [line[2:-2].split(" | ") for line in (tmp_path / "diffro.md").read_text().splitlines()]
     table = [dict(zip(header, row, strict=True)) for row in rows]
     assert [(row["run"], row["step"], row["seeds"]) for row in table] == [
-        ("sft", "0", "1"), ("grpo", "50", "3"), ("diffro", "50", "1"),
+        ("sft", "0", "1"), ("grpo", "75", "3"), ("diffro", "75", "1"),
     ]  # fmt: skip
     assert [row["WER, held-out ASR, %"] for row in table] == ["50.0", "40.0 ± 10.0", "70.0"]
     assert table[1]["token-to-text score"] == "-0.40 ± 0.10" and table[1]["log-F0 std"] == "–"
-    assert table[1]["s/step"] == "26.5" and table[0]["s/step"] == "–"
+    assert table[1]["s/step"] == "39.0" and table[0]["s/step"] == "–"
     assert (tmp_path / "diffro.png").stat().st_size > 10_000
 
 
@@ -142,12 +142,12 @@ def test_into_a_folder_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_longer_runs_resume_from_shorter_ones(tmp_path, monkeypatch):
-    finish(tmp_path, "grpo_0", 50, 0.3)
+    finish(tmp_path, "grpo_0", 75, 0.3)
     commands = []
     monkeypatch.setattr(compare, "run", lambda log, command, *more: commands.append((log.name, command)))
     flags = compare.COMPARISONS["stability"].runs["grpo"]
     compare.train_run(tmp_path, "grpo", flags, seed=0)
-    assert [log for log, _ in commands] == ["grpo_0.log"] and "--max_steps 150" in commands[0][1]
+    assert [log for log, _ in commands] == ["grpo_0.log"] and "--max_steps 225" in commands[0][1]
 
 
 def test_an_interrupted_evaluation_is_repeated(tmp_path, monkeypatch):

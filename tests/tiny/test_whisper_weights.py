@@ -106,14 +106,14 @@ def test_every_package_is_pinned_with_its_hash():
 def test_a_window_is_shortened(tmp_path, caplog):
     """The positions that stay are what they were."""
     short = tmp_path / "short.pt"
-    whisper_weights.shorten_window("tiny/natural/whisper.pt", short, 3.0)
-    ours, whole = WhisperScorer(short, "cpu"), WhisperScorer("tiny/natural/whisper.pt", "cpu")
+    whisper_weights.shorten_window("tiny/whisper.pt", short, 3.0)
+    ours, whole = WhisperScorer(short, "cpu"), WhisperScorer("tiny/whisper.pt", "cpu")
     assert ours.window == 3.0 * 16_000 and whole.window == 3.8 * 16_000
     kept, before = ours.model.encoder.positional_embedding, whole.model.encoder.positional_embedding
     assert torch.equal(kept, before[:150])
     for window_s in (0.0, 4.0, math.nan):
         with pytest.raises(InputError, match="--window_s: must be above 0 and at most 3.8"):
-            whisper_weights.shorten_window("tiny/natural/whisper.pt", short, window_s)
+            whisper_weights.shorten_window("tiny/whisper.pt", short, window_s)
 
 
 def test_the_short_window_stands_beside_the_folder(index, tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_the_marked_word_and_the_end_are_parts(monkeypatch):
 
 FLAGS = (
     "--config configs/tiny.yaml --reward_config reward_models/melody.json --max_steps 2 --save_steps 1 "
-    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_generations 4 --max_completion_length 80 "
+    "--per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_generations 4 --max_completion_length 140 "
     "--sample_steps 0"
 )
 

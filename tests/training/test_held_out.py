@@ -38,7 +38,7 @@ def run(output_dir: Path, *flags: str) -> list[dict]:
 
 
 EVALUATING = "--eval_strategy steps --eval_steps 1 --save_steps 1 --learning_rate 1e-2".split()
-SHORT = "--max_steps 3 --max_completion_length 60".split()
+SHORT = "--max_steps 3 --max_completion_length 140".split()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_wer_is_that_of_greedy_samples(evaluated):
     _, log = evaluated
     policy = Policy.from_pretrained("tiny/llasa")
     prompts = [tts_prompt(text) for text in TEXTS]
-    samples = policy.sample(prompts, temperature=0, max_completion_length=60)
+    samples = policy.sample(prompts, temperature=0, max_completion_length=140)
     wavs = decode_rollouts(SpeechCodec.from_pretrained("tiny/codec", "cpu"), [sample.codes for sample in samples])
     scores = WhisperScorer("tiny/whisper.pt", "cpu").score(wavs, TEXTS, ["en"] * len(TEXTS))
     at_start = next(entry for entry in log if entry["step"] == 0)
@@ -83,14 +83,14 @@ def test_the_training_does_not_notice(held_out_file, tmp_path):
 
 
 def test_asr(tmp_path):
-    clips = load_any_dataset("tiny/natural/asr/heldout.parquet").select(range(6))
+    clips = load_any_dataset("tiny/asr/heldout.parquet").select(range(6))
     clips.to_parquet(tmp_path / "clips.parquet")
     flags = "--max_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 --num_generations 4".split()
-    flags += ["--config", "configs/natural_asr.yaml", "--output_dir", str(tmp_path / "run"), "--sample_steps", "0"]
+    flags += ["--config", "configs/tiny_asr.yaml", "--output_dir", str(tmp_path / "run"), "--sample_steps", "0"]
     flags += ["--max_completion_length", "40", "--eval_on_start", "true", "--eval_temperature", "0"]
     train.main(train.parse_args([*flags, "--eval_dataset", str(tmp_path / "clips.parquet")]))
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    policy = Policy.from_pretrained("tiny/natural/llasa_asr", task="asr")
+    policy = Policy.from_pretrained("tiny/llasa_asr", task="asr")
     prompts = [asr_prompt(codes) for codes in clips["audio_codes"]]
     transcripts = policy.transcribe(prompts, temperature=0, max_completion_length=40)
     errors = [transcript_errors(ref, hyp.text, "en") for ref, hyp in zip(clips["text"], transcripts, strict=True)]

@@ -47,7 +47,7 @@ def test_the_code_of_the_card_samples_what_inference_samples(tts):
     exec(code_of((tts / "README.md").read_text(encoding="utf-8")), scope)
     policy = Policy.from_pretrained(str(tts))
     set_seed(0)
-    [sample] = policy.sample([tts_prompt("Anna found two boxes.")], temperature=0.8, max_length=512)
+    [sample] = policy.sample([tts_prompt("Did Susan find the yellow boat?")], temperature=0.8, max_length=512)
     assert scope["codes"] == sample.codes and len(sample.codes) > 10
 
 
@@ -59,16 +59,16 @@ def test_the_code_of_an_adapters_card_too(tmp_path):
     assert "library_name: transformers" in card and "Framework versions" not in card  # PEFT's own card
     policy = Policy.from_pretrained(str(folder))
     set_seed(0)
-    [sample] = policy.sample([tts_prompt("Anna found two boxes.")], temperature=0.8, max_length=512)
+    [sample] = policy.sample([tts_prompt("Did Susan find the yellow boat?")], temperature=0.8, max_length=512)
     assert scope["codes"] == sample.codes
 
 
 def test_the_code_of_an_asr_card_transcribes(tmp_path):
-    folder = trained(tmp_path, "configs/natural_asr.yaml")
+    folder = trained(tmp_path, "configs/tiny_asr.yaml")
     card = (folder / "README.md").read_text(encoding="utf-8")
     import datasets
 
-    codes = datasets.Dataset.from_parquet("tiny/natural/asr/heldout.parquet")[0]["audio_codes"]
+    codes = datasets.Dataset.from_parquet("tiny/asr/heldout.parquet")[0]["audio_codes"]
     scope = {}
     exec(code_of(card).replace("[...]", repr(codes)), scope)
     [transcript] = Policy.from_pretrained(str(folder), task="asr").transcribe([asr_prompt(codes)], max_length=512)

@@ -26,7 +26,7 @@ SHORT = [
     "--sample_steps",
     "0",
 ]
-SHORT += ["--num_generations", "4", "--max_completion_length", "60", "--save_strategy", "no"]
+SHORT += ["--num_generations", "4", "--max_completion_length", "140", "--save_strategy", "no"]
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 
 

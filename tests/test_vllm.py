@@ -29,7 +29,7 @@ from vllm import _custom_ops
 from vllm.distributed import cleanup_dist_env_and_memory
 
 STALE = 2  # the step, counted from 0, that samples with the weights of the step before
-LENGTH = 80  # codes: some rollouts end, some do not
+LENGTH = 115  # codes: some rollouts end, some do not
 FLAGS = [
     *("--config", "configs/tiny.yaml", "--use_vllm", "true", "--vllm_mode", "colocate", "--sample_steps", "0"),
     *("--per_device_train_batch_size", "8", "--num_generations", "4", "--max_completion_length", str(LENGTH)),

@@ -56,12 +56,12 @@ def encoder_inputs(wav: np.ndarray, name: str = "wav") -> EncoderInputs:
     if not np.isfinite(wav).all():
         raise ValueError(f"{name} holds NaN or infinity; drop it or repair the recording")
     # Half a hop on both sides makes the semantic frames as many as the acoustic ones.
-    centred = np.pad(_whole_codes(wav), HOP_LENGTH // 2)
+    centred = np.pad(whole_codes(wav), HOP_LENGTH // 2)
     features = _feature_extractor()([centred], sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0]
     return EncoderInputs(wav, features)
 
 
-def _whole_codes(wav: np.ndarray) -> np.ndarray:
+def whole_codes(wav: np.ndarray) -> np.ndarray:
     """With 1 to 320 zeros appended, as in the original: a clip of a whole number of codes gets one more."""
     return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))
 
@@ -140,7 +140,7 @@ class SpeechCodec:
         """
         codes = [None] * len(clips)
         for batch in _batches([len(clip.features) for clip in clips], self.batch_codes, 0):
-            wavs = torch.from_numpy(np.stack([_whole_codes(clips[i].wav) for i in batch]))[:, None]
+            wavs = torch.from_numpy(np.stack([whole_codes(clips[i].wav) for i in batch]))[:, None]
             features = torch.from_numpy(np.stack([clips[i].features for i in batch]))
             output = self.model.encode(
                 wavs.to(self.device, self.model.dtype),

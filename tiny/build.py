@@ -59,10 +59,10 @@ from common.cli import (
 )
 from common.resumable_file import write_json_lines
 from speech.audio import load_audio
-from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
+from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs, whole_codes
 from speech.policy import Policy
 from speech.text_marks import plain_text
-from speech.tokens import HOP_LENGTH, SAMPLE_RATE
+from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import WhisperScorer
 from tiny.asr_data import RARE_NAMES
 from tiny.build_policy import build_asr_policy, build_asr_rows, build_policy, build_rows, save_rows
@@ -101,11 +101,6 @@ def build_speech(args: argparse.Namespace) -> None:
     record_all(random_rows(SEED), args.work_dir / "random", args.threads)
     seconds = [row["duration_s"] for row in clip_rows(args.work_dir)]
     logger.info("speech: %d clips, %.2f h, %.2f s on average", len(seconds), sum(seconds) / 3600, np.mean(seconds))
-
-
-def whole_codes(wav: np.ndarray) -> np.ndarray:
-    """A waveform padded as the codec pads: with 1 to HOP_LENGTH zeros."""
-    return np.pad(wav, (0, HOP_LENGTH - len(wav) % HOP_LENGTH))
 
 
 def semantic_features(wav: np.ndarray) -> np.ndarray:

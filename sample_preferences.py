@@ -8,7 +8,8 @@ The two commands again, from llasa-dpo and with another --seed, are the next rou
 
 The score of a rollout is the weighted sum of the rewards of --reward_config, as in GRPO. Rollouts without an END or
 without codes are in no pair: as a pair's clip they would get an END that they never had. A text whose best and worst
-differ by less than --min_margin gives no pair.
+differ by less than --min_margin gives no pair. A reward that does not concern a text, such as that of emphasis where no
+word is marked, counts nothing there.
 
 An interrupted run is resumed by the same command; batches of texts have random numbers of their own, so the file is
 the same to the last byte. Exit codes: 0 pairs were written; 1 there are none; 2 the input was wrong.
@@ -95,9 +96,19 @@ def best_and_worst(scores: list[float], min_margin: float) -> tuple[int, int] | 
 
 
 def weighted_scores(reward_functions: list, weights: list[float], columns: dict[str, list]) -> np.ndarray:
-    """Σ weight × reward of each rollout, shape (rollouts,); a reward that is None for one makes its score NaN."""
-    rewards = [np.asarray(function(log_metric=None, **columns), dtype=np.float64) for function in reward_functions]
-    return np.einsum("r,rn->n", np.asarray(weights, dtype=np.float64), np.stack(rewards))
+    """Σ weight × reward of each rollout, shape (rollouts,), as GRPO's: a reward that is None for one is left out.
+
+    NaN where all of them are None.
+    """
+    rewards = np.array([function(log_metric=None, **columns) for function in reward_functions], dtype=np.float64)
+    scores = np.nansum(np.asarray(weights, dtype=np.float64)[:, None] * rewards, axis=0)
+    return np.where(np.isnan(rewards).all(axis=0), np.nan, scores)
+
+
+def mean_score(scores: list[float]) -> float:
+    """Mean of those that are a score; NaN where none is."""
+    known = [score for score in scores if not math.isnan(score)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def make_pairs(
@@ -218,15 +229,15 @@ def main(args: argparse.Namespace) -> None:
         columns = {name: [row[name] for row in rollout_rows] for name in ("text", "language")}
         scores = weighted_scores(reward_functions, weights, {"completion_ids": completions, **columns})
         pairs, outcomes = make_pairs(batch, completions, scores, tokens, args.min_margin, args.reward_config)
-        done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": float(np.nanmean(scores))})
+        done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_score(scores.tolist())})
         output.add_batch(done[-1])
 
     pairs = [pair for batch in done for pair in batch["pairs"]]
     outcomes = sum((Counter(batch["outcomes"]) for batch in done), Counter())
     logger.info(
         "%d texts × %d rollouts, mean score %.3f: %d pairs; left out: %d texts with a margin below %g, %d with fewer "
-        "than two rollouts that end and have codes",
-        *(len(rows), args.num_samples, np.mean([batch["mean_score"] for batch in done]), len(pairs)),
+        "than two rollouts that end, have codes and earn a reward",
+        *(len(rows), args.num_samples, mean_score([batch["mean_score"] for batch in done]), len(pairs)),
         *(outcomes["too_close"], args.min_margin, outcomes["too_few"]),
     )
     if not pairs:

@@ -1,10 +1,12 @@
 """The scripts on checkpoints laid out as the published ones: 193,800 tokens, Llama's template, head and embeddings in
 the file. The policy has Llasa-1B's width and two of its 16 layers (0.5 B weights, 0.9 B where the head is another
 matrix), the codec is smaller; the full sizes are benchmarks/readiness.py's. The step of all weights takes 6.4 GiB
-of memory, the rest at most 4."""
+of memory, the rest at most 4; the checkpoints take 5 GB of disk, and are deleted after use."""
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,17 +50,19 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory) -> Path:
+def tied(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("tied")
     save_llasa(folder, TEXTS, codes=CODES, num_hidden_layers=NUM_LAYERS)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
+@pytest.fixture
+def untied(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("untied")
     save_llasa(folder, TEXTS, codes=CODES, tied=False, num_hidden_layers=NUM_LAYERS)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def train_a_step(policy: Path, codec: str, texts: Path, output_dir: Path, *flags: str) -> dict:
@@ -73,10 +77,12 @@ def train_a_step(policy: Path, codec: str, texts: Path, output_dir: Path, *flags
 
 
 @pytest.fixture(scope="module")
-def trained(tied, codec, texts, tmp_path_factory) -> tuple[Path, dict]:
+def trained(tied, codec, texts, tmp_path_factory) -> Iterator[tuple[Path, dict]]:
     """All weights in float32, without AdamW's moments and a reference model: they would take 6 GiB more."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train_a_step(tied, codec, texts, folder, "--beta", "0", "--optim", "sgd", "--learning_rate", "1e-2")
+    flags = ["--beta", "0", "--optim", "sgd", "--learning_rate", "1e-2"]
+    yield folder, train_a_step(tied, codec, texts, folder, *flags)
+    shutil.rmtree(folder)
 
 
 def test_a_prompt_of_the_published_tokenizer(tied):

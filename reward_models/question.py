@@ -8,14 +8,14 @@ from reward_models.parts import Part
 from speech.melody import asks, final_movement_st, rise_share
 from speech.tokens import CODES_PER_SECOND
 
-END_S = 0.6  # what `final_movement_st` hears, and the silence behind it
+END_S = 0.6  # a final rise and the silence behind it
 
 
 class QuestionReward:
     """`rise_share` of the final movement for a yes-no question, 1 minus it for a statement, in [0, 1].
 
-    A text that is neither has no reward (None, which TRL leaves out). A failed rollout, or one without a voice in its
-    last half second, earns 0.
+    A text that is neither has no reward (None, which TRL leaves out). A failed rollout, or one without a voice
+    before its last quarter of a second, earns 0.
 
     Args:
         rollout_scorer: a `SpeechRolloutScorer` with a codec.

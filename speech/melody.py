@@ -99,7 +99,7 @@ def is_emphasised(score: float) -> bool:
 # --- The end ----------------------------------------------------------------------------------------------
 
 END_S = 0.08  # voiced time at the end of which the F0 is taken
-BEFORE_S = (0.5, 0.25)  # and the time before the end that it is compared with
+BEFORE_S = (2.0, 0.25)  # and the time before the end that it is compared with: what is left of the phrase
 FALL_ST, RISE_ST = 0.0, 6.0  # a movement up to here is a statement's, from here on a question's
 MIN_RISE_ST = 3.0  # a higher one is a rise: half way between the two
 # English questions that begin with these ask for a word, not for yes or no, and fall.
@@ -108,9 +108,12 @@ CLOSING = "\"'”’»)]}*_ "  # may follow the mark that ends a sentence
 
 
 def final_movement_st(track: PitchTrack) -> float:
-    """F0 of the last 80 ms of voice minus that from 0.5 to 0.25 s before the end, medians; NaN without voice there.
+    """F0 of the last 80 ms of voice minus that from 2 to 0.25 s before the end, medians; NaN without voice there.
 
     100 Hz that end at 141.4 Hz are 6 semitones.
+
+    A shorter time to compare with often has no voice ("seven *potatoes*?"), and a dip in it makes a rise of an end that
+    is no higher than the phrase.
     """
     if len(track.times) == 0:
         return float("nan")

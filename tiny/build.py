@@ -335,6 +335,21 @@ def build_ship(args: argparse.Namespace) -> None:
         lines.append({"file_name": name} | {key: row[key] for key in ("id", "text", "speaker", "form")})
     write_json_lines(SHIPPED / "heldout" / "metadata.jsonl", lines)
     (SHIPPED / "texts" / "heldout.txt").write_text("".join(f"{row['text']}\n" for row in heldout))
+    write_json_lines(SHIPPED / "texts" / "heldout_voices.jsonl", with_voice_prompts(lines))
+
+
+def with_voice_prompts(recordings: list[dict]) -> list[dict]:
+    """The recordings' texts, each after the next recording as its voice prompt."""
+    following = [*recordings[1:], recordings[0]]
+    return [
+        {
+            "id": row["id"],
+            "text": row["text"],
+            "ref_audio": f"../heldout/{other['file_name']}",
+            "ref_text": other["text"],
+        }
+        for row, other in zip(recordings, following, strict=True)
+    ]
 
 
 def rl_texts() -> list[str]:

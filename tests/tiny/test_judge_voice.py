@@ -1,0 +1,115 @@
+"""tiny/judge_voice.py: its figures on clips of known voices, its encoder, and what it says of another evaluation."""
+
+import doctest
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metrics.texts import read_items
+from speech.audio import load_audio
+from tiny import judge_voice
+from tiny.build import with_voice_prompts
+from tiny.judge_voice import HELDOUT, TEXTS, Ge2e
+
+ROWS = [json.loads(line) for line in (HELDOUT / "metadata.jsonl").read_text().splitlines()]
+SPEAKERS = {row["file_name"]: row["speaker"] for row in ROWS}
+WEIGHTS = Path("build/ge2e")
+
+
+class ByFirstSample:
+    """An encoder of three voices: a clip's first sample is the voice's number."""
+
+    @staticmethod
+    def embed(wav):
+        return np.eye(3)[int(wav[0])]
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Judges an evaluation: `before` has joe's voice in all clips, `after` the prompts'; one clip failed."""
+    numbers = {"joe": 0, "rms": 1, "slt": 2}
+    recordings = {HELDOUT / name: np.full(800, numbers[speaker]) for name, speaker in SPEAKERS.items()}
+    monkeypatch.setattr(judge_voice, "load_audio", recordings.get)
+    monkeypatch.setattr(judge_voice, "audio_failure", lambda wav: None)
+    monkeypatch.setattr(Ge2e, "from_pretrained", lambda folder: ByFirstSample())
+    items = read_items(str(TEXTS), "en")
+    clips = [{"id": item.id, "text": item.text, "failure": None} for item in items]
+    failed = [{**clips[0], "failure": "empty"}, *clips[1:]]
+    rows = [{"name": "before", "clips": clips}, {"name": "after", "clips": failed}]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    sounds = {f"0_{i}": np.zeros(800) for i in range(len(items))}
+    for i, item in enumerate(items):
+        sounds[f"1_{i}"] = np.full(800, numbers[SPEAKERS[Path(item.ref_audio).name]])
+    monkeypatch.setattr(judge_voice, "read_sounds", lambda folder: sounds)
+    return tmp_path, sounds
+
+
+def judge(folder) -> None:
+    judge_voice.main(judge_voice.parse_args([str(folder)]))
+
+
+def test_voices_of_a_policy(judged, caplog):
+    caplog.set_level("INFO")
+    judge(judged[0])
+    lines = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()[2:]]
+    assert lines[0][1:] == ["before", "0.333", "", "33.3"]
+    name, similarity, change, right = lines[1][1:]
+    assert (name, similarity, right) == ("after", "0.992", "99.2")  # 119 of 120
+    assert change.startswith("+0.658 ± 0.0")
+    assert lines[2][1:3] == ["recordings of the same voice", "1.000"]
+    assert lines[3][1:3] == ["recordings of two voices", "0.000"]
+
+
+def test_clips_that_are_missing(judged, caplog):
+    folder, sounds = judged
+    sounds.pop("1_7")
+    with pytest.raises(SystemExit):
+        judge(folder)
+    assert "Evaluate with --num_players 120 --overwrite" in caplog.text
+
+
+def test_another_evaluation(judged, tmp_path, caplog):
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [{"name": "x", "clips": [{"id": "1", "text": "Go."}]}]}))
+    with pytest.raises(SystemExit):
+        judge(tmp_path)
+    assert "Use --texts tiny/texts/heldout_voices.jsonl" in caplog.text
+    with pytest.raises(SystemExit):
+        judge(tmp_path / "nowhere")
+    assert "has no results.json" in caplog.text
+
+
+def test_the_texts_are_those_of_the_recordings():
+    assert [json.loads(line) for line in TEXTS.read_text().splitlines()] == with_voice_prompts(ROWS)
+    prompts = [SPEAKERS[Path(item.ref_audio).name] for item in read_items(str(TEXTS), "en")]
+    assert {speaker: prompts.count(speaker) for speaker in set(prompts)} == {"joe": 40, "rms": 40, "slt": 40}
+
+
+def test_windows():
+    result = doctest.testmod(judge_voice)
+    assert result.attempted == 1 and result.failed == 0
+
+
+def test_an_embedding_does_not_hear_the_level_of_a_quiet_clip():
+    torch.manual_seed(0)
+    state = torch.nn.ModuleDict({"lstm": torch.nn.LSTM(40, 256, 3), "linear": torch.nn.Linear(256, 256)}).state_dict()
+    encoder = Ge2e(state).eval()
+    wav = load_audio(HELDOUT / ROWS[0]["file_name"])
+    embedding = encoder.embed(0.01 * wav)
+    assert embedding.shape == (256,) and np.linalg.norm(embedding) == pytest.approx(1)
+    assert np.abs(embedding - encoder.embed(0.001 * wav)).max() < 1e-5
+    assert np.isfinite(encoder.embed(wav[:1_000])).all()  # shorter than a window
+
+
+def test_it_tells_the_three_voices():
+    """With the published weights; the figures of all 120 are in docs/experiments/voice.md."""
+    if not (WEIGHTS / "pretrained.pt").is_file():
+        pytest.skip(f"the encoder's weights are not there: python -m tiny.judge_voice --weights {WEIGHTS}")
+    encoder = Ge2e.from_pretrained(WEIGHTS)
+    names = [name for speaker in ("joe", "rms", "slt") for name in SPEAKERS if SPEAKERS[name] == speaker][::8]
+    recordings = {name: encoder.embed(load_audio(HELDOUT / name)) for name in names}
+    assert all(judge_voice.nearest_voice(recordings[name], recordings, SPEAKERS) == SPEAKERS[name] for name in names)
+    same = judge_voice.of_recordings(recordings, SPEAKERS, same=True)
+    assert np.mean(same) > 0.8 > 0.6 > np.mean(judge_voice.of_recordings(recordings, SPEAKERS, same=False))

@@ -1,0 +1,205 @@
+"""Whether the clips of an evaluation have the voice of their prompts, by a speaker encoder that no reward uses.
+
+    python evaluation.py … --texts tiny/texts/heldout_voices.jsonl --num_players 120 --output_dir runs/voices
+    python -m tiny.judge_voice runs/voices
+
+The encoder is GE2E (Wan et al., arXiv 1710.10467), trained on people's speech, with the weights of the resemblyzer
+package, which are downloaded once into build/ge2e. A clip is compared with the recording of its voice prompt (cosine),
+and with the three voices of the toy setup, each the mean of its held-out recordings: the nearest should be the
+prompt's. The last two rows are what recordings reach: those of the prompt's voice, and those of the other two. Like
+tiny/judge_melody.py it judges the clips on the page, so give evaluation.py as many players as there are texts.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, run_script, set_up_logging
+from common.tables import markdown_table
+from metrics.result_files import read_sounds
+from metrics.texts import read_items
+from speech.audio import audio_failure, load_audio
+from speech.tokens import SAMPLE_RATE
+from tiny.whisper_weights import Weights, fetch
+
+logger = logging.getLogger("tiny.judge_voice")
+
+TINY = Path(__file__).parent
+REQUIREMENTS = TINY / "requirements-judges.txt"
+HELDOUT = TINY / "heldout"
+TEXTS = TINY / "texts" / "heldout_voices.jsonl"
+GE2E = Weights(
+    packages=("resemblyzer",),
+    parts={"pretrained.pt": ("resemblyzer/pretrained.pt",)},
+    sha256={"pretrained.pt": "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e"},
+)
+
+# The encoder's own: mel frames of 25 ms every 10 ms, windows of 1.6 s that overlap by about a half, a level of -30 dBFS
+FRAME, HOP, NUM_MELS = 400, 160, 40
+WINDOW_FRAMES, STEP_FRAMES = 160, 77
+MIN_COVERAGE = 0.75  # of a last window by the clip
+LEVEL_DBFS = -30.0
+
+
+# --- GE2E -------------------------------------------------------------------------------------------------
+
+
+class Ge2e(torch.nn.Module):
+    """The speaker encoder: three LSTM layers over 40 mel bands, one linear layer, 256 numbers of length 1."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(NUM_MELS, 256, 3, batch_first=True)
+        self.linear = torch.nn.Linear(256, 256)
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
+        self.filters = mel_filter_bank(FRAME // 2 + 1, NUM_MELS, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, "slaney", "slaney")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Ge2e":
+        """Loads resemblyzer's weights from `folder`, where they are put first if they are not there.
+
+        Raises:
+            InputError: the package cannot be had, or the folder holds other weights.
+        """
+        fetch(GE2E, folder, REQUIREMENTS)
+        checkpoint = torch.load(folder / "pretrained.pt", map_location="cpu", weights_only=True)
+        return cls(checkpoint["model_state"]).eval()
+
+    @torch.inference_mode()
+    def embed(self, wav: np.ndarray) -> np.ndarray:
+        """Mean of the embeddings of the clip's windows, float32, shape (256,), of length 1.
+
+        resemblyzer's own without its voice activity detection, which shortens long pauses.
+
+        Args:
+            wav: float32 mono at 16 kHz, shape (n_samples,), not silent.
+        """
+        level = 10 * math.log10(np.mean(np.square(wav, dtype=np.float64)))
+        wav = wav * 10 ** (max(LEVEL_DBFS - level, 0.0) / 20)  # only ever louder
+        starts = window_starts(len(wav))
+        wav = np.pad(wav, (0, max(0, (starts[-1] + WINDOW_FRAMES) * HOP - len(wav))))
+        window = window_function(FRAME, "hann")
+        mels = spectrogram(wav, window, FRAME, HOP, power=2.0, pad_mode="constant", mel_filters=self.filters).T
+        windows = np.stack([mels[start : start + WINDOW_FRAMES] for start in starts])
+        _, (hidden, _) = self.lstm(torch.from_numpy(windows).float())
+        embeddings = torch.nn.functional.normalize(self.linear(hidden[-1]).relu(), dim=1)
+        return torch.nn.functional.normalize(embeddings.mean(0), dim=0).numpy()
+
+
+def window_starts(num_samples: int) -> list[int]:
+    """First frames of the windows of which the clip covers three quarters or more; of a short clip one window.
+
+    A clip of 2 s, 200 frames, covers 123 frames of the window that begins at frame 77, 0.77 of it.
+
+    >>> window_starts(8_000), window_starts(32_000), window_starts(31_000)
+    ([0], [0, 77], [0])
+    """
+    last = num_samples / HOP - MIN_COVERAGE * WINDOW_FRAMES
+    return list(range(0, int(max(last, 0)) + 1, STEP_FRAMES))
+
+
+# --- Judgements -------------------------------------------------------------------------------------------
+
+
+def voices_of_recordings(encoder: Ge2e) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The held-out recordings' embeddings by their file names, and their speakers."""
+    lines = (HELDOUT / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    speakers = {row["file_name"]: row["speaker"] for row in map(json.loads, lines)}
+    return {name: encoder.embed(load_audio(HELDOUT / name)) for name in speakers}, speakers
+
+
+def nearest_voice(embedding: np.ndarray, recordings: dict[str, np.ndarray], speakers: dict[str, str]) -> str:
+    """The speaker whose mean recording is nearest."""
+    means = {
+        speaker: np.mean([recordings[name] for name in recordings if speakers[name] == speaker], axis=0)
+        for speaker in set(speakers.values())
+    }
+    return max(means, key=lambda speaker: means[speaker] @ embedding / np.linalg.norm(means[speaker]))
+
+
+def judged(folder: Path, encoder: Ge2e, recordings: dict, speakers: dict) -> list[tuple[str, list[float], list[bool]]]:
+    """Of each row of an evaluation its name, the clips' cosines, and whether their voice is the prompt's.
+
+    A clip that failed has no voice: cosine 0, and not the prompt's.
+
+    Raises:
+        InputError: no evaluation there, of other texts, or not all clips in sounds.npz.
+    """
+    if not (folder / "results.json").exists():
+        raise InputError(f"{folder}: has no results.json. Give an --output_dir of evaluation.py")
+    rows, sounds = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"], read_sounds(folder)
+    prompts = {item.id: (item.text, Path(item.ref_audio).name) for item in read_items(str(TEXTS), "en")}
+    result = []
+    for number, row in enumerate(rows):
+        cosines, right = [], []
+        for i, clip in enumerate(row["clips"][: len(prompts)]):
+            text, prompt = prompts.get(clip["id"], (None, None))
+            if clip["text"] != text or len(row["clips"]) < len(prompts):
+                raise InputError(
+                    f"{folder}: is not an evaluation of these texts. Use --texts {TEXTS.relative_to(TINY.parent)}"
+                )
+            wav = sounds.get(f"{number}_{i}")
+            if wav is None:
+                raise InputError(
+                    f"{folder}: sounds.npz lacks clips. Evaluate with --num_players {len(prompts)} --overwrite"
+                )
+            if clip["failure"] or audio_failure(wav):
+                cosines.append(0.0)
+                right.append(False)
+                continue
+            embedding = encoder.embed(wav)
+            cosines.append(float(embedding @ recordings[prompt]))
+            right.append(nearest_voice(embedding, recordings, speakers) == speakers[prompt])
+        result.append((row["name"], cosines, right))
+    return result
+
+
+def of_recordings(recordings: dict[str, np.ndarray], speakers: dict[str, str], same: bool) -> list[float]:
+    """Cosines of all pairs of recordings of one voice, or of two voices."""
+    names = list(recordings)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if (speakers[a] == speakers[b]) == same]
+    return [float(recordings[a] @ recordings[b]) for a, b in pairs]
+
+
+def change(values: list[float], first: list[float]) -> str:
+    """Mean difference from the first row by text, with its 95 % interval (1.96 standard errors)."""
+    differences = np.subtract(values, first)
+    error = 1.96 * differences.std(ddof=1) / math.sqrt(len(differences))
+    return f"{differences.mean():+.3f} ± {error:.3f}"
+
+
+def main(args: argparse.Namespace) -> None:
+    with bad_input_exits():
+        encoder = Ge2e.from_pretrained(args.weights)
+        recordings, speakers = voices_of_recordings(encoder)
+        rows = [(folder, *row) for folder in args.evaluations for row in judged(folder, encoder, recordings, speakers)]
+    cells = []
+    for folder, name, cosines, right in rows:
+        difference = "" if not cells else change(cosines, rows[0][2])
+        cells.append(
+            [folder, name, f"{statistics.mean(cosines):.3f}", difference, f"{100 * statistics.mean(right):.1f}"]
+        )
+    for name, same in (("recordings of the same voice", True), ("recordings of two voices", False)):
+        cells.append(["", name, f"{statistics.mean(of_recordings(recordings, speakers, same)):.3f}", "", ""])
+    header = ["evaluation", "row", "similarity", "change from the first", "voice is the prompt's, %"]
+    logger.info("%s", markdown_table(header, cells))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m tiny.judge_voice", description=__doc__, formatter_class=HelpFormatter)
+    help = "--output_dir of evaluation.py; without any, the recordings alone"
+    parser.add_argument("evaluations", type=Path, nargs="*", metavar="FOLDER", help=help)
+    parser.add_argument("--weights", type=Path, default=Path("build/ge2e"), help="folder of the encoder's weights")
+    return parse_strictly(parser, argv)
+
+
+if __name__ == "__main__":
+    set_up_logging(logger.name)
+    run_script(main, parse_args)

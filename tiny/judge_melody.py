@@ -4,11 +4,11 @@
     python -m tiny.judge_melody runs/melody
 
 evaluation.py counts questions and emphasis by the F0 track and the measures that the rewards have (speech/melody.py).
-This one has F0 by cross-correlation in place of autocorrelation, compares the end and the marked word with the clip's
-median in place of what goes before, and no reward uses it. Of the held-out recordings it tells 33 of 36 questions and
-35 of 36 emphasised words, and of the same clips before they got their melody 0 of 36 and 2 of 36. It judges the clips
-that are on the page, which sounds.npz has, so give evaluation.py as many players as there are texts. The times of words
-are those of the evaluation.
+This one has F0 by cross-correlation in place of autocorrelation, other spans and thresholds, no level and no length of
+words, and no reward uses it. Both compare an end with most of the clip. Of the held-out recordings it tells 33 of 36
+questions and 35 of 36 emphasised words, and of the same clips before they got their melody 0 of 36 and 2 of 36. It
+judges the clips that are on the page, which sounds.npz has, so give evaluation.py as many players as there are texts.
+The times of words are those of the evaluation.
 """
 
 import argparse

@@ -21,7 +21,15 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, run_script, set_up_logging
+from common.cli import (
+    HelpFormatter,
+    InputError,
+    bad_input_exits,
+    check_writable,
+    parse_strictly,
+    run_script,
+    set_up_logging,
+)
 from common.tables import markdown_table
 from metrics.result_files import read_sounds
 from metrics.texts import read_items
@@ -177,6 +185,7 @@ def change(values: list[float], first: list[float]) -> str:
 
 def main(args: argparse.Namespace) -> None:
     with bad_input_exits():
+        check_writable(args.weights)
         encoder = Ge2e.from_pretrained(args.weights)
         recordings, speakers = voices_of_recordings(encoder)
         rows = [(folder, *row) for folder in args.evaluations for row in judged(folder, encoder, recordings, speakers)]

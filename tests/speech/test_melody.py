@@ -86,6 +86,9 @@ def test_final_movement_by_hand():
     assert np.isnan(final_movement_st(PitchTrack(times[:10], f0[:10], np.zeros(10))))  # 0.1 s of voice
     voiceless = (times < 0.4) | (times > 0.8)  # "seven potatoes?"
     assert final_movement_st(PitchTrack(times[voiceless], f0[voiceless], np.zeros(voiceless.sum()))) == 6.0
+    long = np.arange(0, 4, 0.01)
+    earlier_sentence = np.where(long > 3.9, 92.0, np.where(long < 1.9, 99.0, 86.0))
+    assert final_movement_st(PitchTrack(long, earlier_sentence, np.zeros(400))) == 6.0
     dip = np.where((times > 0.5) & (times < 0.75), 80.0, 86.0)
     assert final_movement_st(PitchTrack(times, dip, np.zeros(100))) == 0.0
     assert np.isnan(final_movement_st(pitch_track(np.zeros(16_000, np.float32))))

@@ -15,6 +15,7 @@ from fake_token2text import small
 
 import evaluation
 from metrics import judges, recognition, synthesis
+from metrics.clip_measures import MEASUREMENTS
 from metrics.formatting import relative_change
 from speech.audio import audio_failure, save_audio
 from speech.dnsmos import MosScores
@@ -203,7 +204,7 @@ def test_results_of_other_settings_are_not_overwritten(policy_paths, fakes, tmp_
     earlier = json.loads(before)
     results.write_text(json.dumps(earlier | {"digests": earlier["digests"] | {"measurements": 1}}))
     before = results.read_bytes()
-    refused("other measurements (1, now 2)", "--seeds", "0")
+    refused(f"other measurements (1, now {MEASUREMENTS})", "--seeds", "0")
     for broken in ("{", "[]", '{"rows": []}', '{"rows": 1, "arguments": {}, "digests": {}}'):
         results.write_text(broken)
         before = results.read_bytes()

@@ -94,16 +94,16 @@ def judgements(clips: list[tuple[dict, np.ndarray]]) -> dict[str, list[bool]]:
     return counted
 
 
-def judged(folder: Path) -> list[tuple[str, dict[str, list[bool]]]]:
-    """Name and judgements of each row of an evaluation.
+def clips_on_page(folder: Path) -> list[tuple[str, list[tuple[dict, np.ndarray]]]]:
+    """Of each row of an evaluation its name, and the first seed's clips with their waveforms at 16 kHz.
 
     Raises:
-        InputError: no evaluation there, not all clips in sounds.npz, or no times of words.
+        InputError: no evaluation there, or not all clips in sounds.npz.
     """
     if not (folder / "results.json").exists():
         raise InputError(f"{folder}: has no results.json. Give an --output_dir of evaluation.py")
     rows, sounds = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"], read_sounds(folder)
-    judged_rows = []
+    clips_of_rows = []
     for number, row in enumerate(rows):
         clips = [(clip, sounds[f"{number}_{i}"]) for i, clip in enumerate(row["clips"]) if f"{number}_{i}" in sounds]
         texts = len({clip["text"] for clip in row["clips"]})
@@ -112,9 +112,21 @@ def judged(folder: Path) -> list[tuple[str, dict[str, list[bool]]]]:
                 f"{folder}: sounds.npz has {len(clips)} clips of {texts} texts. "
                 f"Evaluate with --num_players {texts} --overwrite"
             )
+        clips_of_rows.append((row["name"], clips))
+    return clips_of_rows
+
+
+def judged(folder: Path) -> list[tuple[str, dict[str, list[bool]]]]:
+    """Name and judgements of each row of an evaluation.
+
+    Raises:
+        InputError: no evaluation there, not all clips in sounds.npz, or no times of words.
+    """
+    judged_rows = []
+    for name, clips in clips_on_page(folder):
         if any("words" not in clip for clip, _ in clips):
             raise InputError(f"{folder}: has no times of words. Evaluate with --judge tiny/whisper.pt …")
-        judged_rows.append((row["name"], judgements(clips)))
+        judged_rows.append((name, judgements(clips)))
     return judged_rows
 
 

@@ -31,10 +31,10 @@ from common.cli import (
     set_up_logging,
 )
 from common.tables import markdown_table
-from metrics.result_files import read_sounds
 from metrics.texts import read_items
 from speech.audio import audio_failure, load_audio
 from speech.tokens import SAMPLE_RATE
+from tiny.judge_melody import clips_on_page
 from tiny.whisper_weights import Weights, fetch
 
 logger = logging.getLogger("tiny.judge_voice")
@@ -123,13 +123,18 @@ def voices_of_recordings(encoder: Ge2e) -> tuple[dict[str, np.ndarray], dict[str
     return {name: encoder.embed(load_audio(HELDOUT / name)) for name in speakers}, speakers
 
 
-def nearest_voice(embedding: np.ndarray, recordings: dict[str, np.ndarray], speakers: dict[str, str]) -> str:
-    """The speaker whose mean recording is nearest."""
-    means = {
-        speaker: np.mean([recordings[name] for name in recordings if speakers[name] == speaker], axis=0)
-        for speaker in set(speakers.values())
-    }
-    return max(means, key=lambda speaker: means[speaker] @ embedding / np.linalg.norm(means[speaker]))
+def mean_voices(recordings: dict[str, np.ndarray], speakers: dict[str, str]) -> dict[str, np.ndarray]:
+    """Each speaker's mean recording, of length 1."""
+    means = {}
+    for speaker in set(speakers.values()):
+        mean = np.mean([recordings[name] for name in recordings if speakers[name] == speaker], axis=0)
+        means[speaker] = mean / np.linalg.norm(mean)
+    return means
+
+
+def nearest_voice(embedding: np.ndarray, voices: dict[str, np.ndarray]) -> str:
+    """The speaker of `mean_voices` whose voice is nearest."""
+    return max(voices, key=lambda speaker: voices[speaker] @ embedding)
 
 
 def judged(folder: Path, encoder: Ge2e, recordings: dict, speakers: dict) -> list[tuple[str, list[float], list[bool]]]:
@@ -140,33 +145,26 @@ def judged(folder: Path, encoder: Ge2e, recordings: dict, speakers: dict) -> lis
     Raises:
         InputError: no evaluation there, of other texts, or not all clips in sounds.npz.
     """
-    if not (folder / "results.json").exists():
-        raise InputError(f"{folder}: has no results.json. Give an --output_dir of evaluation.py")
-    rows, sounds = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"], read_sounds(folder)
     prompts = {item.id: (item.text, Path(item.ref_audio).name) for item in read_items(str(TEXTS), "en")}
-    result = []
-    for number, row in enumerate(rows):
+    voices = mean_voices(recordings, speakers)
+    judged_rows = []
+    for name, clips in clips_on_page(folder):
+        if {clip["id"]: clip["text"] for clip, _ in clips} != {row_id: text for row_id, (text, _) in prompts.items()}:
+            raise InputError(
+                f"{folder}: is not an evaluation of these texts. Use --texts {TEXTS.relative_to(TINY.parent)}"
+            )
         cosines, right = [], []
-        for i, clip in enumerate(row["clips"][: len(prompts)]):
-            text, prompt = prompts.get(clip["id"], (None, None))
-            if clip["text"] != text or len(row["clips"]) < len(prompts):
-                raise InputError(
-                    f"{folder}: is not an evaluation of these texts. Use --texts {TEXTS.relative_to(TINY.parent)}"
-                )
-            wav = sounds.get(f"{number}_{i}")
-            if wav is None:
-                raise InputError(
-                    f"{folder}: sounds.npz lacks clips. Evaluate with --num_players {len(prompts)} --overwrite"
-                )
+        for clip, wav in clips:
+            _, prompt = prompts[clip["id"]]
             if clip["failure"] or audio_failure(wav):
                 cosines.append(0.0)
                 right.append(False)
                 continue
             embedding = encoder.embed(wav)
             cosines.append(float(embedding @ recordings[prompt]))
-            right.append(nearest_voice(embedding, recordings, speakers) == speakers[prompt])
-        result.append((row["name"], cosines, right))
-    return result
+            right.append(nearest_voice(embedding, voices) == speakers[prompt])
+        judged_rows.append((name, cosines, right))
+    return judged_rows
 
 
 def of_recordings(recordings: dict[str, np.ndarray], speakers: dict[str, str], same: bool) -> list[float]:

@@ -8,6 +8,9 @@ package, which are downloaded once into build/ge2e. A clip is compared with the 
 and with the three voices of the toy setup, each the mean of its held-out recordings: the nearest should be the
 prompt's. The last two rows are what recordings reach: those of the prompt's voice, and those of the other two. Like
 tiny/judge_melody.py it judges the clips on the page, so give evaluation.py as many players as there are texts.
+
+With --voice, for a policy that speaks in one voice whatever the prompt, such as a LoRA of a voice, every clip is
+compared with the recordings of that voice, and the texts may be any.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from metrics.texts import read_items
 from speech.audio import audio_failure, load_audio
 from speech.tokens import SAMPLE_RATE
 from tiny.judge_melody import clips_on_page
+from tiny.voices import SPEAKERS
 from tiny.whisper_weights import Weights, fetch
 
 logger = logging.getLogger("tiny.judge_voice")
@@ -137,40 +141,57 @@ def nearest_voice(embedding: np.ndarray, voices: dict[str, np.ndarray]) -> str:
     return max(voices, key=lambda speaker: voices[speaker] @ embedding)
 
 
-def judged(folder: Path, encoder: Ge2e, recordings: dict, speakers: dict) -> list[tuple[str, list[float], list[bool]]]:
-    """Of each row of an evaluation its name, the clips' cosines, and whether their voice is the prompt's.
+def prompts_of(clips: list[tuple[dict, np.ndarray]], folder: Path) -> list[str]:
+    """The file name of each clip's voice prompt; InputError where the texts are not those of TEXTS."""
+    prompts = {item.id: (item.text, Path(item.ref_audio).name) for item in read_items(str(TEXTS), "en")}
+    if {clip["id"]: clip["text"] for clip, _ in clips} != {row_id: text for row_id, (text, _) in prompts.items()}:
+        raise InputError(
+            f"{folder}: is not an evaluation of these texts. Use --texts {TEXTS.relative_to(TINY.parent)}, "
+            "or --voice to compare all clips with one voice"
+        )
+    return [prompts[clip["id"]][1] for clip, _ in clips]
 
-    A clip that failed has no voice: cosine 0, and not the prompt's.
+
+def judged(
+    folder: Path, encoder: Ge2e, recordings: dict, speakers: dict, voice: str | None
+) -> list[tuple[str, list[float], list[bool]]]:
+    """Of each row of an evaluation its name, the clips' cosines, and whether their voice is the right one.
+
+    A clip that failed has no voice: cosine 0, and not the right one.
+
+    Args:
+        voice: the right one of every clip, compared with the mean of its recordings' cosines; None is the prompt's.
 
     Raises:
-        InputError: no evaluation there, of other texts, or not all clips in sounds.npz.
+        InputError: no evaluation there, not all clips in sounds.npz, or, without a `voice`, other texts.
     """
-    prompts = {item.id: (item.text, Path(item.ref_audio).name) for item in read_items(str(TEXTS), "en")}
     voices = mean_voices(recordings, speakers)
     judged_rows = []
     for name, clips in clips_on_page(folder):
-        if {clip["id"]: clip["text"] for clip, _ in clips} != {row_id: text for row_id, (text, _) in prompts.items()}:
-            raise InputError(
-                f"{folder}: is not an evaluation of these texts. Use --texts {TEXTS.relative_to(TINY.parent)}"
-            )
+        if voice is None:
+            targets = [[prompt] for prompt in prompts_of(clips, folder)]
+        else:
+            targets = [[file for file, speaker in speakers.items() if speaker == voice]] * len(clips)
         cosines, right = [], []
-        for clip, wav in clips:
-            _, prompt = prompts[clip["id"]]
+        for (clip, wav), files in zip(clips, targets, strict=True):
             if clip["failure"] or audio_failure(wav):
                 cosines.append(0.0)
                 right.append(False)
                 continue
             embedding = encoder.embed(wav)
-            cosines.append(float(embedding @ recordings[prompt]))
-            right.append(nearest_voice(embedding, voices) == speakers[prompt])
+            cosines.append(statistics.mean(float(embedding @ recordings[file]) for file in files))
+            right.append(nearest_voice(embedding, voices) == speakers[files[0]])
         judged_rows.append((name, cosines, right))
     return judged_rows
 
 
-def of_recordings(recordings: dict[str, np.ndarray], speakers: dict[str, str], same: bool) -> list[float]:
-    """Cosines of all pairs of recordings of one voice, or of two voices."""
+def of_recordings(
+    recordings: dict[str, np.ndarray], speakers: dict[str, str], same: bool, voice: str | None = None
+) -> list[float]:
+    """Cosines of all pairs of recordings of one voice, or of two voices; with a `voice`, where it is one of them."""
     names = list(recordings)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if (speakers[a] == speakers[b]) == same]
+    pairs = [(a, b) for a, b in pairs if voice in (None, speakers[a], speakers[b])]
     return [float(recordings[a] @ recordings[b]) for a, b in pairs]
 
 
@@ -186,7 +207,11 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.weights)
         encoder = Ge2e.from_pretrained(args.weights)
         recordings, speakers = voices_of_recordings(encoder)
-        rows = [(folder, *row) for folder in args.evaluations for row in judged(folder, encoder, recordings, speakers)]
+        rows = [
+            (folder, *row)
+            for folder in args.evaluations
+            for row in judged(folder, encoder, recordings, speakers, args.voice)
+        ]
     cells = []
     for folder, name, cosines, right in rows:
         difference = "" if not cells else change(cosines, rows[0][2])
@@ -194,8 +219,10 @@ def main(args: argparse.Namespace) -> None:
             [folder, name, f"{statistics.mean(cosines):.3f}", difference, f"{100 * statistics.mean(right):.1f}"]
         )
     for name, same in (("recordings of the same voice", True), ("recordings of two voices", False)):
-        cells.append(["", name, f"{statistics.mean(of_recordings(recordings, speakers, same)):.3f}", "", ""])
-    header = ["evaluation", "row", "similarity", "change from the first", "voice is the prompt's, %"]
+        cosines = of_recordings(recordings, speakers, same, args.voice)
+        cells.append(["", name, f"{statistics.mean(cosines):.3f}", "", ""])
+    whose = args.voice or "the prompt"
+    header = ["evaluation", "row", "similarity", "change from the first", f"voice is {whose}'s, %"]
     logger.info("%s", markdown_table(header, cells))
 
 
@@ -203,6 +230,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tiny.judge_voice", description=__doc__, formatter_class=HelpFormatter)
     help = "--output_dir of evaluation.py; without any, the recordings alone"
     parser.add_argument("evaluations", type=Path, nargs="*", metavar="FOLDER", help=help)
+    help = "compare every clip with this voice, in place of its prompt's"
+    parser.add_argument("--voice", choices=SPEAKERS, help=help)
     parser.add_argument("--weights", type=Path, default=Path("build/ge2e"), help="folder of the encoder's weights")
     return parse_strictly(parser, argv)
 

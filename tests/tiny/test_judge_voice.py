@@ -47,8 +47,8 @@ def judged(tmp_path, monkeypatch):
     return tmp_path, sounds
 
 
-def judge(folder) -> None:
-    judge_voice.main(judge_voice.parse_args([str(folder)]))
+def judge(folder, *flags: str) -> None:
+    judge_voice.main(judge_voice.parse_args([str(folder), *flags]))
 
 
 def test_voices_of_a_policy(judged, caplog):
@@ -61,6 +61,23 @@ def test_voices_of_a_policy(judged, caplog):
     assert change.startswith("+0.658 ± 0.0")
     assert lines[2][1:3] == ["recordings of the same voice", "1.000"]
     assert lines[3][1:3] == ["recordings of two voices", "0.000"]
+
+
+def test_one_voice_for_all_clips(judged, caplog):
+    """joe's in all clips of `before`, in a third of `after`; one voice has the same texts, without their prompts."""
+    caplog.set_level("INFO")
+    folder = judged[0]
+    results = json.loads((folder / "results.json").read_text())
+    for row in results["rows"]:
+        row["clips"] = [{**clip, "id": f"line {i}"} for i, clip in enumerate(row["clips"])]
+    (folder / "results.json").write_text(json.dumps(results))
+    judge(folder, "--voice", "joe")
+    header, _, *lines = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()]
+    assert header[-1] == "voice is joe's, %"
+    assert [lines[0][i] for i in (1, 2, 4)] == ["before", "1.000", "100.0"]
+    name, similarity, right = (lines[1][i] for i in (1, 2, 4))
+    expected = sum(SPEAKERS[Path(item.ref_audio).name] == "joe" for item in read_items(str(TEXTS), "en")[1:]) / 120
+    assert (name, similarity, right) == ("after", f"{expected:.3f}", f"{100 * expected:.1f}")
 
 
 def test_clips_that_are_missing(judged, caplog):

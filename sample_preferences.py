@@ -6,10 +6,11 @@
 
 The two commands again, from llasa-dpo and with another --seed, are the next round of iterative DPO (docs/dpo.md).
 
-The score of a rollout is the weighted sum of the rewards of --reward_config, as in GRPO. Rollouts without an END or
-without codes are in no pair: as a pair's clip they would get an END that they never had. A text whose best and worst
-differ by less than --min_margin gives no pair. A reward that does not concern a text, such as that of emphasis where no
-word is marked, counts nothing there.
+The score of a rollout is the weighted sum of the rewards of --reward_config, each as it is, as in GRPO without
+--multi_objective_aggregation normalize_then_sum. They read the columns that they read there: voice prompts, patterns of
+pauses. Rollouts without an END or without codes are in no pair: as a pair's clip they would get an END that they never
+had. A text whose best and worst differ by less than --min_margin gives no pair. A reward that does not concern a text,
+such as that of emphasis where no word is marked, counts nothing there.
 
 An interrupted run is resumed by the same command; batches of texts have random numbers of their own, so the file is
 the same to the last byte. Exit codes: 0 pairs were written; 1 there are none; 2 the input was wrong.
@@ -51,27 +52,37 @@ logger = logging.getLogger("sample_preferences")
 # --- Texts ------------------------------------------------------------------------------------------------
 
 
-def read_rows(args: argparse.Namespace, num_codes: int) -> list[dict]:
-    """The rows of --dataset, or --num_texts of them by chance: id, text, language, prompt, and the voice prompt."""
+def read_rows(args: argparse.Namespace, num_codes: int, needs_voice_prompt: bool) -> list[dict]:
+    """The rows of --dataset, or --num_texts of them by chance: id, prompt, voice prompt, and what the rewards read.
+
+    Args:
+        needs_voice_prompt: whether a reward compares with the voice prompt, and so every row needs one.
+    """
     from common.dataset_io import drawn_rows, load_any_dataset
-    from speech.error_rate import check_reference_text
-    from training.rows import REFERENCE_COLUMNS, check_tts_columns, columns_of, prompt_of_row
+    from training.rows import (
+        REFERENCE_COLUMNS,
+        check_tts_columns,
+        columns_for_rewards,
+        columns_of,
+        prompt_of_row,
+        row_for_rewards,
+    )
 
     dataset = load_any_dataset(args.dataset, args.split)
     check_tts_columns(dataset, args.dataset, num_codes)
+    for_rewards = columns_for_rewards(dataset, args.dataset)
     indices = drawn_rows(len(dataset), args.num_texts, args.seed)
     rows = []
-    wanted = columns_of(dataset, "id", "text", "language", *REFERENCE_COLUMNS).select(indices)
+    names = dict.fromkeys(["id", "text", "language", *REFERENCE_COLUMNS, *for_rewards])  # each once
+    wanted = columns_of(dataset, *names).select(indices)
     for index, row in zip(indices, wanted, strict=True):
         row_id = str(index) if row.get("id") is None else str(row["id"])
-        language = row.get("language") or "en"
         try:
-            prompt = prompt_of_row(row)
-            check_reference_text(row["text"], language)
+            prompt, rewarded = prompt_of_row(row), row_for_rewards(row, for_rewards, needs_voice_prompt)
         except InputError as error:
             raise InputError(f"{args.dataset}, row {index}: {error}") from None
         voice = {name: row[name] for name in REFERENCE_COLUMNS if row.get(name)}
-        rows.append({"id": row_id, "text": row["text"], "language": language, "prompt": prompt, "voice": voice})
+        rows.append({"id": row_id, "text": row["text"], "prompt": prompt, "voice": voice, "rewarded": rewarded})
     return rows
 
 
@@ -154,6 +165,7 @@ def load_rewards(args: argparse.Namespace, config: dict, policy, device: str) ->
     """The reward functions of a config and their weights, with the models that they score with."""
     from reward_models import build_rewards
     from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
+    from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
     from training.models import load_rollout_scorer
     from training.recipes import ScriptArguments
 
@@ -162,6 +174,7 @@ def load_rewards(args: argparse.Namespace, config: dict, policy, device: str) ->
         codec_id=args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC),
         whisper=args.whisper or recorded(args.model_name_or_path, "whisper", DEFAULT_WHISPER),
         token2text=args.token2text,
+        speaker_encoder=args.speaker_encoder or DEFAULT_SPEAKER_ENCODER,
         preference_model=args.preference_model,
     )
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
@@ -188,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
 
     from common.resumable_file import ResumableFile
     from common.run_record import content_digest, short_digest
-    from reward_models import load_config
+    from reward_models import load_config, needs_voice_prompt
     from speech.policy import Policy, load_tokenizer
 
     set_up_logging("sample_preferences")
@@ -199,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         check_writable(Path(args.output).parent)
         _, tokens = load_tokenizer(args.model_name_or_path)
-        rows = read_rows(args, tokens.num_codes)
+        rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
         run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
         output = ResumableFile(Path(args.output), run | {"texts": short_digest(rows)}, "pairs", args.overwrite)
@@ -226,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
             max_completion_length=args.max_completion_length,
             batch_size=args.batch_size,
         )
-        columns = {name: [row[name] for row in rollout_rows] for name in ("text", "language")}
+        columns = {name: [row["rewarded"][name] for row in rollout_rows] for name in rows[0]["rewarded"]}
         scores = weighted_scores(reward_functions, weights, {"completion_ids": completions, **columns})
         pairs, outcomes = make_pairs(batch, completions, scores, tokens, args.min_margin, args.reward_config)
         done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_score(scores.tolist())})
@@ -269,6 +282,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec_id", help="XCodec2, hub id or folder (default: the policy's run.json, else the hub's)")
     add("--whisper", help="Whisper of the reward (default: the policy's run.json, else large-v3)")
     add("--token2text", help="folder of the token-to-text model, for a reward that needs it")
+    help = "x-vector model of the reward speaker_similarity, hub id or folder (default: microsoft/wavlm-base-plus-sv)"
+    add("--speaker_encoder", help=help)
     add("--preference_model", help="folder of the preference model, for the reward preference")
     add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
     add("--seed", type=int, default=0, help="seed of the texts drawn and of the sampling")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_policy import save_policy
+from fake_speaker_encoder import save_speaker_encoder
 
 import sample_preferences
 from common.dataset_io import load_any_dataset
@@ -61,6 +62,45 @@ def test_pairs_of_a_policy_are_what_dpo_reads(inputs, policy, tmp_path, caplog):
     assert len(preference_rows(rows, "pairs", *load_tokenizer(policy), 512)) == len(pairs)
 
 
+def test_rewards_get_the_columns_that_they_get_in_grpo(inputs, tmp_path, monkeypatch):
+    """Voice prompts and patterns of pauses, a value for each rollout; a row without one has an empty value."""
+    rows = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    rows[1]["pauses"] = [TEXTS[1].replace(" ", " | ", 1)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calls = []
+
+    def reward(completion_ids, **columns):
+        calls.append(columns)
+        return [float(len(ids)) for ids in completion_ids]
+
+    monkeypatch.setattr(sample_preferences, "load_rewards", lambda *_: ([reward], [1.0]))
+    run(inputs, tmp_path / "pairs.jsonl")
+    first = calls[0]  # two texts of four rollouts
+    assert first["text"] == [TEXTS[0]] * 4 + [TEXTS[1]] * 4 and first["language"] == ["en"] * 8
+    assert first["ref_codes"] == [[1, 2, 3]] * 4 + [[]] * 4 and first["ref_text"] == ["Go."] * 4 + [""] * 4
+    assert first["pauses"] == [[]] * 4 + [rows[1]["pauses"]] * 4
+
+
+def test_a_reward_of_the_voice_wants_voice_prompts(inputs, tmp_path, caplog):
+    inputs[inputs.index("--reward_config") + 1] = "reward_models/voice.json"
+    with pytest.raises(SystemExit) as stop:
+        run(inputs, tmp_path / "pairs.jsonl")
+    assert stop.value.code == 2 and "texts.jsonl, row 0: a reward compares with the row's voice prompt" in caplog.text
+
+
+def test_a_reward_of_the_voice_scores_rollouts(inputs, tmp_path):
+    """speaker_similarity alone, whose Whisper is the toy setup's, with a speaker encoder of random weights."""
+    row = {"text": TEXTS[0], "ref_text": "Go.", "ref_codes": [7, 99, 512, 3000] * 10}
+    (tmp_path / "texts.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "voice.json").write_text('{"speaker_similarity": {"weight": 1.0, "max_wer": 100.0}}')
+    inputs[inputs.index("--reward_config") + 1] = str(tmp_path / "voice.json")
+    inputs[inputs.index("--model_name_or_path") + 1] = "tiny/llasa"
+    flags = ["--codec_id", "tiny/codec", "--whisper", "tiny/whisper.pt", "--min_margin", "0", "--max_length", "512"]
+    flags += ["--speaker_encoder", save_speaker_encoder(tmp_path / "encoder")]
+    (pair,) = run(inputs + flags, tmp_path / "pairs.jsonl")
+    assert 0 <= pair["rejected_score"] < pair["chosen_score"] <= 1
+
+
 def test_a_resumed_run_writes_the_same_file(inputs, tmp_path, monkeypatch):
     run(inputs, tmp_path / "whole.jsonl")
     answer, calls = Policy.answer, []
@@ -93,7 +133,7 @@ def test_a_resumed_run_writes_the_same_file(inputs, tmp_path, monkeypatch):
 def test_texts_are_drawn_by_the_seed(inputs, tokens):
     def drawn(seed: str) -> list[str]:
         args = sample_preferences.parse_args([*inputs, "--num_texts", "3", "--seed", seed, "--output", "x.jsonl"])
-        return [row["text"] for row in sample_preferences.read_rows(args, tokens.num_codes)]
+        return [row["text"] for row in sample_preferences.read_rows(args, tokens.num_codes, False)]
 
     draws = [drawn(seed) for seed in "01234"]
     assert drawn("0") == draws[0] and len({tuple(texts) for texts in draws}) > 1

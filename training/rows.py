@@ -77,6 +77,28 @@ def check_voice_prompt(ref_codes: list[int]) -> None:
         )
 
 
+def columns_for_rewards(rows: datasets.Dataset, name: str) -> list[str]:
+    """Those columns that rewards of TTS read beside the text and that there are: voice prompt, patterns of pauses."""
+    check_keywords(rows, PAUSES_COLUMN, name)
+    return [column for column in REWARD_FEATURES if column in rows.column_names]
+
+
+def row_for_rewards(row: dict, columns: list[str], needs_voice_prompt: bool) -> dict:
+    """Text, language and the `columns` of a row of TTS; an absent value is empty.
+
+    Raises:
+        InputError: a text that cannot be scored, a pattern of pauses that is not of its text, or no voice prompt that
+            is needed, or one too short to have a voice.
+    """
+    text, language = row["text"], row.get("language") or "en"
+    check_reference_text(text, language)
+    if needs_voice_prompt:
+        check_voice_prompt(row.get("ref_codes") or [])
+    if row.get(PAUSES_COLUMN):
+        expected_pauses(text, row[PAUSES_COLUMN])
+    return {"text": text, "language": language} | {column: row[column] or NO_VALUE[column] for column in columns}
+
+
 def length_that_fits(tokenizer, prompt: list[dict], max_completion_length: int, max_length: int, text: str) -> int:
     """Tokens of the prompt; InputError where prompt and answer may be longer than the context."""
     length = len(prompt_ids(tokenizer, prompt))
@@ -212,23 +234,15 @@ def grpo_rows(
             pauses that is not of its text; no voice prompt that is needed, or one too short to have a voice.
     """
     check_tts_columns(rows, name, tokens.num_codes)
-    check_keywords(rows, PAUSES_COLUMN, name)
-    for_rewards = [column for column in (*REFERENCE_COLUMNS, PAUSES_COLUMN) if column in rows.column_names]
+    for_rewards = columns_for_rewards(rows, name)
     for label in labels:
         if label not in rows.column_names:
             raise InputError(f"--diffro_labels: {name} has no column {label!r} (got {', '.join(rows.column_names)})")
 
     def make(row: dict) -> dict:
-        text, language, prompt = row["text"], row.get("language") or "en", prompt_of_row(row)
-        check_reference_text(text, language)
-        length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, text)
-        columns = {"prompt": prompt, LENGTH_COLUMN: length, "text": text, "language": language}
-        if needs_voice_prompt:
-            check_voice_prompt(row.get("ref_codes") or [])
-        if row.get(PAUSES_COLUMN):
-            expected_pauses(text, row[PAUSES_COLUMN])
-        columns |= {column: row[column] or NO_VALUE[column] for column in for_rewards}
-        return columns | {label: row[label] for label in labels}
+        prompt, rewarded = prompt_of_row(row), row_for_rewards(row, for_rewards, needs_voice_prompt)
+        length = length_that_fits(tokenizer, prompt, max_completion_length, max_length, row["text"])
+        return {"prompt": prompt, LENGTH_COLUMN: length} | rewarded | {label: row[label] for label in labels}
 
     features = {"prompt": PROMPT, LENGTH_COLUMN: datasets.Value("int32"), "text": TEXT, "language": TEXT}
     features |= {column: REWARD_FEATURES[column] for column in for_rewards}

@@ -271,7 +271,8 @@ def losses(
     batch_losses = {"preference": preference_loss(better - worse, targets, args.label_smoothing)}
     if has_speaker_branch(model, args):
         numbers = speaker_numbers(model, 2 * pairs)
-        batch_losses["speaker"] = F.cross_entropy(model.speaker_logits(pooled), numbers, ignore_index=-1)
+        total = F.cross_entropy(model.speaker_logits(pooled), numbers, ignore_index=-1, reduction="sum")
+        batch_losses["speaker"] = total / (numbers >= 0).sum().clamp(min=1)  # 0 in a batch without a known speaker
     return batch_losses
 
 

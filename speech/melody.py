@@ -4,11 +4,12 @@ For the rewards and for evaluation.py. The cues of emphasis are those of word-em
 emphasised word is higher, louder and longer than the words around it.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from speech.error_rate import normalize_text
+from speech.error_rate import heard_words, language_code
 from speech.pitch import PitchTrack
 from speech.syllables import syllables
 from speech.text_marks import marked_words, plain_text
@@ -82,12 +83,11 @@ def marked_word_scores(
     """
     marked = words_to_emphasise(text)
     others = [index for index in range(len(words)) if index not in marked]
-    heard = normalize_text(hyp_text, language).split()
+    heard = heard_words(plain_text(text), hyp_text, language)
     scores = []
     for index in marked:
         score = emphasis_score(*emphasis_cues(track, words, index, others))
-        parts = normalize_text(words[index].text, language).split()
-        scores.append(score if all(part in heard for part in parts) else min(score, PLAIN))
+        scores.append(score if heard[index] else min(score, PLAIN))
     return scores
 
 
@@ -104,6 +104,8 @@ FALL_ST, RISE_ST = 0.0, 6.0  # a movement up to here is a statement's, from here
 MIN_RISE_ST = 3.0  # a higher one is a rise: half way between the two
 # English questions that begin with these ask for a word, not for yes or no, and fall.
 WH_WORDS = frozenset("what when where which who whom whose why how".split())
+LEADING_WORDS = frozenset("and but so then well or".split())  # "And where is he?" asks for a word all the same
+SENTENCE_END = re.compile(r"(?<=[.!?…؟।])[\"'”’»)\]]*\s+|(?<=[。？！])(?=\S)")
 CLOSING = "\"'”’»)]}*_ "  # may follow the mark that ends a sentence
 
 
@@ -141,12 +143,17 @@ def is_rise(movement_st: float) -> bool:
 def asks(text: str, language: str) -> bool | None:
     """True for a yes-no question, False for a statement, None for what has no such end: a question for a word, "…".
 
-    "Did he?" is True, "He did." False, "Where is he?" and "He did," None.
+    Of several sentences the last one counts.
+
+    "Did he?" is True, "He did." False, "Where is he?" and "He did," None; so is "I saw him. And where is he?".
     """
-    end = plain_text(text).rstrip(CLOSING)[-1:]
+    sentence = SENTENCE_END.split(plain_text(text).rstrip(CLOSING))[-1]
+    end = sentence[-1:]
     if end in ("?", "？", "؟"):
-        first = plain_text(text).replace("¿", " ").split()[0].strip("\"'“‘(").casefold()
-        return None if language == "en" and first in WH_WORDS else True
+        words = [word.strip("\"'“‘(,¿?？؟").casefold() for word in sentence.split()]
+        while len(words) > 1 and words[0] in LEADING_WORDS:
+            words = words[1:]
+        return None if language_code(language) == "en" and words[0] in WH_WORDS else True
     return False if end in (".", "。", "।") else None
 
 

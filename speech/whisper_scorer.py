@@ -38,7 +38,8 @@ class Score:
     """Whisper's transcript of one clip, and how well it fits the reference text.
 
     `wer` is the CER for CER_LANGUAGES; `nll` is in nats per token, <= MAX_NLL. `words` are those of
-    `plain_text(text).split()` with their times and NLLs, where they were asked for and the text fits the decoder.
+    `plain_text(text).split()` with their times and NLLs, where they were asked for, the text fits the decoder, and its
+    words can be told: not where one without spaces is cut over two windows.
     `features`, where they were asked for, are those of `WhisperScorer.encode`.
     """
 
@@ -182,6 +183,8 @@ class WhisperScorer:
             errors = error_rate(texts[i], hyp_text, language)
             nll = _mean_nll(readings, drafts)
             words = self._words(windows, readings, stretches, drafts, language) if word_times else None
+            if words and len(words) != len(texts[i].split()):
+                words = None  # a text without spaces, cut over two windows
             own = windows.joined_features() if features else None
             scores[i] = Score(hyp_text, errors.rate, nll, errors.edits, errors.ref_length, words=words, features=own)
         return scores

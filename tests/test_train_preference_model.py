@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,18 @@ def test_the_speaker_branch_is_adversarial(pairs):
         assert after < before if own_head else after > before
 
 
+def test_a_batch_without_known_speakers_has_no_speaker_loss(pairs):
+    """Pairs by machine or by people need no speaker; the mean is over those that have one."""
+    model, args = small_model(speakers=("anna", "ben")), settings(speaker_weight=1.0)
+
+    def speaker_loss(*batch: Pair) -> float:
+        return losses(model, list(batch), args, np.random.default_rng(0))["speaker"].item()
+
+    unknown = replace(pairs[1], speaker=None)
+    assert speaker_loss(unknown) == 0
+    assert speaker_loss(pairs[0], unknown) == pytest.approx(speaker_loss(pairs[0]))
+
+
 def test_without_speakers_there_is_no_branch(pairs):
     two = small_model(speakers=("anna", "ben"))
     for model, args in ((small_model(), settings(speaker_weight=1.0)), (two, settings())):
@@ -294,5 +307,6 @@ def test_codes_are_decoded_and_useless_pairs_are_left_out(melodies, whisper, tmp
     [pair] = read_pairs([write_rows(tmp_path / "rows.jsonl", rows)], scorer, codec, tmp_path / "features")
     assert pair.source == "not stated" and pair.kind is None
     [expected] = scorer.encode(codec.decode([[20] * 20]))
-    assert np.array_equal(np.load(pair.chosen), expected.half().numpy()) and expected.shape == (20, 32)
+    # Alone and in a batch, and so equal up to float16: a CPU may multiply the two in another order
+    assert np.load(pair.chosen) == pytest.approx(expected.numpy(), rel=2e-3, abs=2e-3) and expected.shape == (20, 32)
     assert "3 of 4 pairs left out: 1 of equal clips, 2 with a clip that is unreadable or silent" in caplog.text

@@ -240,8 +240,10 @@ def _hidden_states(model, args: tuple, inputs: dict, labels: torch.Tensor | None
             rows, and the states before its last token are 0.
     """
     if labels is not None and not args:
-        prompt_length = int((labels != -100).any(dim=0).int().argmax())
-        groups = shared_prompts(model, inputs, prompt_length)
+        scored = (labels != -100).any(dim=0)
+        prompt_length = int(scored.int().argmax())
+        # Nothing is scored where all completions are truncated and --mask_truncated_completions leaves them out
+        groups = shared_prompts(model, inputs, prompt_length) if scored.any() else None
         if groups is not None:
             return states_of_groups(model, inputs["input_ids"], inputs["attention_mask"], prompt_length, groups)
     return model.base_model(*args, **inputs, use_cache=False).last_hidden_state[:, :-1]

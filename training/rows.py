@@ -203,11 +203,12 @@ def prompts_per_step(training_args: GRPORecipe) -> int:
             f"be a multiple of --num_generations {group}, since a group is scored together (got {local_rollouts})"
         )
     # Between these a checkpoint would lose the rollouts not yet used.
-    steps_per_batch = max(1, training_args.steps_per_generation * training_args.num_iterations // accumulation)
+    micro_batches = training_args.steps_per_generation * training_args.num_iterations
+    steps_per_batch = micro_batches // math.gcd(micro_batches, accumulation)
     if training_args.save_strategy == "steps" and training_args.save_steps % steps_per_batch:
         raise InputError(
-            f"--save_steps: must be a multiple of {steps_per_batch}, the optimizer steps made from one batch of "
-            f"rollouts, or a resumed run would not repeat the original (got {training_args.save_steps})"
+            f"--save_steps: must be a multiple of {steps_per_batch}, the optimizer steps after which no rollouts are "
+            f"left over, or a resumed run would not repeat the original (got {training_args.save_steps})"
         )
     rollouts = micro_batch * training_args.world_size * accumulation
     return max(1, rollouts // group // training_args.num_iterations)

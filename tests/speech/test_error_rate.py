@@ -1,15 +1,18 @@
 """Error rates by hand and against jiwer, languages, and how a text is divided over the windows of a clip."""
 
+import doctest
 import math
 
 import jiwer
 import pytest
 
 from common.cli import InputError
+from speech import error_rate as error_rates
 from speech.error_rate import (
     ErrorRate,
     check_reference_text,
     error_rate,
+    heard_words,
     language_code,
     normalize_text,
     split_reference,
@@ -140,3 +143,32 @@ def test_language_names():
 )
 def test_split_reference(text, hyps, language, stretches):
     assert split_reference(text, hyps, language) == stretches
+
+
+def test_worked_numbers_of_docstrings():
+    result = doctest.testmod(error_rates)
+    assert result.attempted > 0 and result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "hyp", "language", "heard"),
+    [
+        ("Tom took 7 cars.", "tom so seven cars", "en", "1011"),
+        ("He did - not go.", "he did go", "en", "11101"),  # a dash is no word, and so is not missed
+        ("It cost ten dollars today.", "It cost ten dollars today.", "en", "11111"),  # "$10" once normalised
+        ("It cost ten dollars today.", "it cost tender today", "en", "11001"),
+        ("She has twenty one cats.", "she has 21 cats", "en", "11111"),
+        ("She has twenty one cats.", "she has twenty won cats", "en", "11001"),
+        ("Dr. Smith's car isn't here, um, okay.", "doctor smith's car is not here okay", "en", "1111111"),
+        ("你好 吗", "你好", "zh", "10"),
+        ("臺灣 隻", "台湾只", "zh", "11"),
+        ("오늘 날씨", "오늘날시", "ko", "10"),
+    ],
+)
+def test_which_words_are_heard(text, hyp, language, heard):
+    assert heard_words(text, hyp, language) == [mark == "1" for mark in heard]
+
+
+def test_every_word_of_a_transcript_that_is_the_text_is_heard():
+    text = "In 1999, one hundred and one people paid $5.50 each: forty five percent of it on Monday the twenty-first."
+    assert all(heard_words(text, text, "en"))

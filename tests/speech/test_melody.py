@@ -63,6 +63,10 @@ def test_a_word_that_is_not_heard_is_at_most_plain():
     track = PitchTrack(times, np.where(inside, 92.0, 86.0), np.where(inside, -10.0, -14.0))
     assert marked_word_scores(track, WORDS, "He *will* go.", "he will go", "en") == pytest.approx([0.8667], abs=1e-4)
     assert marked_word_scores(track, WORDS, "He *will* go.", "he go", "en") == [0.5]
+    amount = "He paid *ten* dollars."  # "$10" once normalised
+    three = (WORDS[0], replace(WORDS[0], text="paid"), WORDS[1], replace(WORDS[2], text="dollars."))
+    assert marked_word_scores(track, three, amount, "He paid ten dollars.", "en")[0] > 0.7
+    assert marked_word_scores(track, three, amount, "He paid ten of the dollars.", "en") == [0.5]
     low, high = marked_word_scores(track, WORDS, "*He* *will* go.", "he will go", "en")
     assert low < 0.5 < high
     assert is_emphasised(0.8667) and not is_emphasised(0.7) and not is_emphasised(0.5)
@@ -109,8 +113,19 @@ def test_rise_share(movement_st, share):
         ("*Who* went?", "en", None),
         ("Wo ist er?", "de", True),
         ("你好吗？", "zh", True),
+        ("Where did he go?", "English", None),
+        ("Where?", "EN", None),
+        ("?", "en", True),
         ("He went,", "en", None),
         ("He went", "en", None),
+        ("I saw him. Where is he?", "en", None),
+        ("What a day! Is he here?", "en", True),
+        ("“Who is he?” he asked.", "en", False),
+        ("Well, and where is he?", "en", None),
+        ("And is he here?", "en", True),
+        ("And?", "en", True),
+        ("我知道。你好吗？", "zh", True),
+        ("¿Dónde está?", "es", True),
     ],
 )
 def test_what_asks(text, language, expected):

@@ -182,6 +182,14 @@ def test_clip_longer_than_the_window(scorer, wavs, monkeypatch):
     assert score.nll == pytest.approx(total / (len(shares[0]) + len(shares[1]) + 2), rel=1e-5)
 
 
+def test_a_text_without_spaces_over_two_windows_has_no_words(scorer, monkeypatch):
+    """Each window would have a word of its own, where the text has one."""
+    monkeypatch.setattr(scorer, "_transcripts", lambda readings, _: ["猫坐在", "大帽子上"][: len(readings)])
+    wav = np.concatenate([babble(0.9, 5), np.zeros(3_200, np.float32), babble(1.0, 6)])
+    short, long = scorer.score([babble(0.9, 5), wav], ["猫坐", "猫坐在大帽子上"], "zh", word_times=True)
+    assert [word.text for word in short.words] == ["猫坐"] and long.words is None
+
+
 def test_long_clips_among_short_ones(scorer, wavs):
     items = [wavs[0], babble(6, 7), wavs[1], babble(2.5, 8)]  # the second alone has more windows than a batch
     texts = ["Hello there.", "One two three four five six seven", "Yes, no.", "Good morning"]

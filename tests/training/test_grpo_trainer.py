@@ -101,6 +101,19 @@ def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, 
         torch.testing.assert_close(once_grads[name], each_grads[name], msg=name)
 
 
+def test_a_batch_with_nothing_to_score(tokenizer):
+    """--mask_truncated_completions leaves truncated rollouts out: here all of a micro-batch."""
+    tokens = prepare_tokenizer(tokenizer, "asr")
+    ids, mask, labels = long_prompts(tokenizer, tokens)
+    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+    prepare_model(model, tokenizer, tokens, "asr")
+    score_confined(model, temperature=1.0)
+    out = model(input_ids=ids, attention_mask=mask, labels=torch.full_like(labels, -100), fused_lm_head=True)
+    assert not out.label_mask.any() and not out.log_probs.any()
+    out.log_probs.sum().backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_arguments_that_are_none_do_not_stop_the_packing(tokenizer, tokens):
     """PEFT passes on all arguments of a forward, most of them None."""
     model = new_model(tokenizer, seed=0, hidden=48, layers=1)

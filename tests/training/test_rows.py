@@ -1,6 +1,7 @@
 """From a data set's rows to prompts, ids and masks; what cannot be used is refused with its row."""
 
 import re
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ import training.rows
 from common.cli import InputError
 from speech.policy import load_tokenizer
 from speech.tokens import asr_prompt
-from training.rows import grpo_asr_rows, grpo_rows, one_long_epoch, sft_rows
+from training.rows import grpo_asr_rows, grpo_rows, one_long_epoch, prompts_per_step, sft_rows
 
 CODES, TEXT = [1, 2, 3], "Anna found two boxes."
 
@@ -146,3 +147,24 @@ def test_a_reward_of_the_voice_needs_a_voice_prompt_in_every_row():
     short = datasets.Dataset.from_dict(columns | {"ref_codes": [[5] * 25, [6] * 24]})
     with pytest.raises(ValueError, match=r"rows, row 1: .* of 0.5 s or more \(got 0.48 s of one\)"):
         grpo_rows(short, "rows", *llasa, 50, 512, needs_voice_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("steps_per_generation", "iterations", "accumulation", "multiple"),
+    [(8, 1, 8, 1), (4, 1, 8, 1), (16, 1, 8, 2), (8, 2, 8, 2), (12, 1, 8, 3), (12, 2, 8, 3), (3, 1, 8, 3)],
+)
+def test_no_checkpoint_between_the_steps_of_one_batch(steps_per_generation, iterations, accumulation, multiple):
+    """A batch of rollouts is 12 micro-batches, a step takes 8: after 3 steps, of 24, nothing is left over."""
+
+    def prompts(save_steps: int) -> int:
+        args = SimpleNamespace(
+            num_generations=4, per_device_train_batch_size=4, world_size=1, save_strategy="steps", save_steps=save_steps
+        )
+        args.steps_per_generation, args.num_iterations = steps_per_generation, iterations
+        args.gradient_accumulation_steps = accumulation
+        return prompts_per_step(args)
+
+    assert prompts(multiple) == prompts(2 * multiple) == accumulation // iterations
+    if multiple > 1:
+        with pytest.raises(InputError, match=f"--save_steps: must be a multiple of {multiple}, "):
+            prompts(multiple + 1)

@@ -209,7 +209,8 @@ class PocketsphinxScorer:
             raise InputError(
                 f"--judge pocketsphinx: it knows English only (got texts in {foreign[0]!r}). Use a Whisper"
             )
-        # cmn=batch: normalised by the clip alone; the default carries over from one clip to the next.
+        # cmn=batch: a clip's features are normalised by their own mean. What still carries over from clip to clip is
+        # told in docs/evaluation.md.
         self.decoder = Decoder(lm=None, cmn="batch", loglevel="FATAL")
         words = sorted({word for text in texts for word in dictionary_words(text)})
         unknown = [word for word in words if self.decoder.lookup_word(word) is None]

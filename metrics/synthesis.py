@@ -44,7 +44,7 @@ from speech.policy import (
     Policy,
     Sample,
     load_tokenizer,
-    recorded,
+    recorded_with_adapters,
     reward_parameters,
 )
 from speech.speaker_encoder import MIN_SECONDS, SpeakerEncoder
@@ -119,16 +119,22 @@ def adapter_rows(args: argparse.Namespace, models: dict[str, str]) -> dict[str, 
     return rows
 
 
+def adapters_of(args: argparse.Namespace) -> list[Adapter]:
+    return [adapter for words in args.adapters or [] for adapter in parse_adapters(words)]
+
+
 def adapter_folders(args: argparse.Namespace) -> list[str]:
-    return sorted({adapter.folder for words in args.adapters or [] for adapter in parse_adapters(words)})
+    return sorted({adapter.folder for adapter in adapters_of(args)})
 
 
 def reward_whisper_of(args: argparse.Namespace, models: dict[str, str]) -> str:
-    return args.whisper or recorded(next(iter(models.values())), "whisper", DEFAULT_WHISPER)
+    first = next(iter(models.values()))
+    return args.whisper or recorded_with_adapters(first, adapters_of(args), "whisper", DEFAULT_WHISPER)
 
 
 def codec_of(args: argparse.Namespace, models: dict[str, str]) -> str:
-    return args.codec_id or recorded(next(iter(models.values())), "codec_id", DEFAULT_CODEC)
+    first = next(iter(models.values()))
+    return args.codec_id or recorded_with_adapters(first, adapters_of(args), "codec_id", DEFAULT_CODEC)
 
 
 def digests_of(args: argparse.Namespace, models: dict[str, str], texts: EvaluationTexts) -> dict:

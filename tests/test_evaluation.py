@@ -105,6 +105,25 @@ def test_adapters_are_rows_of_the_first_model(policy_paths, fakes, tmp_path, cap
     assert f"with other content of {lively}" in caplog.records[-1].message
 
 
+def test_a_base_without_a_record_has_its_adapters_codec_and_whisper(tmp_path):
+    """A hub's model has no run.json."""
+    for name in ("base", "slow", "lively"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / "slow" / "run.json").write_text(json.dumps({"codec_id": "its-codec", "whisper": "its-whisper"}))
+
+    def chosen(*flags: str) -> tuple[str, str]:
+        argv = ["--models", "x", "--texts", "t.txt", "--output_dir", "out", "--adapters", str(tmp_path / "slow")]
+        args = evaluation.parse_args([*argv, "--adapters", str(tmp_path / "lively"), *flags])
+        models = {"base": str(tmp_path / "base")}
+        return synthesis.codec_of(args, models), synthesis.reward_whisper_of(args, models)
+
+    assert chosen() == ("its-codec", "its-whisper")
+    assert chosen("--codec_id", "a", "--whisper", "b") == ("a", "b")
+    (tmp_path / "base" / "run.json").write_text(json.dumps({"codec_id": "the-codec"}))
+    assert chosen() == ("the-codec", "its-whisper")
+
+
 def test_same_seeds_give_the_same_clips(policy_paths, fakes, tmp_path):
     options = ("--seeds", "0", "1", "--overwrite")
     runs = [evaluate(tmp_path, [policy_paths[0]], *options)["rows"][0]["clips"] for _ in range(2)]

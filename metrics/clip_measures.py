@@ -31,7 +31,7 @@ from speech.speaker_encoder import SpeakerEncoder, cosines
 from speech.tokens import SAMPLE_RATE, asr_prompt
 from speech.whisper_scorer import Score
 
-MEASUREMENTS = 3  # one more whenever a clip's measurements change: an earlier code's results are not resumed
+MEASUREMENTS = 4  # one more whenever a clip's measurements change: an earlier code's results are not resumed
 
 
 class SynthesizedSpeech(NamedTuple):

@@ -113,7 +113,7 @@ def word_measures(item: Item, wav: np.ndarray, track: PitchTrack | None, score: 
 
     "words" are [word, start in s, end in s]; "emphasis" is the fraction of the marked words that are emphasised, 0 in a
     clip that failed; "pause_match" is of an audible clip and a text with punctuation inside. None where there is none,
-    and where the text is too long for the ASR to tell its words.
+    and where the ASR cannot tell the words of the text: see `whisper_scorer.Score`.
     """
     marked = words_to_emphasise(item.text)
     if track is None:

@@ -52,7 +52,7 @@ def simplified(text: str) -> str:
     return _chinese_converter().convert(text).replace("著", "着")
 
 
-@lru_cache(maxsize=1024)  # a reference text is compared with all rollouts of its group
+@lru_cache(maxsize=4096)  # a reference text is compared with all rollouts of its group, and so are its parts
 def normalize_text(text: str, language: str) -> str:
     """The text as it is compared: Whisper's own English normaliser for English, its basic one otherwise.
 

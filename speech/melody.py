@@ -105,7 +105,10 @@ MIN_RISE_ST = 3.0  # a higher one is a rise: half way between the two
 # English questions that begin with these ask for a word, not for yes or no, and fall.
 WH_WORDS = frozenset("what when where which who whom whose why how".split())
 LEADING_WORDS = frozenset("and but so then well or".split())  # "And where is he?" asks for a word all the same
-SENTENCE_END = re.compile(r"(?<=[.!?…؟।])[\"'”’»)\]]*\s+|(?<=[。？！])(?=\S)")
+# Between two English sentences; not in "Mr. Smith", "J. Smith", "Wait... what" or 'said "Stop!" and left'.
+SENTENCE_END = re.compile(
+    r"(?<=[.!?…])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)[\"'”’)\]]*\s+(?=[^a-z])"
+)
 CLOSING = "\"'”’»)]}*_ "  # may follow the mark that ends a sentence
 
 
@@ -147,14 +150,18 @@ def asks(text: str, language: str) -> bool | None:
 
     "Did he?" is True, "He did." False, "Where is he?" and "He did," None; so is "I saw him. And where is he?".
     """
-    sentence = SENTENCE_END.split(plain_text(text).rstrip(CLOSING))[-1]
-    end = sentence[-1:]
-    if end in ("?", "？", "؟"):
-        words = [word.strip("\"'“‘(,¿?？؟").casefold() for word in sentence.split()]
-        while len(words) > 1 and words[0] in LEADING_WORDS:
-            words = words[1:]
-        return None if language_code(language) == "en" and words[0] in WH_WORDS else True
-    return False if end in (".", "。", "।") else None
+    text = plain_text(text).rstrip(CLOSING)
+    if text.endswith(("?", "？", "؟")):
+        return None if language_code(language) == "en" and asks_for_a_word(text) else True
+    return False if text.endswith((".", "。", "।")) else None
+
+
+def asks_for_a_word(text: str) -> bool:
+    """Whether the last sentence of an English text begins with a wh-word: "And what's that?", not "Is that what?"."""
+    words = [re.split("['’]", word.strip('"“‘(,?.!…').casefold())[0] for word in SENTENCE_END.split(text)[-1].split()]
+    while len(words) > 1 and words[0] in LEADING_WORDS:
+        words = words[1:]
+    return words[0] in WH_WORDS
 
 
 # --- The whole --------------------------------------------------------------------------------------------

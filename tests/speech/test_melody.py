@@ -124,7 +124,12 @@ def test_rise_share(movement_st, share):
         ("Well, and where is he?", "en", None),
         ("And is he here?", "en", True),
         ("And?", "en", True),
-        ("我知道。你好吗？", "zh", True),
+        ("What's that?", "en", None),
+        ("Where is Mr. Smith?", "en", None),
+        ("Did J. Smith go?", "en", True),
+        ('Who said "Stop!" and left?', "en", None),
+        ("What... are you doing?", "en", None),
+        ('He said "No." Is he here?', "en", True),
         ("¿Dónde está?", "es", True),
     ],
 )

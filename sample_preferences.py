@@ -73,8 +73,7 @@ def read_rows(args: argparse.Namespace, num_codes: int, needs_voice_prompt: bool
     for_rewards = columns_for_rewards(dataset, args.dataset)
     indices = drawn_rows(len(dataset), args.num_texts, args.seed)
     rows = []
-    names = dict.fromkeys(["id", "text", "language", *REFERENCE_COLUMNS, *for_rewards])  # each once
-    wanted = columns_of(dataset, *names).select(indices)
+    wanted = columns_of(dataset, "id", "text", "language", *for_rewards).select(indices)
     for index, row in zip(indices, wanted, strict=True):
         row_id = str(index) if row.get("id") is None else str(row["id"])
         try:

@@ -166,21 +166,23 @@ def judged(
         InputError: no evaluation there, not all clips in sounds.npz, or, without a `voice`, other texts.
     """
     voices = mean_voices(recordings, speakers)
+    if voice is not None:  # the cosine with it is the mean of the recordings' cosines
+        own_mean = np.mean([recordings[file] for file, speaker in speakers.items() if speaker == voice], axis=0)
     judged_rows = []
     for name, clips in clips_on_page(folder):
         if voice is None:
-            targets = [[prompt] for prompt in prompts_of(clips, folder)]
+            targets = [(recordings[prompt], speakers[prompt]) for prompt in prompts_of(clips, folder)]
         else:
-            targets = [[file for file, speaker in speakers.items() if speaker == voice]] * len(clips)
+            targets = [(own_mean, voice)] * len(clips)
         cosines, right = [], []
-        for (clip, wav), files in zip(clips, targets, strict=True):
+        for (clip, wav), (target, speaker) in zip(clips, targets, strict=True):
             if clip["failure"] or audio_failure(wav):
                 cosines.append(0.0)
                 right.append(False)
                 continue
             embedding = encoder.embed(wav)
-            cosines.append(statistics.mean(float(embedding @ recordings[file]) for file in files))
-            right.append(nearest_voice(embedding, voices) == speakers[files[0]])
+            cosines.append(float(embedding @ target))
+            right.append(nearest_voice(embedding, voices) == speaker)
         judged_rows.append((name, cosines, right))
     return judged_rows
 

@@ -45,6 +45,7 @@ from common.cli import bad_input_exits, parse_strictly
 from speech.confined_head import confine_head
 from speech.policy import Policy
 from speech.tokens import SpeechTokens, tts_prompt
+from training.grpo_trainer import keys_like_values
 
 # Llama-3.2-1B with Llasa's vocabulary: 1.37 B parameters, the embeddings (397 M) tied to the head
 LLASA_1B = {
@@ -139,7 +140,7 @@ class Sampler:
         model.forward = casting
         ids = torch.tensor([self.prompt] * rollouts, device=self.device)
         torch.manual_seed(self.seed)
-        with torch.no_grad(), contextlib.ExitStack() as regions:
+        with torch.no_grad(), keys_like_values(), contextlib.ExitStack() as regions:
             if one_region:
                 regions.enter_context(self.autocast())
                 if confined and self.half:

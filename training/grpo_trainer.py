@@ -153,16 +153,19 @@ def keys_like_values() -> Iterator[None]:
     beside half-precision values, and a static cache has one dtype for both. Attention rounds the keys to half
     precision anyway, so nothing is lost, and the cache takes two bytes a number.
     """
-    update = StaticLayer.update
-
-    def update_in_one_dtype(layer, keys, values, *args, **kwargs):
-        return update(layer, keys.to(values.dtype), values, *args, **kwargs)
-
-    StaticLayer.update = update_in_one_dtype
+    before, StaticLayer.update = StaticLayer.update, _update_in_one_dtype
     try:
         yield
     finally:
-        StaticLayer.update = update
+        StaticLayer.update = before
+
+
+_static_update = StaticLayer.update
+
+
+def _update_in_one_dtype(layer: StaticLayer, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs):
+    """One function for all steps: a new one for each would have torch.compile compile anew."""
+    return _static_update(layer, keys.to(values.dtype), values, *args, **kwargs)
 
 
 def keep_output_dtype(fsdp_plugin) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import rollout
 
@@ -37,3 +38,14 @@ def test_variants_that_differ_are_not_timed(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="do not give the same results"):
         run(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_variants_of_the_real_size_sample_in_bfloat16():
+    """As on a GPU: float32 weights under autocast, where keys and values differ in dtype before they are cached."""
+    sampler = rollout.Sampler("tiny", torch.device("cpu"), seed=0, half=True)
+    variants = rollout.build_variants(sampler, rollouts=2, codes=6)
+    names = [rollout.BASELINE, "+ confined head", "+ static cache", "+ weights cast once (ours)"]
+    assert list(variants) == names
+    codes = {name: sample() for name, sample in variants.items()}
+    assert all(drawn.shape == (2, 6) for drawn in codes.values())
+    assert torch.equal(codes["+ static cache"], codes["+ weights cast once (ours)"])

@@ -10,8 +10,8 @@
 beside the file) or, with --codec_id, as `chosen_codes` and `rejected_codes`, which are decoded: as the reward hears the
 rollouts, so prefer them where there are both. Optional: `source`, `kind`, `speaker`.
 
-The model (reward_models/preference.py) sees features of a frozen Whisper encoder: use the Whisper that scores the
-rollouts later. The features are computed once and kept in --features_dir.
+The model (reward_models/preference.py) sees features of a frozen Whisper encoder, and the melody beside them: use the
+Whisper that scores the rollouts later. The features are computed once and kept in --features_dir.
 
 Loss: that of Bradley & Terry, −log sigmoid(r_chosen − r_rejected). Against a policy that exploits its weaknesses, as in
 RRPO (arXiv 2512.04552): --label_smoothing keeps the scores apart by a few units at most, --mixup compares mixtures of a
@@ -60,9 +60,10 @@ from common.cli import (
 )
 from common.dataset_io import check_codes, check_texts, load_any_dataset
 from common.run_record import content_digest, write_run
-from reward_models.preference import WEIGHTS_FILE, PreferenceModel
+from reward_models.preference import WEIGHTS_FILE, PreferenceModel, with_melody
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
+from speech.pitch import pitch_track
 from speech.policy import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
 from training.loop import CHECKPOINT, check_resumable, drawn_texts, train
@@ -137,7 +138,7 @@ def clip_of(row: dict, side: str, folder: Path, codec: SpeechCodec | None) -> Cl
 
 
 def encode_clips(clips: list[Clip], whisper: WhisperScorer, codec: SpeechCodec | None, folder: Path) -> set[str]:
-    """Write the features of each clip that has none yet, float16, shape (frames, width), to `folder`/<name>.npy.
+    """Write `with_melody` of each clip that has no features yet, float16, to `folder`/<name>.npy.
 
     Returns:
         The names of the clips that have none: unreadable, silent or not finite.
@@ -149,11 +150,12 @@ def encode_clips(clips: list[Clip], whisper: WhisperScorer, codec: SpeechCodec |
     bar = tqdm(total=len(missing), desc="features", mininterval=30, disable=None)
     for first in range(0, len(missing), CLIPS_AT_A_TIME):
         batch = missing[first : first + CLIPS_AT_A_TIME]
-        for clip, features in zip(batch, whisper.encode(read_waveforms(batch, codec)), strict=True):
+        wavs = read_waveforms(batch, codec)
+        for clip, wav, features in zip(batch, wavs, whisper.encode(wavs), strict=True):
             if features is None:
                 failed.add(clip.name)
                 continue
-            array = features.half().cpu().numpy()
+            array = with_melody(features, pitch_track(wav)).half().cpu().numpy()
             write_whole(folder / f"{clip.name}.npy", partial(save_array, array=array))
         bar.update(len(batch))
     bar.close()
@@ -403,7 +405,7 @@ def main(args: argparse.Namespace) -> None:
                 raise InputError(f"{name}: no such file of pairs. Make one with make_preferences.py")
         codec = SpeechCodec.from_pretrained(args.codec_id, device) if args.codec_id else None
         whisper = WhisperScorer(args.whisper, device)
-        folder = Path(args.features_dir or Path(args.output_dir) / "features") / whisper.fingerprint()
+        folder = Path(args.features_dir or Path(args.output_dir) / "features") / f"{whisper.fingerprint()}-with-melody"
         if codec is not None:
             folder = folder / (content_digest(args.codec_id) or args.codec_id.replace("/", "--"))
         pairs = read_pairs(args.pairs, whisper, codec, folder)

@@ -2,7 +2,9 @@
 
 train_preference_model.py trains one on pairs of clips of a text, the better one known: by rule, by machine or by
 people. It sees the text as written, with its marks and its punctuation, and the speech as the last features of a frozen
-Whisper encoder, which the `whisper` reward has computed for the transcript already.
+Whisper encoder, which the `whisper` reward has computed for the transcript already, and beside them the melody: voice,
+F0 and level of each frame. A Whisper learns which words are said; what it keeps of F0 is by chance
+(docs/experiments/preference_model.md).
 
 Bytes of the text and frames of the speech are one sequence for a few transformer layers. Both know their place, from 0
 at the beginning to 1 at the end, so that a byte finds about where it is spoken. The frames are pooled by attention into
@@ -17,6 +19,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
@@ -25,11 +28,42 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.cli import InputError, library_errors_are_input
 from speech.checkpoint_files import UNREADABLE
+from speech.pitch import PitchTrack
 from speech.weights import check_finite
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BATCH_SIZE = 32  # rollouts scored at a time
 MAX_WER = 0.5
+FRAMES_PER_SECOND = 50  # of Whisper's encoder
+MELODY_WIDTH = 3
+ST_PER_UNIT, DB_PER_UNIT = 4.0, 10.0  # so that most values lie within ±1
+
+
+def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
+    """Whisper's features of a clip, shape (frames, width), and beside them its melody: (frames, width + 3), float32.
+
+    Voice is 1 or 0; F0 is relative to the clip's median, in units of 4 semitones; the level is below that of the
+    loudest voiced frame, in units of 10 dB. All are 0 in a frame without voice.
+
+    F0 of 100 Hz in one frame and 200 Hz in the next, as loud: the median lies between, ±6 semitones are ±1.5.
+
+    >>> import numpy as np
+    >>> track = PitchTrack(np.array([0.01, 0.03]), 12 * np.log2([100, 200]), np.array([-20.0, -20.0]))
+    >>> with_melody(torch.zeros(3, 1), track).tolist()
+    [[0.0, 1.0, -1.5, 0.0], [0.0, 1.0, 1.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    """
+    melody = np.zeros((len(features), MELODY_WIDTH))
+    frames = (track.times * FRAMES_PER_SECOND).astype(int)
+    inside = frames < len(features)
+    if inside.any():
+        values = [
+            np.ones(len(frames)),
+            (track.f0 - np.median(track.f0)) / ST_PER_UNIT,
+            (track.level - track.level.max()) / DB_PER_UNIT,
+        ]
+        np.add.at(melody, frames[inside], np.stack(values, axis=1)[inside])
+        melody /= np.maximum(melody[:, :1], 1)  # how many of the track's frames of 10 ms there are
+    return torch.cat([features.float(), torch.tensor(melody, dtype=torch.float32, device=features.device)], dim=1)
 
 
 class ReversedGradient(torch.autograd.Function):
@@ -57,7 +91,7 @@ class PreferenceModel(nn.Module):
         self.config = config
         hidden = config["hidden_size"]
         self.normalise = nn.LayerNorm(config["width"])
-        self.halve = nn.Conv1d(config["width"], hidden, kernel_size=5, stride=2, padding=2)
+        self.halve = nn.Conv1d(config["width"] + MELODY_WIDTH, hidden, kernel_size=5, stride=2, padding=2)
         self.text_embedding = nn.Embedding(256, hidden)
         self.kind_embedding = nn.Embedding(2, hidden)  # text, speech
         layer = nn.TransformerEncoderLayer(
@@ -118,11 +152,12 @@ class PreferenceModel(nn.Module):
         """One vector a clip, shape (batch, hidden size); equal to that of each clip alone.
 
         Args:
-            features: `WhisperScorer.encode`'s of each clip, shape (frames, width), ragged.
+            features: `with_melody` of each clip, shape (frames, width + 3), ragged.
             texts: as written.
         """
         speech, speech_there = self._padded([item.to(self.device, torch.float32) for item in features])
-        speech = self.normalise(speech) * speech_there[..., None]
+        width = self.config["width"]
+        speech = torch.cat([self.normalise(speech[..., :width]), speech[..., width:]], dim=-1) * speech_there[..., None]
         speech = F.gelu(self.halve(speech.mT)).mT
         speech_there = speech_there[:, ::2]
         text_bytes = [torch.tensor(list(text.encode()), device=self.device) for text in texts]
@@ -197,7 +232,7 @@ class PreferenceReward:
     """`preference_reward` of the preference model's score of each rollout, given its text.
 
     A failed rollout earns 0: truncated, without codes, silent, or with NaN in its audio. The features are those of the
-    encoder pass that makes transcript and NLL; no second one is made.
+    encoder pass that makes transcript and NLL; no second one is made. F0 is measured once for all rewards of melody.
 
     How it is hacked: a policy finds sounds that please the model and no listener, and words do not matter to a model
     that was shown the same words on both sides of its pairs. Hence the gate, `max_wer`, and in training label

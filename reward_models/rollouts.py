@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from reward_models.preference import PreferenceModel
+from reward_models.preference import PreferenceModel, with_melody
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
@@ -86,7 +86,9 @@ class Rollouts:
 
     @cached_property
     def preferences(self) -> list[float]:
-        return self.models.preference_model.score([score.features for score in self.scores], self.texts)
+        features = [score.features for score in self.scores]
+        heard = [None if item is None else with_melody(item, self.pitch_track(i)) for i, item in enumerate(features)]
+        return self.models.preference_model.score(heard, self.texts)
 
     @cached_property
     def failures(self) -> list[str | None]:

@@ -7,7 +7,7 @@ import torch
 from clips import write_rows
 from fake_vowel import falling
 
-from reward_models.preference import PreferenceModel
+from reward_models.preference import MELODY_WIDTH, PreferenceModel
 from speech.audio import save_audio
 
 NAMES = "anna peter susan tom mary ben eva max".split()
@@ -24,7 +24,7 @@ def small_model(**config) -> PreferenceModel:
     return PreferenceModel(small_config(**config)).eval()
 
 
-def random_features(lengths: list[int], width: int = 32) -> list[torch.Tensor]:
+def random_features(lengths: list[int], width: int = 32 + MELODY_WIDTH) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(length, width, generator=generator) for length in lengths]
 

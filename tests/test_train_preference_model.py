@@ -16,7 +16,8 @@ from fake_whisper import save_random_whisper
 
 import train_preference_model
 from common.cli import InputError
-from reward_models.preference import PreferenceModel
+from reward_models.preference import PreferenceModel, with_melody
+from speech.pitch import pitch_track
 from speech.whisper_scorer import WhisperScorer
 from train_preference_model import (
     Pair,
@@ -50,7 +51,7 @@ def features(melodies, whisper, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("features")
     scorer = WhisperScorer(whisper, device="cpu")
     rows = read_rows(str(melodies), None)
-    own = folder / scorer.fingerprint()
+    own = folder / f"{scorer.fingerprint()}-with-melody"
     own.mkdir()
     assert not encode_clips([clip for _, *clips in rows for clip in clips], scorer, None, own)
     assert len(list(own.iterdir())) == 32  # of 64 clips in pairs: each is in two
@@ -306,7 +307,8 @@ def test_codes_are_decoded_and_useless_pairs_are_left_out(melodies, whisper, tmp
     scorer, codec = WhisperScorer(whisper, device="cpu"), HummingCodec()
     [pair] = read_pairs([write_rows(tmp_path / "rows.jsonl", rows)], scorer, codec, tmp_path / "features")
     assert pair.source == "not stated" and pair.kind is None
-    [expected] = scorer.encode(codec.decode([[20] * 20]))
+    [wav] = codec.decode([[20] * 20])
+    expected = with_melody(scorer.encode([wav])[0], pitch_track(wav))
     # Alone and in a batch, and so equal up to float16: a CPU may multiply the two in another order
-    assert np.load(pair.chosen) == pytest.approx(expected.numpy(), rel=2e-3, abs=2e-3) and expected.shape == (20, 32)
+    assert np.load(pair.chosen) == pytest.approx(expected.numpy(), rel=2e-3, abs=2e-3) and expected.shape == (20, 35)
     assert "3 of 4 pairs left out: 1 of equal clips, 2 with a clip that is unreadable or silent" in caplog.text

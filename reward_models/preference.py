@@ -36,21 +36,21 @@ BATCH_SIZE = 32  # rollouts scored at a time
 MAX_WER = 0.5
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
 MELODY_WIDTH = 3
-ST_PER_UNIT, DB_PER_UNIT = 4.0, 10.0  # so that most values lie within ±1
+ST_PER_UNIT, DB_PER_UNIT = 2.0, 5.0  # about the deviation within a clip: Whisper's features are normalised to 1
 
 
 def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
     """Whisper's features of a clip, shape (frames, width), and beside them its melody: (frames, width + 3), float32.
 
-    Voice is 1 or 0; F0 is relative to the clip's median, in units of 4 semitones; the level is below that of the
-    loudest voiced frame, in units of 10 dB. All are 0 in a frame without voice.
+    Voice is 1 or 0; F0 is relative to the clip's median, in units of 2 semitones; the level is below that of the
+    loudest voiced frame, in units of 5 dB. All are 0 in a frame without voice.
 
-    F0 of 100 Hz in one frame and 200 Hz in the next, as loud: the median lies between, ±6 semitones are ±1.5.
+    F0 of 100 Hz in one frame and 200 Hz in the next, as loud: the median lies between, ±6 semitones are ±3.
 
     >>> import numpy as np
     >>> track = PitchTrack(np.array([0.01, 0.03]), 12 * np.log2([100, 200]), np.array([-20.0, -20.0]))
     >>> with_melody(torch.zeros(3, 1), track).tolist()
-    [[0.0, 1.0, -1.5, 0.0], [0.0, 1.0, 1.5, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    [[0.0, 1.0, -3.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
     melody = np.zeros((len(features), MELODY_WIDTH))
     frames = (track.times * FRAMES_PER_SECOND).astype(int)

@@ -214,6 +214,8 @@ def main(args: argparse.Namespace) -> None:
         rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
         run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
+        if args.preference_model:
+            run["preference_weights"] = content_digest(args.preference_model)
         output = ResumableFile(Path(args.output), run | {"texts": short_digest(rows)}, "pairs", args.overwrite)
         if output.finished:
             logger.info("%s: complete already, nothing to do", output.path)

@@ -60,7 +60,7 @@ from common.cli import (
 )
 from common.dataset_io import check_codes, check_texts, load_any_dataset
 from common.run_record import content_digest, write_run
-from reward_models.preference import WEIGHTS_FILE, PreferenceModel, with_melody
+from reward_models.preference import MELODY, WEIGHTS_FILE, PreferenceModel, with_melody
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.pitch import pitch_track
@@ -219,7 +219,7 @@ def split_pairs(pairs: list[Pair], heldout_frac: float, seed: int) -> tuple[list
 
 
 def features_of(path: Path) -> torch.Tensor:
-    """float32, shape (frames, width)."""
+    """float32, shape (frames, width + 3)."""
     return torch.from_numpy(np.load(path).astype(np.float32))
 
 
@@ -365,6 +365,7 @@ def new_model(pairs: list[Pair], whisper: WhisperScorer, args: argparse.Namespac
         {
             "width": whisper.model.dims.n_audio_state,
             "whisper": whisper.fingerprint(),
+            "melody": MELODY,
             "speakers": sorted({pair.speaker for pair in pairs} - {None}),
             "hidden_size": args.hidden_size,
             "num_layers": args.num_layers,
@@ -405,7 +406,7 @@ def main(args: argparse.Namespace) -> None:
                 raise InputError(f"{name}: no such file of pairs. Make one with make_preferences.py")
         codec = SpeechCodec.from_pretrained(args.codec_id, device) if args.codec_id else None
         whisper = WhisperScorer(args.whisper, device)
-        folder = Path(args.features_dir or Path(args.output_dir) / "features") / f"{whisper.fingerprint()}-with-melody"
+        folder = Path(args.features_dir or Path(args.output_dir) / "features") / f"{whisper.fingerprint()}-{MELODY}"
         if codec is not None:
             folder = folder / (content_digest(args.codec_id) or args.codec_id.replace("/", "--"))
         pairs = read_pairs(args.pairs, whisper, codec, folder)

@@ -28,7 +28,6 @@ reward, some are truncated. The transcripts of a random Whisper neither end nor 
 import argparse
 import contextlib
 import gc
-import itertools
 import logging
 import math
 import os
@@ -278,14 +277,14 @@ def compare_log_probs(trainer: SpeechGRPOTrainer, texts: list[str]) -> LogProbs:
     return LogProbs(difference.item(), spread.item())
 
 
-def broken_lengths(device: torch.device) -> list[int]:
-    """Lengths from 1 to ATTENTION_LENGTHS at which attention, or a gradient of it, is not finite.
+def broken_lengths(device: torch.device, head_size: int) -> dict[int, list[str]]:
+    """Lengths from 1 to ATTENTION_LENGTHS at which attention, or a gradient of it, is not finite, and which of them.
 
     In bfloat16, by the kernel that PyTorch chooses; as in training, as in sampling's first call, and as in a later one.
     A quarter of the positions of one row of two are left padding, which sees nothing.
     """
-    broken = set()
-    for head_size, length in itertools.product(HEAD_SIZES, range(1, ATTENTION_LENGTHS + 1)):
+    broken = {}
+    for length in range(1, ATTENTION_LENGTHS + 1):
         inputs = torch.randn(3, 2, length, 4, head_size, device=device, dtype=torch.bfloat16).transpose(2, 3).unbind()
         query, key, value = (part.requires_grad_() for part in inputs)
         seen = torch.ones(2, length, dtype=torch.bool, device=device)
@@ -296,10 +295,12 @@ def broken_lengths(device: torch.device) -> list[int]:
         with torch.no_grad():
             prefill = scaled_dot_product_attention(query, key, value, attn_mask=mask)
             code = scaled_dot_product_attention(query[:, :, -1:], key, value, attn_mask=mask[:, :, -1:])
-        tensors = (output, query.grad, key.grad, value.grad, prefill, code)
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            broken.add(length)
-    return sorted(broken)
+        gradients = {"query gradient": query.grad, "key gradient": key.grad, "value gradient": value.grad}
+        tensors = {"output": output, **gradients, "output without gradients": prefill, "output of one query": code}
+        not_finite = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if not_finite:
+            broken[length] = not_finite
+    return broken
 
 
 def rollout_rate(run: Run, steps: int, device: torch.device) -> RolloutRate:
@@ -371,18 +372,22 @@ def check_memory(estimate: int, peak: int | None) -> Check:
 def check_attention(device: torch.device) -> list[Check]:
     """As a training has it; on a GPU also with cuDNN's kernels, which a training does without, for the record."""
     set_up_arithmetic()
-    checks = [attention_row("attention", broken_lengths(device))]
+    checks = [attention_row(f"attention, heads of {size}", broken_lengths(device, size)) for size in HEAD_SIZES]
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(True)
-        with_cudnn = attention_row("attention with cuDNN", broken_lengths(device))
+        for size in HEAD_SIZES:
+            with_cudnn = attention_row(f"the same with cuDNN, {size}", broken_lengths(device, size))
+            checks.append(replace(with_cudnn, limit="not used", passed=None))
         set_up_arithmetic()
-        checks.append(replace(with_cudnn, limit="not used", passed=None))
     return checks
 
 
-def attention_row(name: str, broken: list[int]) -> Check:
+def attention_row(name: str, broken: dict[int, list[str]]) -> Check:
+    """Args: broken: what is not finite at a length."""
     measured = f"{ATTENTION_LENGTHS - len(broken)} of {ATTENTION_LENGTHS} lengths"
-    measured += f", not {', '.join(map(str, broken[:6]))}" if broken else ""
+    if broken:
+        what = sorted({part for parts in broken.values() for part in parts})
+        measured += f", not {', '.join(map(str, list(broken)[:6]))} ({', '.join(what)})"
     return Check(name, "finite", measured, not broken)
 
 

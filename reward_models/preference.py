@@ -3,8 +3,7 @@
 train_preference_model.py trains one on pairs of clips of a text, the better one known: by rule, by machine or by
 people. It sees the text as written, with its marks and its punctuation, and the speech as the last features of a frozen
 Whisper encoder, which the `whisper` reward has computed for the transcript already, and beside them the melody: voice,
-F0 and level of each frame. A Whisper learns which words are said; what it keeps of F0 is by chance
-(docs/experiments/preference_model.md).
+F0 and level of each frame. A Whisper keeps of F0 what it needs for words (docs/experiments/preference_model.md).
 
 Bytes of the text and frames of the speech are one sequence for a few transformer layers. Both know their place, from 0
 at the beginning to 1 at the end, so that a byte finds about where it is spoken. The frames are pooled by attention into
@@ -37,10 +36,11 @@ MAX_WER = 0.5
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
 MELODY_WIDTH = 3
 ST_PER_UNIT, DB_PER_UNIT = 2.0, 5.0  # about the deviation within a clip: Whisper's features are normalised to 1
+MELODY = f"{ST_PER_UNIT:g}st-{DB_PER_UNIT:g}dB"  # saved beside what was trained on these units
 
 
 def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
-    """Whisper's features of a clip, shape (frames, width), and beside them its melody: (frames, width + 3), float32.
+    """Whisper's features of a clip, shape (frames, width), and beside them its melody: (frames, width + 3).
 
     Voice is 1 or 0; F0 is relative to the clip's median, in units of 2 semitones; the level is below that of the
     loudest voiced frame, in units of 5 dB. All are 0 in a frame without voice.
@@ -63,7 +63,7 @@ def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
         ]
         np.add.at(melody, frames[inside], np.stack(values, axis=1)[inside])
         melody /= np.maximum(melody[:, :1], 1)  # how many of the track's frames of 10 ms there are
-    return torch.cat([features.float(), torch.tensor(melody, dtype=torch.float32, device=features.device)], dim=1)
+    return torch.cat([features, torch.tensor(melody, dtype=features.dtype, device=features.device)], dim=1)
 
 
 class ReversedGradient(torch.autograd.Function):
@@ -82,8 +82,8 @@ class PreferenceModel(nn.Module):
     """Score of a clip, given its text.
 
     Args:
-        config: {"width": Whisper's n_audio_state, "whisper": its `fingerprint`, "speakers": names, may be none,
-            "hidden_size", "num_layers", "num_heads", "dropout"}.
+        config: {"width": Whisper's n_audio_state, "whisper": its `fingerprint`, "melody": MELODY, "speakers": names,
+            may be none, "hidden_size", "num_layers", "num_heads", "dropout"}.
     """
 
     def __init__(self, config: dict):
@@ -123,7 +123,13 @@ class PreferenceModel(nn.Module):
                 "train_preference_model.py"
             )
         with library_errors_are_input(f"{folder}: the preference model cannot be loaded", *UNREADABLE):
-            model = cls(json.loads((folder / CONFIG_FILE).read_text()))
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            if config.get("melody") != MELODY:
+                raise InputError(
+                    f"{folder}: this preference model hears the melody otherwise (got {config.get('melody', 'none')}, "
+                    f"expected {MELODY}): it is of another version. Train it anew with train_preference_model.py"
+                )
+            model = cls(config)
             load_model(model, folder / WEIGHTS_FILE)  # strict: all weights, and no others
         check_finite(str(folder), model)
         return model.to(device).eval().requires_grad_(False)

@@ -40,7 +40,7 @@ class Rollouts:
         failures: None, or why a rollout earns the lowest reward: "empty", "silent", "non_finite" (the last
             two only where there is a codec), "truncated".
         log_f0_stds: in natural-log units; NaN without voiced frames.
-        preferences: by the preference model, without a bound; NaN for a clip that is empty, silent or not finite.
+        preferences: by the preference model, without a bound; NaN for a rollout that has failed.
         mos_scores: by DNSMOS; None for a clip that is empty, silent or not finite.
     Raises:
         ValueError: the rollouts cannot be divided into groups, a group has several texts, or an id is no code.
@@ -86,7 +86,9 @@ class Rollouts:
 
     @cached_property
     def preferences(self) -> list[float]:
-        features = [score.features for score in self.scores]
+        features = [
+            None if failure else score.features for failure, score in zip(self.failures, self.scores, strict=True)
+        ]
         heard = [None if item is None else with_melody(item, self.pitch_track(i)) for i, item in enumerate(features)]
         return self.models.preference_model.score(heard, self.texts)
 

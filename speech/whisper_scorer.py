@@ -92,9 +92,16 @@ class Windows:
         return Windows(self.features[part], self.starts[part], self.lengths[part])
 
     def joined_features(self) -> torch.Tensor:
-        """Those of the clip, one window after the other, shape (frames, n_audio_state); a copy."""
-        num_frames = [max(1, length // SAMPLES_PER_FEATURE) for length in self.lengths]
-        return torch.cat([window[:count] for window, count in zip(self.features, num_frames, strict=True)])
+        """Those of the clip, each window at its place and 0 between them, shape (frames, n_audio_state); a copy."""
+        firsts = [start // SAMPLES_PER_FEATURE for start in self.starts]
+        ends = [
+            max(first + 1, (start + length) // SAMPLES_PER_FEATURE)
+            for first, start, length in zip(firsts, self.starts, self.lengths, strict=True)
+        ]
+        joined = self.features.new_zeros(ends[-1], self.features.shape[-1])
+        for window, first, end in zip(self.features, firsts, ends, strict=True):
+            joined[first:end] = window[: end - first]
+        return joined
 
 
 class WhisperScorer:
@@ -191,6 +198,8 @@ class WhisperScorer:
 
     def encode(self, wavs: list[np.ndarray]) -> list[torch.Tensor | None]:
         """The encoder's last features of each waveform, without the rest of the window that is not the clip's.
+
+        Of a clip of several windows they are 0 where a window of silence was left out, and end with the last one.
 
         Args:
             wavs: as for `score`.

@@ -7,7 +7,7 @@ import torch
 from clips import write_rows
 from fake_vowel import falling
 
-from reward_models.preference import MELODY_WIDTH, PreferenceModel
+from reward_models.preference import MELODY, MELODY_WIDTH, PreferenceModel
 from speech.audio import save_audio
 
 NAMES = "anna peter susan tom mary ben eva max".split()
@@ -16,7 +16,7 @@ VOICES = {"low": 100.0, "high": 200.0}  # Hz, where the melody begins
 
 def small_config(width: int = 32, whisper: str = "any", speakers: tuple[str, ...] = ()) -> dict:
     sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0}
-    return {"width": width, "whisper": whisper, "speakers": list(speakers), **sizes}
+    return {"width": width, "whisper": whisper, "melody": MELODY, "speakers": list(speakers), **sizes}
 
 
 def small_model(**config) -> PreferenceModel:

@@ -16,7 +16,7 @@ from fake_whisper import save_random_whisper
 
 import train_preference_model
 from common.cli import InputError
-from reward_models.preference import PreferenceModel, with_melody
+from reward_models.preference import MELODY, PreferenceModel, with_melody
 from speech.pitch import pitch_track
 from speech.whisper_scorer import WhisperScorer
 from train_preference_model import (
@@ -51,7 +51,7 @@ def features(melodies, whisper, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("features")
     scorer = WhisperScorer(whisper, device="cpu")
     rows = read_rows(str(melodies), None)
-    own = folder / f"{scorer.fingerprint()}-with-melody"
+    own = folder / f"{scorer.fingerprint()}-{MELODY}"
     own.mkdir()
     assert not encode_clips([clip for _, *clips in rows for clip in clips], scorer, None, own)
     assert len(list(own.iterdir())) == 32  # of 64 clips in pairs: each is in two

@@ -46,7 +46,8 @@ def test_the_chain_on_the_published_layout(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readiness, "BUILT_BYTES", 0)  # the full sizes need more disk than these
     results = run(tmp_path, "--size", "real", "--offload_rewards", "false", "--learning_rate", "1e-4")
     checks = {check["name"]: check for check in results["checks"]}
-    assert list(checks) == ["finite", "gradient", "number format", "log-probs", "memory", "attention", "speech"]
+    attention = ["attention, heads of 48", "attention, heads of 64"]
+    assert list(checks) == ["finite", "gradient", "number format", "log-probs", "memory", *attention, "speech"]
     assert checks.pop("memory")["passed"] is None, "there is no GPU here"
     assert all(check["passed"] for check in checks.values()), checks
     phases = results["seconds"]
@@ -144,7 +145,9 @@ def test_what_else_falls_short():
     assert readiness.check_number_format({torch.bfloat16}).passed
     assert not readiness.check_number_format({torch.float32, torch.bfloat16}).passed
     assert not readiness.check_number_format(set()).passed
-    assert readiness.attention_row("attention", []).passed and not readiness.attention_row("", [64, 192]).passed
+    broken = readiness.attention_row("", {64: ["query gradient"], 192: ["query gradient"]})
+    assert not broken.passed and broken.measured.endswith("lengths, not 64, 192 (query gradient)")
+    assert readiness.attention_row("attention", {}).passed
     clip = np.zeros(320, np.float32)
     assert readiness.check_speech([clip]).passed and not readiness.check_speech([]).passed
     assert not readiness.check_speech([clip, clip[:0]]).passed and not readiness.check_speech([clip * np.nan]).passed
@@ -160,11 +163,11 @@ def test_a_kernel_that_is_broken_at_some_lengths_is_found(monkeypatch):
             query.register_hook(lambda gradient: gradient * math.nan)
         return attention(query, *args, **kwargs) * (math.nan if length == 7 and not torch.is_grad_enabled() else 1.0)
 
-    monkeypatch.setattr(readiness, "HEAD_SIZES", (16,))
     monkeypatch.setattr(readiness, "ATTENTION_LENGTHS", 256)
-    assert readiness.broken_lengths(torch.device("cpu")) == []
+    assert readiness.broken_lengths(torch.device("cpu"), 16) == {}
     monkeypatch.setattr(readiness, "scaled_dot_product_attention", broken)
-    assert readiness.broken_lengths(torch.device("cpu")) == [7, 64, 192]
+    expected = {7: ["output without gradients"], 64: ["query gradient"], 192: ["query gradient"]}
+    assert readiness.broken_lengths(torch.device("cpu"), 16) == expected
 
 
 def test_a_full_disk_is_known_before_anything_is_built(tmp_path, monkeypatch, caplog):

@@ -88,6 +88,9 @@ def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="not a preference model, it lacks config.json"):
         PreferenceModel.from_pretrained(tmp_path)
     small_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(small_model().config | {"melody": "4st-10dB"}))
+    with pytest.raises(InputError, match="got 4st-10dB, expected 2st-5dB.*Train it anew"):
+        PreferenceModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(small_model().config | {"hidden_size": 8}))
     with pytest.raises(InputError, match="the preference model cannot be loaded"):
         PreferenceModel.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from fake_whisper import TEXTS, babble, save_random_whisper
 from whisper.tokenizer import get_tokenizer
 
 from speech import whisper_decoding, whisper_scorer
-from speech.audio import split_at_pauses
+from speech.audio import cut_at_pauses, split_at_pauses
 from speech.error_rate import error_rate
 from speech.whisper_decoding import WindowReader
 from speech.whisper_scorer import MAX_NLL, WhisperScorer, log_mel_spectrograms
@@ -283,11 +283,24 @@ def test_features_are_the_encoder_s_of_the_clip_alone(scorer, wavs):
         assert features.shape == (len(wav) // 320, 32)
         torch.testing.assert_close(features, expected[: len(features)], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(score.features, features, rtol=1e-4, atol=1e-4)
-    long = babble(3.0, seed=9)
-    pieces = split_at_pauses(long, scorer.window)
-    assert len(scorer.encode([long])[0]) == sum(len(piece) // 320 for piece in pieces)
     assert scorer.encode([np.zeros(0, np.float32), np.zeros(9_000, np.float32)]) == [None, None]
     assert scorer.score([np.zeros(0, np.float32)], ["so"], features=True)[0].features is None
+
+
+def test_the_features_of_a_long_clip_stand_where_they_are_heard(scorer):
+    """Whether a window begins between two frames, or one of silence is left out."""
+    long = np.concatenate([babble(1.6, seed=9), np.zeros(40_000, np.float32), babble(0.9, seed=10)])
+    pieces = cut_at_pauses(long, scorer.window)
+    [features] = scorer.encode([long])
+    assert len(pieces) >= 3 and sum(len(piece) for _, piece in pieces) < len(long) - 10_000
+    assert any(start % 320 for start, _ in pieces) and len(features) == len(long) // 320
+    heard = np.zeros(len(features), bool)
+    for start, piece in pieces:
+        first, end = start // 320, (start + len(piece)) // 320
+        heard[first:end] = True
+        [own] = scorer.encode([piece])
+        torch.testing.assert_close(features[first : first + len(own)], own, rtol=1e-4, atol=1e-4)
+    assert not features[~heard].any() and (~heard).sum() > 30
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_their_format(scorer, checkpoint):

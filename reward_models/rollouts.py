@@ -86,10 +86,10 @@ class Rollouts:
 
     @cached_property
     def preferences(self) -> list[float]:
-        features = [
-            None if failure else score.features for failure, score in zip(self.failures, self.scores, strict=True)
+        heard = [
+            None if failure else with_melody(score.features, self.pitch_track(i))
+            for i, (failure, score) in enumerate(zip(self.failures, self.scores, strict=True))
         ]
-        heard = [None if item is None else with_melody(item, self.pitch_track(i)) for i, item in enumerate(features)]
         return self.models.preference_model.score(heard, self.texts)
 
     @cached_property

@@ -28,12 +28,14 @@ from torch.nn.utils.rnn import pad_sequence
 from common.cli import InputError, library_errors_are_input
 from speech.checkpoint_files import UNREADABLE
 from speech.pitch import PitchTrack
+from speech.tokens import SAMPLE_RATE
 from speech.weights import check_finite
+from speech.whisper_scorer import SAMPLES_PER_FEATURE
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 BATCH_SIZE = 32  # rollouts scored at a time
 MAX_WER = 0.5
-FRAMES_PER_SECOND = 50  # of Whisper's encoder
+FRAMES_PER_SECOND = SAMPLE_RATE // SAMPLES_PER_FEATURE  # of Whisper's encoder
 MELODY_WIDTH = 3
 ST_PER_UNIT, DB_PER_UNIT = 2.0, 5.0  # about the deviation within a clip: Whisper's features are normalised to 1
 MELODY = f"{ST_PER_UNIT:g}st-{DB_PER_UNIT:g}dB"  # saved beside what was trained on these units

@@ -130,6 +130,7 @@ def test_rise_share(movement_st, share):
         ('Who said "Stop!" and left?', "en", None),
         ("What... are you doing?", "en", None),
         ('He said "No." Is he here?', "en", True),
+        ("我知道。你好吗？", "zh", True),
         ("¿Dónde está?", "es", True),
     ],
 )

@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.arithmetic import set_up_arithmetic
+from common.averages import mean_of_known
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -113,12 +114,6 @@ def weighted_scores(reward_functions: list, weights: list[float], columns: dict[
     rewards = np.array([function(log_metric=None, **columns) for function in reward_functions], dtype=np.float64)
     scores = np.nansum(np.asarray(weights, dtype=np.float64)[:, None] * rewards, axis=0)
     return np.where(np.isnan(rewards).all(axis=0), np.nan, scores)
-
-
-def mean_score(scores: list[float]) -> float:
-    """Mean of those that are a score; NaN where none is."""
-    known = [score for score in scores if not math.isnan(score)]
-    return float(np.mean(known)) if known else math.nan
 
 
 def make_pairs(
@@ -243,7 +238,7 @@ def main(args: argparse.Namespace) -> None:
         columns = {name: [row["rewarded"][name] for row in rollout_rows] for name in rows[0]["rewarded"]}
         scores = weighted_scores(reward_functions, weights, {"completion_ids": completions, **columns})
         pairs, outcomes = make_pairs(batch, completions, scores, tokens, args.min_margin, args.reward_config)
-        done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_score(scores.tolist())})
+        done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_of_known(scores.tolist())})
         output.add_batch(done[-1])
 
     pairs = [pair for batch in done for pair in batch["pairs"]]
@@ -251,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
     logger.info(
         "%d texts × %d rollouts, mean score %.3f: %d pairs; left out: %d texts with a margin below %g, %d with fewer "
         "than two rollouts that end, have codes and earn a reward",
-        *(len(rows), args.num_samples, mean_score([batch["mean_score"] for batch in done]), len(pairs)),
+        *(len(rows), args.num_samples, mean_of_known([batch["mean_score"] for batch in done]), len(pairs)),
         *(outcomes["too_close"], args.min_margin, outcomes["too_few"]),
     )
     if not pairs:

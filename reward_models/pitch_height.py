@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from common.averages import mean_of_known
 from common.cli import InputError
 from speech.measures import MIN_VOICED_FRAMES
 from speech.pitch import PitchTrack
@@ -74,8 +75,7 @@ class PitchHeightReward:
             for i, (failure, reference) in enumerate(zip(rollouts.failures, references, strict=True))
         ]
         if log_metric is not None:
-            known = [height for height in heights if not math.isnan(height)]
-            log_metric("pitch_height", float(np.mean(known)) if known else math.nan)
+            log_metric("pitch_height", mean_of_known(heights))
         return [
             None if math.isnan(reference) else height_reward(height, self.target)
             for height, reference in zip(heights, references, strict=True)

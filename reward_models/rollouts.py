@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from common.averages import mean_of_known
 from reward_models.preference import PreferenceModel, with_melody
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
@@ -139,9 +140,8 @@ class Rollouts:
         }
         if models.codec is not None:
             # Praat takes as long per clip as the codec: one rollout of each prompt shows a collapse of F0 as well.
-            f0 = np.asarray([self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)])
             metrics |= {
-                "log_f0_std": float(np.nanmean(f0)) if np.isfinite(f0).any() else float("nan"),
+                "log_f0_std": mean_of_known(self._log_f0_std(i) for i in range(0, len(self.codes), self.group_size)),
                 "frac_silent": failures.count("silent") / len(failures),
                 "frac_non_finite": failures.count("non_finite") / len(failures),
             }

@@ -2,8 +2,7 @@
 
 import math
 
-import numpy as np
-
+from common.averages import mean_of_known
 from common.cli import InputError
 
 MAX_WER = 0.5
@@ -52,8 +51,7 @@ class SpeakerSimilarityReward:
         rollouts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
         similarities = self.rollout_scorer.speaker_similarities(rollouts, ref_codes)
         if log_metric is not None:
-            known = [similarity for similarity in similarities if not math.isnan(similarity)]
-            log_metric("speaker_cosine", float(np.mean(known)) if known else math.nan)
+            log_metric("speaker_cosine", mean_of_known(similarities))
         return [
             0.0 if failure else similarity_reward(similarity, score.wer, self.max_wer)
             for similarity, score, failure in zip(similarities, rollouts.scores, rollouts.failures, strict=True)

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from common.averages import mean_of_known
 from common.cli import InputError
 from speech.measures import MIN_VOICED_FRAMES
 from speech.pitch import PitchTrack
@@ -89,8 +90,7 @@ class VariationReward:
         ]
         if log_metric is not None:
             for name, values in zip(("f0_cv", "energy_cv"), zip(*found, strict=True), strict=True):
-                known = [value for value in values if not math.isnan(value)]
-                log_metric(name, float(np.mean(known)) if known else math.nan)
+                log_metric(name, mean_of_known(values))
         return [mean_reward(cvs, wanted) for cvs, wanted in zip(found, targets, strict=True)]
 
 

@@ -199,9 +199,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_are(
     assert after_step_1 and all(torch.equal(weights[name], stored) for name, stored in after_step_1.items())
 
 
-@pytest.mark.parametrize(("norm", "scaler"), [(None, None), (math.inf, "a scaler"), (1.0, None)])
-def test_what_does_not_end_a_run(norm, scaler):
-    """DeepSpeed has no norm at first; float16's scaler leaves out the step by itself."""
+def trainer_of(norm: float | None, scaler: torch.amp.GradScaler | None) -> SimpleNamespace:
     trainer = SimpleNamespace(
         _get_grad_norm=lambda model, grad_norm=None: norm,
         compute_loss=lambda model, inputs: 0.0,
@@ -210,7 +208,28 @@ def test_what_does_not_end_a_run(norm, scaler):
         args=SimpleNamespace(output_dir="runs"),
     )
     stop_at_broken_gradients(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize(("norm", "scaled"), [(None, False), (math.inf, True), (1.0, False)])
+def test_what_does_not_end_a_run(norm, scaled):
+    """DeepSpeed has no norm at first; float16's scaler leaves out the step by itself."""
+    trainer = trainer_of(norm, torch.amp.GradScaler("cpu") if scaled else None)
     assert trainer._get_grad_norm(None) == norm
+
+
+def test_float16_gradients_that_are_never_finite_end_a_run():
+    """By PyTorch's own scaler: without an end it leaves out all steps, and the run goes on with the weights as are."""
+    weight, scaler = torch.nn.Parameter(torch.ones(1)), torch.amp.GradScaler("cpu")
+    optimizer, trainer = torch.optim.SGD([weight], lr=1.0), trainer_of(math.nan, scaler)
+    with pytest.raises(FloatingPointError, match="float16's loss scale is 6.1e-05 before step 1"):
+        for _ in range(100):
+            scaler.scale(weight.sum() * math.nan).backward()
+            trainer._get_grad_norm(None)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert scaler.get_scale() == 65_536 / 2**30 and weight.item() == 1
 
 
 def sampled_minus_scored(trainer) -> tuple[torch.Tensor, torch.dtype]:

@@ -13,7 +13,7 @@ from fake_speaker_encoder import save_speaker_encoder
 
 import sample_preferences
 from common.dataset_io import load_any_dataset
-from sample_preferences import best_and_worst, make_pairs, mean_score, weighted_scores
+from sample_preferences import best_and_worst, make_pairs, weighted_scores
 from speech.policy import Policy, load_tokenizer
 from speech.tokens import tts_prompt
 from training.preference_rows import preference_rows
@@ -152,7 +152,6 @@ def test_scores_are_the_weighted_sum():
     rewards = [lambda completion_ids, **_: [1.0, 2.0, None], lambda completion_ids, **_: [0.5, None, None]]
     scores = weighted_scores(rewards, [2.0, 4.0], {"completion_ids": [[1], [2], [3]]}).tolist()
     assert scores[:2] == [2 * 1.0 + 4 * 0.5, 2 * 2.0] and math.isnan(scores[2])
-    assert mean_score(scores) == 4.0 and math.isnan(mean_score(scores[2:]))
 
 
 def test_rollouts_without_an_end_or_without_codes_are_in_no_pair(tokens):

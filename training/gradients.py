@@ -5,6 +5,8 @@ import math
 import torch
 from transformers import Trainer
 
+MIN_LOSS_SCALE = 1e-4  # 30 updates that are left out, from the scaler's 65,536
+
 
 def check_gradient(norm: torch.Tensor | float, step: int, details: str) -> None:
     """Raises FloatingPointError where the norm of step's gradient is infinite or NaN.
@@ -19,7 +21,8 @@ def check_gradient(norm: torch.Tensor | float, step: int, details: str) -> None:
 def stop_at_broken_gradients(trainer: Trainer) -> None:
     """Check each update's gradient in `trainer.train()`.
 
-    Not in float16, where the loss's scaler meets infinite gradients as a matter of course and leaves out their steps.
+    In float16 the loss's scaler meets infinite gradients as a matter of course, leaves out their steps and halves the
+    loss's scale; there a run ends once the scale is below MIN_LOSS_SCALE, as it gets where every gradient is NaN.
     Not under DeepSpeed, which has made the step by then and gives a finite norm for a gradient that is not.
     """
     gradient_norm, compute_loss, shapes = trainer._get_grad_norm, trainer.compute_loss, {}
@@ -30,7 +33,14 @@ def stop_at_broken_gradients(trainer: Trainer) -> None:
 
     def finite_norm(model, grad_norm=None) -> torch.Tensor | float | None:
         norm = gradient_norm(model, grad_norm=grad_norm)
-        if norm is not None and trainer.accelerator.scaler is None:
+        scaler = trainer.accelerator.scaler
+        if scaler is not None and scaler.get_scale() < MIN_LOSS_SCALE:
+            raise FloatingPointError(
+                f"float16's loss scale is {scaler.get_scale():.1e} before step {trainer.state.global_step + 1}: the "
+                "gradients of the last updates were not finite, and none changed the weights. Use --bf16 true in place "
+                "of --fp16, or neither"
+            )
+        if scaler is None and norm is not None:
             of_forward = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             details = (
                 f"whose last forward had {of_forward}. To see where it arises: --attn_implementation eager, then "

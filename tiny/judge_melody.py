@@ -7,14 +7,16 @@ evaluation.py counts questions and emphasis by the F0 track and the measures tha
 This one has F0 by cross-correlation in place of autocorrelation, other spans and thresholds, no level and no length of
 words, and no reward uses it. Both compare an end with most of the clip. Of the held-out recordings it tells 33 of 36
 questions and 35 of 36 emphasised words, and of the same clips before they got their melody 0 of 36 and 2 of 36. It
-judges the clips that are on the page, which sounds.npz has, so give evaluation.py as many players as there are texts.
-The times of words are those of the evaluation.
+judges the clips that are on the page, those of the first seed, which sounds.npz has, so give evaluation.py as many
+players as there are texts. More samplings of a policy are evaluations of their own, with other --seeds: rows of the
+same name, model and temperature are one row here. The times of words are those of the evaluation.
 """
 
 import argparse
 import json
 import logging
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ MAX_BELOW_DB = 16.0  # quieter frames, below the loudest, are breath and creak
 END_S = 0.12  # voiced time at the end
 # The rule raises a question's end to 9.2 semitones above the median, and a word by 6.4; 12 are an octave error.
 RISE_ST = (4.0, 12.0)
+Clips = list[tuple[dict, np.ndarray]]  # of evaluation.py's results, and their waveforms at 16 kHz
 COLUMNS = {"question": "questions that rise", "statement": "others that rise", "emphasis": "words emphasised"}
 
 
@@ -72,13 +75,10 @@ def stands_out(wav: np.ndarray, start_s: float, end_s: float) -> bool:
     return bool(RISE_ST[0] <= np.median(f0[inside]) - np.median(f0[~inside]) <= RISE_ST[1])
 
 
-def judgements(clips: list[tuple[dict, np.ndarray]]) -> dict[str, list[bool]]:
+def judgements(clips: Clips) -> dict[str, list[bool]]:
     """By COLUMNS' keys, of each clip that one concerns, whether it rises at the end or emphasises its marked word.
 
     A clip that failed does neither. One whose text is too long for the ASR to tell its words is left out of emphasis.
-
-    Args:
-        clips: of evaluation.py's results, and their waveforms at 16 kHz.
     """
     counted = {name: [] for name in COLUMNS}
     for clip, wav in clips:
@@ -94,8 +94,17 @@ def judgements(clips: list[tuple[dict, np.ndarray]]) -> dict[str, list[bool]]:
     return counted
 
 
-def clips_on_page(folder: Path) -> list[tuple[str, list[tuple[dict, np.ndarray]]]]:
-    """Of each row of an evaluation its name, and the first seed's clips with their waveforms at 16 kHz.
+@dataclass
+class SampledRow:
+    """A row of one evaluation or of several: a policy's clips, once for each sampling; `folder` is of the first."""
+
+    folder: Path
+    name: str
+    samplings: list[Clips]
+
+
+def clips_on_page(folder: Path) -> list[tuple[dict, Clips]]:
+    """The rows of an evaluation, and of each the first seed's clips.
 
     Raises:
         InputError: no evaluation there, or not all clips in sounds.npz.
@@ -112,22 +121,36 @@ def clips_on_page(folder: Path) -> list[tuple[str, list[tuple[dict, np.ndarray]]
                 f"{folder}: sounds.npz has {len(clips)} clips of {texts} texts. "
                 f"Evaluate with --num_players {texts} --overwrite"
             )
-        clips_of_rows.append((row["name"], clips))
+        clips_of_rows.append((row, clips))
     return clips_of_rows
 
 
-def judged(folder: Path) -> list[tuple[str, dict[str, list[bool]]]]:
-    """Name and judgements of each row of an evaluation.
+def sampled_rows(folders: list[Path]) -> list[SampledRow]:
+    """The rows of evaluations; those of the same name, model and temperature are samplings of one policy.
 
     Raises:
-        InputError: no evaluation there, not all clips in sounds.npz, or no times of words.
+        InputError: as `clips_on_page`; one sampling twice, with which the rest would count for less.
     """
-    judged_rows = []
-    for name, clips in clips_on_page(folder):
-        if any("words" not in clip for clip, _ in clips):
-            raise InputError(f"{folder}: has no times of words. Evaluate with --judge tiny/whisper.pt …")
-        judged_rows.append((name, judgements(clips)))
-    return judged_rows
+    rows, seen = {}, set()
+    for folder in folders:
+        for row, clips in clips_on_page(folder):
+            policy, seed = (row["name"], row["model"], row["temperature"]), row["seeds"][0]
+            if (policy, seed) in seen:
+                raise InputError(
+                    f"{folder}: row {row['name']} is sampled with --seeds {seed}, as in an evaluation before it. "
+                    "Give each sampling once"
+                )
+            seen.add((policy, seed))
+            rows.setdefault(policy, SampledRow(folder, row["name"], [])).samplings.append(clips)
+    return list(rows.values())
+
+
+def judged(row: SampledRow) -> dict[str, list[bool]]:
+    """The judgements of all samplings; InputError where there are no times of words."""
+    if any("words" not in clip for clips in row.samplings for clip, _ in clips):
+        raise InputError(f"{row.folder}: has no times of words. Evaluate with --judge tiny/whisper.pt …")
+    each = [judgements(clips) for clips in row.samplings]
+    return {name: [answer for counted in each for answer in counted[name]] for name in COLUMNS}
 
 
 def percent(answers: list[bool]) -> str:
@@ -137,8 +160,8 @@ def percent(answers: list[bool]) -> str:
 def main(args: argparse.Namespace) -> None:
     set_up_logging("tiny")
     with bad_input_exits():
-        rows = [(folder, *row) for folder in args.evaluations for row in judged(folder)]
-    cells = [[folder, name, *(percent(counted[key]) for key in COLUMNS)] for folder, name, counted in rows]
+        rows = [(row, judged(row)) for row in sampled_rows(args.evaluations)]
+    cells = [[row.folder, row.name, *(percent(counted[key]) for key in COLUMNS)] for row, counted in rows]
     logger.info("%s", markdown_table(["evaluation", "row", *COLUMNS.values()], cells))
 
 

@@ -7,7 +7,8 @@ The encoder is GE2E (Wan et al., arXiv 1710.10467), trained on people's speech, 
 package, which are downloaded once into build/ge2e. A clip is compared with the recording of its voice prompt (cosine),
 and with the three voices of the toy setup, each the mean of its held-out recordings: the nearest should be the
 prompt's. The last two rows are what recordings reach: those of the prompt's voice, and those of the other two. Like
-tiny/judge_melody.py it judges the clips on the page, so give evaluation.py as many players as there are texts.
+tiny/judge_melody.py it judges the clips on the page, so give evaluation.py as many players as there are texts, and
+takes evaluations with other --seeds as further samplings.
 
 With --voice, for a policy that speaks in one voice whatever the prompt, such as a LoRA of a voice, every clip is
 compared with the recordings of that voice, and the texts may be any.
@@ -37,7 +38,7 @@ from common.tables import markdown_table
 from metrics.texts import read_items
 from speech.audio import audio_failure, load_audio
 from speech.tokens import SAMPLE_RATE
-from tiny.judge_melody import clips_on_page
+from tiny.judge_melody import Clips, SampledRow, sampled_rows
 from tiny.voices import SPEAKERS
 from tiny.whisper_weights import Weights, fetch
 
@@ -141,7 +142,7 @@ def nearest_voice(embedding: np.ndarray, voices: dict[str, np.ndarray]) -> str:
     return max(voices, key=lambda speaker: voices[speaker] @ embedding)
 
 
-def prompts_of(clips: list[tuple[dict, np.ndarray]], folder: Path) -> list[str]:
+def prompts_of(clips: Clips, folder: Path) -> list[str]:
     """The file name of each clip's voice prompt; InputError where the texts are not those of TEXTS."""
     prompts = {item.id: (item.text, Path(item.ref_audio).name) for item in read_items(str(TEXTS), "en")}
     if {clip["id"]: clip["text"] for clip, _ in clips} != {row_id: text for row_id, (text, _) in prompts.items()}:
@@ -153,9 +154,9 @@ def prompts_of(clips: list[tuple[dict, np.ndarray]], folder: Path) -> list[str]:
 
 
 def judged(
-    folder: Path, encoder: Ge2e, recordings: dict, speakers: dict, voice: str | None
-) -> list[tuple[str, list[float], list[bool]]]:
-    """Of each row of an evaluation its name, the clips' cosines, and whether their voice is the right one.
+    row: SampledRow, encoder: Ge2e, recordings: dict, speakers: dict, voice: str | None
+) -> tuple[dict[str, float], list[bool]]:
+    """By text the mean over its samplings of the clips' cosines, and of every clip whether its voice is the right one.
 
     A clip that failed has no voice: cosine 0, and not the right one.
 
@@ -163,28 +164,27 @@ def judged(
         voice: the right one of every clip, compared with the mean of its recordings' cosines; None is the prompt's.
 
     Raises:
-        InputError: no evaluation there, not all clips in sounds.npz, or, without a `voice`, other texts.
+        InputError: without a `voice`, other texts.
     """
     voices = mean_voices(recordings, speakers)
     if voice is not None:  # the cosine with it is the mean of the recordings' cosines
         own_mean = np.mean([recordings[file] for file, speaker in speakers.items() if speaker == voice], axis=0)
-    judged_rows = []
-    for name, clips in clips_on_page(folder):
+    cosines, right = {}, []
+    for clips in row.samplings:
         if voice is None:
-            targets = [(recordings[prompt], speakers[prompt]) for prompt in prompts_of(clips, folder)]
+            targets = [(recordings[prompt], speakers[prompt]) for prompt in prompts_of(clips, row.folder)]
         else:
             targets = [(own_mean, voice)] * len(clips)
-        cosines, right = [], []
         for (clip, wav), (target, speaker) in zip(clips, targets, strict=True):
+            of_text = cosines.setdefault(clip["text"], [])
             if clip["failure"] or audio_failure(wav):
-                cosines.append(0.0)
+                of_text.append(0.0)
                 right.append(False)
                 continue
             embedding = encoder.embed(wav)
-            cosines.append(float(embedding @ target))
+            of_text.append(float(embedding @ target))
             right.append(nearest_voice(embedding, voices) == speaker)
-        judged_rows.append((name, cosines, right))
-    return judged_rows
+    return {text: statistics.mean(values) for text, values in cosines.items()}, right
 
 
 def of_recordings(
@@ -197,9 +197,9 @@ def of_recordings(
     return [float(recordings[a] @ recordings[b]) for a, b in pairs]
 
 
-def change(values: list[float], first: list[float]) -> str:
+def change(values: dict[str, float], first: dict[str, float]) -> str:
     """Mean difference from the first row by text, with its 95 % interval (1.96 standard errors)."""
-    differences = np.subtract(values, first)
+    differences = np.array([value - first[text] for text, value in values.items()])
     error = 1.96 * differences.std(ddof=1) / math.sqrt(len(differences))
     return f"{differences.mean():+.3f} ± {error:.3f}"
 
@@ -209,17 +209,13 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.weights)
         encoder = Ge2e.from_pretrained(args.weights)
         recordings, speakers = voices_of_recordings(encoder)
-        rows = [
-            (folder, *row)
-            for folder in args.evaluations
-            for row in judged(folder, encoder, recordings, speakers, args.voice)
-        ]
-    cells = []
-    for folder, name, cosines, right in rows:
-        difference = "" if not cells else change(cosines, rows[0][2])
-        cells.append(
-            [folder, name, f"{statistics.mean(cosines):.3f}", difference, f"{100 * statistics.mean(right):.1f}"]
-        )
+        rows = sampled_rows(args.evaluations)
+        judgements = [judged(row, encoder, recordings, speakers, args.voice) for row in rows]
+    cells, first = [], judgements[0][0] if judgements else {}
+    for row, (cosines, right) in zip(rows, judgements, strict=True):
+        difference = change(cosines, first) if cells and cosines.keys() == first.keys() else ""
+        similarity = statistics.mean(cosines.values())
+        cells.append([row.folder, row.name, f"{similarity:.3f}", difference, f"{100 * statistics.mean(right):.1f}"])
     for name, same in (("recordings of the same voice", True), ("recordings of two voices", False)):
         cosines = of_recordings(recordings, speakers, same, args.voice)
         cells.append(["", name, f"{statistics.mean(cosines):.3f}", "", ""])

@@ -16,13 +16,14 @@ HELDOUT = Path("tiny/heldout")
 TEXTS = ["Did Peter lose it?", "Did Peter take it?", "Peter lost it.", "Peter *lost* it.", "Peter *took* it."]
 
 
-def evaluation(folder, seeds: int = 1, players: int = 5):
+def evaluation(folder, seeds: int = 1, players: int = 5, first_seed: int = 0, temperature: float = 1.0):
     """The first question rises and the first marked word is emphasised; the statement rises too."""
     neutral = falling(1.2, 130, 110)
     risen, (emphasised, _) = with_question(neutral), with_emphasis(neutral, 0.4, 0.8)
     words = [["Peter", 0.0, 0.4], ["lost", 0.4, 0.8], ["it.", 0.8, 1.2]]
     clips = [{"text": text, "failure": None, "words": words} for text in TEXTS]
-    row = {"name": "after", "seeds": list(range(seeds)), "clips": clips * seeds}
+    row = {"name": "after", "model": "runs/after", "temperature": temperature, "clips": clips * seeds}
+    row["seeds"] = list(range(first_seed, first_seed + seeds))
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps({"rows": [{**row, "name": "before"}, row]}))
     wavs = [risen, neutral, risen, emphasised, neutral][:players]
@@ -37,6 +38,21 @@ def test_it_counts_what_the_rule_says(tmp_path, caplog):
     assert header == ["evaluation", "row", "questions that rise", "others that rise", "words emphasised"]
     assert before[1:] == ["before", "0.0 % of 2", "0.0 % of 3", "0.0 % of 2"]
     assert after[1:] == ["after", "50.0 % of 2", "33.3 % of 3", "50.0 % of 2"]
+
+
+def test_other_seeds_are_further_samplings(tmp_path, caplog):
+    """Rows of one policy are one row; at another temperature it is another; a sampling given twice is refused."""
+    settings = {"one": {}, "two": {"first_seed": 1}, "cold": {"temperature": 0.7}}
+    folders = [str(tmp_path / name) for name in settings]
+    for name, setting in settings.items():
+        evaluation(tmp_path / name, **setting)
+    judge_melody.main(judge_melody.parse_args(folders))
+    _, _, *rows = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()]
+    assert rows[1] == [folders[0], "after", "50.0 % of 4", "33.3 % of 6", "50.0 % of 4"]
+    assert rows[3] == [folders[2], "after", "50.0 % of 2", "33.3 % of 3", "50.0 % of 2"] and len(rows) == 4
+    with pytest.raises(SystemExit):
+        judge_melody.main(judge_melody.parse_args([folders[0], folders[0]]))
+    assert "row before is sampled with --seeds 0, as in an evaluation before it" in caplog.text
 
 
 def test_failed_clips_have_no_melody():

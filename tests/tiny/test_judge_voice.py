@@ -27,6 +27,14 @@ class ByFirstSample:
         return np.eye(3)[int(wav[0])]
 
 
+def write_results(folder: Path, clips_of: dict[str, list[dict]], seed: int = 0) -> None:
+    rows = [
+        {"name": name, "model": name, "temperature": 1.0, "seeds": [seed], "clips": clips}
+        for name, clips in clips_of.items()
+    ]
+    (folder / "results.json").write_text(json.dumps({"rows": rows}))
+
+
 @pytest.fixture
 def judged(tmp_path, monkeypatch):
     """Judges an evaluation: `before` has joe's voice in all clips, `after` the prompts'; one clip failed."""
@@ -38,8 +46,7 @@ def judged(tmp_path, monkeypatch):
     items = read_items(str(TEXTS), "en")
     clips = [{"id": item.id, "text": item.text, "failure": None} for item in items]
     failed = [{**clips[0], "failure": "empty"}, *clips[1:]]
-    rows = [{"name": "before", "clips": clips}, {"name": "after", "clips": failed}]
-    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    write_results(tmp_path, {"before": clips, "after": failed})
     sounds = {f"0_{i}": np.zeros(800) for i in range(len(items))}
     for i, item in enumerate(items):
         sounds[f"1_{i}"] = np.full(800, numbers[SPEAKERS[Path(item.ref_audio).name]])
@@ -61,6 +68,21 @@ def test_voices_of_a_policy(judged, caplog):
     assert change.startswith("+0.658 ± 0.0")
     assert lines[2][1:3] == ["recordings of the same voice", "1.000"]
     assert lines[3][1:3] == ["recordings of two voices", "0.000"]
+
+
+def test_samplings_are_averaged_by_text(judged, tmp_path, caplog):
+    """In the second one the clips that had failed have not, and all of `before` have."""
+    caplog.set_level("INFO")
+    folder = judged[0]
+    [before, after] = [row["clips"] for row in json.loads((folder / "results.json").read_text())["rows"]]
+    (tmp_path / "again").mkdir()
+    silent = [{**clip, "failure": "silent"} for clip in before]
+    write_results(tmp_path / "again", {"before": silent, "after": before}, seed=1)
+    judge(folder, str(tmp_path / "again"))
+    lines = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()[2:]]
+    assert lines[0][1:] == ["before", "0.167", "", "16.7"]
+    assert lines[1][1:3] == ["after", "0.996"] and lines[1][4] == "99.6"  # 239 of 240
+    assert lines[1][3].startswith("+0.829 ± 0.0") and len(lines) == 4
 
 
 def test_one_voice_for_all_clips(judged, caplog):
@@ -89,7 +111,7 @@ def test_clips_that_are_missing(judged, caplog):
 
 
 def test_another_evaluation(judged, tmp_path, caplog):
-    (tmp_path / "results.json").write_text(json.dumps({"rows": [{"name": "x", "clips": [{"id": "1", "text": "Go."}]}]}))
+    write_results(tmp_path, {"x": [{"id": "1", "text": "Go."}]})
     with pytest.raises(SystemExit):
         judge(tmp_path)
     assert "Use --texts tiny/texts/heldout_voices.jsonl" in caplog.text

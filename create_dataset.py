@@ -96,12 +96,13 @@ def read_clip(source: Source, index: int, args: argparse.Namespace) -> tuple[dic
     def skipped(reason: str, detail: str) -> tuple[dict, None]:
         return {"row": index, "id": carried.get("id"), "path": path, "reason": reason, "detail": detail}, None
 
-    if not text:
-        return skipped("empty_text", "the text is empty")
-    try:
-        tts_prompt(text)
-    except InputError as error:  # train.py would refuse the whole dataset
-        return skipped("control_token", str(error))
+    if text:
+        try:
+            tts_prompt(text)
+        except InputError as error:  # train.py would refuse the whole dataset
+            return skipped("control_token", str(error))
+    elif not args.keep_non_speech:
+        return skipped("empty_text", "the text is empty. Noise or silence is kept with --keep_non_speech")
     if not (data or path):
         return skipped("unreadable", "neither a path nor bytes of audio")
     try:
@@ -113,7 +114,7 @@ def read_clip(source: Source, index: int, args: argparse.Namespace) -> tuple[dic
     duration_s = len(wav) / SAMPLE_RATE
     if duration_s < args.min_duration_s:
         return skipped("too_short", f"{duration_s:.2f} s is under --min_duration_s {args.min_duration_s:g}")
-    if audio_failure(wav):
+    if text and audio_failure(wav):
         return skipped(audio_failure(wav), f"no sound in it: RMS below {SILENCE_DBFS:g} dBFS")
     record = {"text": text, "audio_codes": [], "duration_s": round(duration_s, 4), "sampling_rate": SAMPLE_RATE}
     return record | carried, encoder_inputs(wav)
@@ -491,6 +492,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge", action="store_true", help="encode nothing, join the finished shards")
     add("--max_duration_s", type=float, default=MAX_DURATION_S, help="skip longer clips; Whisper's window is 30 s")
     add("--min_duration_s", type=float, default=MIN_DURATION_S, help="skip shorter clips, which are clicks, not words")
+    help = "keep rows with an empty text: noise or silence, on which --task asr is to say nothing (docs/asr.md)"
+    add("--keep_non_speech", action="store_true", help=help)
     add("--strict", action="store_true", help="stop with an error at the first clip that would be skipped")
     return parse_strictly(parser, argv)
 

@@ -3,7 +3,7 @@
     accelerate launch train.py --model_name_or_path HKUSTAudio/Llasa-1B-Multilingual --dataset your_dataset.json \\
       --reward_config reward_models/prosody_reward.json --output_dir llasa-grpo-exp1
     python train.py --config configs/tiny.yaml                       # the toy setup, two CPU cores
-    python train.py --method sft --dataset tokenized_dataset --output_dir llasa-sft
+    python train.py --method sft --model_name_or_path … --dataset tokenized_dataset --output_dir llasa-sft
     python train.py --method dpo --dataset pairs.jsonl …             # preferences (docs/dpo.md)
     python train.py --method grpo+diffro --token2text token2text …   # with the differentiable reward
     python train.py --task asr --dataset rl_data.parquet …           # speech recognition (arXiv 2509.18569)

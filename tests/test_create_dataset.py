@@ -231,6 +231,18 @@ def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
     assert summary.startswith("kept 3, 0.00 hours; skipped 13, control_token 1, empty_text 1, silent 2, too_long 1, ")
 
 
+def test_noise_and_silence_are_kept_where_they_are_asked_for(codec_dir, clips, tmp_path):
+    """For ASR, whose rows without speech have an empty text; a clip that has a text is not kept if it is silent."""
+    source, rows = with_bad_clips(clips)
+    soundfile.write(clips / "still.wav", np.zeros(8_000, np.float32), SAMPLE_RATE)
+    with source.open("a") as file:
+        file.write("\nstill.wav,,,,idx,")
+    dataset = create(codec_dir, source, tmp_path / "out", "--max_duration_s=1.5", "--keep_non_speech")
+    assert dataset["text"][:] == ["text 0", "text 1", "text 2", "", ""] and all(dataset["audio_codes"][:])
+    reasons = [reason for *_, reason in rows if reason != "empty_text"]
+    assert [skip["reason"] for skip in skips(tmp_path / "out")] == reasons
+
+
 # --- Worker processes -------------------------------------------------------------------------------------
 
 

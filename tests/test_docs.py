@@ -7,8 +7,10 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -38,7 +40,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "benchmarks/readiness.py": "--steps 2",
     "benchmarks/gradient_noise.py": "--batches 2 --draws 1",
 }
-NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1")
+NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1|llasa-asr ")
 NEEDS_PEOPLE = re.compile(r"collect_preferences.py --read")
 NEEDS_A_JUDGE = re.compile(r"--judge_url")
 NEEDS_HOURS = re.compile(r"-m tiny\.|--size real|accelerate launch --|torchrun|vllm")
@@ -119,6 +121,15 @@ def test_flags_of_commands_too_long_to_run_exist(command, monkeypatch):
     if module is None or module == "vllm":
         pytest.skip("a command of another program")
     assert importlib.import_module(module).parse_args(words[first:])
+
+
+def test_the_example_of_a_reward_of_ones_own():
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(import numpy.*?)^```", page, re.DOTALL | re.MULTILINE)[1], names)
+    rollouts = SimpleNamespace(wavs=[np.full(80, 0.05), np.full(80, -0.3), np.zeros(0)], failures=[None, None, "empty"])
+    reward = names["LoudnessReward"](SimpleNamespace(score=lambda *_: rollouts))
+    assert reward([[1]] * 3, ["Go."] * 3) == pytest.approx([0.5, 1.0, 0.0])
 
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))

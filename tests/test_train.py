@@ -1,5 +1,6 @@
 """train.py on the toy setup: it learns, it resumes exactly, and bad input is refused before anything long."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -370,6 +371,14 @@ def test_zero_3_is_refused_before_anything_is_loaded(method, monkeypatch, caplog
     with pytest.raises(SystemExit):
         train.parse_args(["--method", method])
     assert "ZeRO-3: not supported" in caplog.text
+
+
+def test_a_reporter_that_is_not_installed_is_refused_before_anything_is_loaded(monkeypatch, caplog):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(SystemExit):
+        train.parse_args(["--report_to", "tensorboard", "wandb"])
+    assert "--report_to wandb: it is not installed here. pip install wandb" in caplog.text
 
 
 def test_a_micro_batch_may_be_smaller_than_a_group(tmp_path):

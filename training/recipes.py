@@ -520,6 +520,9 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
         )
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
+    for reporter in ("tensorboard", "trackio", "wandb"):
+        if reporter in training_args.report_to and importlib.util.find_spec(reporter) is None:
+            raise InputError(f"--report_to {reporter}: it is not installed here. pip install {reporter}")
 
 
 def _check_evaluation(script_args: ScriptArguments, training_args: Recipe) -> None:

@@ -47,7 +47,7 @@ from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, record
 from speech.tokens import SpeechTokens
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver, console_header
-from training.checkpoints import check_same_shapes, find_checkpoint, stop_where_all_steps_are_done
+from training.checkpoints import check_continues, check_same_shapes, find_checkpoint, stop_where_all_steps_are_done
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
 from training.gradients import stop_at_broken_gradients
@@ -238,11 +238,14 @@ def main(arguments: recipes.Arguments) -> None:
             rewards = load_config(script_args.reward_config, script_args.task)
             trainer = grpo_trainer(script_args, training_args, model_args, rewards, tokenizer, tokens)
         check_same_shapes(checkpoint, trainer.model)
+        facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
+        facts["reward"] = rewards
+        earlier = check_continues(checkpoint, facts)
     use_own_console_and_card(trainer, script_args, model_args, rewards)
     if trainer.is_world_process_zero():
-        facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
         models = {"codec_id": script_args.codec_id, "whisper": script_args.whisper}
-        write_run(training_args.output_dir, **models, seed=training_args.seed, **facts, reward=rewards)
+        resumed = {"resumed_from": checkpoint, "resumed_run": earlier} if checkpoint else {}
+        write_run(training_args.output_dir, **models, seed=training_args.seed, **facts, **resumed)
     stop_where_all_steps_are_done(trainer)
     stop_at_broken_gradients(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -252,6 +252,28 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
 
 
+def test_a_run_goes_on_with_its_settings_or_not_at_all(tmp_path, caplog):
+    """A checkpoint brings learning rate and schedule with it: other ones would be ignored, without a word."""
+    flags = ["--config", "configs/tiny_sft.yaml", "--model_name_or_path", "tiny/llasa", "--output_dir", str(tmp_path)]
+    flags += "--per_device_train_batch_size 2 --save_strategy steps --save_steps 1".split()
+    train.main(train.parse_args([*flags, "--max_steps", "1"]))
+    (tmp_path / "model.safetensors").unlink()
+    first, resume = json.loads((tmp_path / "run.json").read_text()), [*flags, "--resume_from_checkpoint", "true"]
+    with pytest.raises(SystemExit):
+        train.main(train.parse_args([*resume, "--learning_rate", "1e-6", "--seed", "7"]))
+    assert "with other settings: seed (0, now 7), learning_rate (0.0003, now 1e-06). Resume with the same" in caplog.text
+    assert json.loads((tmp_path / "run.json").read_text()) == first
+    same_step = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "2"]
+    train.main(train.parse_args([*resume, *same_step]))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["resumed_from"] == str(tmp_path / "checkpoint-1") and record["resumed_run"] == first
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(SystemExit):
+        train.main(train.parse_args([*resume, "--max_steps", "3"]))
+    assert "checkpoint-2: has no optimizer (was it saved with --save_only_model?)" in caplog.text
+
+
 def test_dpo_moves_every_parameter_and_leaves_what_the_other_methods_do(tmp_path):
     pairs = [{"text": "Anna found two boxes.", "chosen_codes": [i, i + 1, 7], "rejected_codes": [i]} for i in range(4)]
     flags = ["--method", "dpo", "--model_name_or_path", "tiny/llasa", "--max_steps", "2", "--warmup_steps", "0"]

@@ -9,12 +9,31 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from common.cli import InputError
+from common.run_record import changed_settings
 
 logger = logging.getLogger("train")
 
 TRAINED_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # Of one process, of FSDP's shards, of DeepSpeed
 CHECKPOINT_WEIGHTS = ("*.safetensors", "pytorch_model_fsdp_*", "global_step*")
+OPTIMIZER_STATES = ("optimizer*", "global_step*")
+# Settings of run.json without which the steps to come are not those of the run. Learning rate and schedule would even
+# be ignored: the checkpoint has them.
+DECISIVE = {
+    "script": (
+        *("method", "task", "diffro_weight", "diffro_filter", "diffro_labels"),
+        *("gumbel_temperature", "gumbel_temperature_end", "gumbel_hard", "gumbel_draws"),
+    ),
+    "recipe": (
+        *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+        *("num_generations", "max_length", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+        *("beta", "loss_type", "loss_weights", "scale_rewards", "multi_objective_aggregation", "credit"),
+        "mask_truncated_completions",
+    ),
+    "model": ("use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+}
+# Files and models, which may have another name by now
+SOURCES = ("dataset", "split", "codec_id", "whisper", "speaker_encoder", "token2text", "preference_model")
 
 
 def find_checkpoint(training_args: TrainingArguments) -> str | None:
@@ -46,6 +65,49 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         )
     warn_of_other_processes(Path(wanted), training_args.world_size)
     return wanted
+
+
+def decisive_settings(record: dict) -> dict:
+    """Of what run.json records, DECISIVE, the rewards, and the rows that a process takes in a step."""
+    settings = {name: record[group].get(name) for group, names in DECISIVE.items() for name in names}
+    recipe = record["recipe"]
+    rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    return settings | {"per_device_train_batch_size × gradient_accumulation_steps": rows, "rewards": record["reward"]}
+
+
+def check_continues(checkpoint: str | None, record: dict) -> dict | None:
+    """Check that a checkpoint has all it needs to go on, and that the run goes on with the settings it had.
+
+    Args:
+        record: what run.json is to record of this run.
+    Returns:
+        The run.json of the run that wrote the checkpoint; None without a checkpoint, or where it has none.
+    Raises:
+        InputError: no optimizer in the checkpoint, or a setting that decides the steps is another.
+    """
+    if checkpoint is None:
+        return None
+    if not any(next(Path(checkpoint).glob(pattern), None) for pattern in OPTIMIZER_STATES):
+        raise InputError(
+            f"{checkpoint}: has no optimizer (was it saved with --save_only_model?), so the run cannot go on from it. "
+            f"To start anew from its weights: --model_name_or_path {checkpoint}, and another --output_dir"
+        )
+    try:
+        earlier = json.loads((Path(checkpoint).parent / "run.json").read_text(encoding="utf-8"))
+        before = decisive_settings(earlier)
+    except (OSError, ValueError, KeyError):  # none, or of an older version
+        return None
+    now = decisive_settings(json.loads(json.dumps(record, default=str)))
+    changed = changed_settings(before, now)
+    if changed:
+        raise InputError(
+            f"{checkpoint}: is of a run with other settings: {changed}. Resume with the same ones. To go on from its "
+            f"weights with others, as a new run: --model_name_or_path {checkpoint}, and another --output_dir"
+        )
+    moved = changed_settings(*({name: run["script"].get(name) for name in SOURCES} for run in (earlier, record)))
+    if moved:
+        logger.warning("%s: is of a run with another %s", checkpoint, moved)
+    return earlier
 
 
 def check_same_shapes(checkpoint: str | None, model: PreTrainedModel) -> None:

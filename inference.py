@@ -172,6 +172,7 @@ def synthesize(args: argparse.Namespace) -> None:
 
             whisper = args.whisper or recorded("whisper", DEFAULT_WHISPER)
             scorer = WhisperScorer(whisper, device)
+            scorer.check_languages([args.language])
 
     set_seed(args.seed)
     rollouts_per_text = args.num_samples * args.best_of

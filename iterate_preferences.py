@@ -24,6 +24,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -182,7 +183,10 @@ def run_step(args: argparse.Namespace, step: Step) -> dict:
 
 def run_process(script: str, flags: list[str]) -> int:
     """In a process of its own: its models leave the GPU with it."""
-    return subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode
+    environment = dict(os.environ)
+    if script == "train.py":  # TRL trains on one of several GPUs only where it sees no other
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], env=environment).returncode
 
 
 # --- What a step needs and leaves -------------------------------------------------------------------------

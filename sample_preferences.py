@@ -155,7 +155,9 @@ def make_pairs(
 # --- The script -------------------------------------------------------------------------------------------
 
 
-def load_rewards(args: argparse.Namespace, config: dict, policy, device: str) -> tuple[list, list[float]]:
+def load_rewards(
+    args: argparse.Namespace, config: dict, rows: list[dict], policy, device: str
+) -> tuple[list, list[float]]:
     """The reward functions of a config and their weights, with the models that they score with."""
     from reward_models import build_rewards
     from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
@@ -172,7 +174,8 @@ def load_rewards(args: argparse.Namespace, config: dict, policy, device: str) ->
         preference_model=args.preference_model,
     )
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
-    scorer = load_rollout_scorer(models, sampling, config, policy.tokenizer, policy.tokens)
+    languages = {row["rewarded"]["language"] for row in rows}
+    scorer = load_rollout_scorer(models, sampling, config, languages, policy.tokenizer, policy.tokens)
     return build_rewards(config, scorer)
 
 
@@ -217,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
             return
         policy = Policy.from_pretrained(args.model_name_or_path, device)
         policy.encode([row["prompt"] for row in rows], args.max_length)  # raises for a text too long
-        reward_functions, weights = load_rewards(args, config, policy, device)
+        reward_functions, weights = load_rewards(args, config, rows, policy, device)
 
     done = output.finished_batches()
     step = max(1, args.batch_size // args.num_samples)

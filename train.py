@@ -18,6 +18,7 @@ for recognition, here 8 by default.
 """
 
 import logging
+import math
 import os
 from dataclasses import asdict
 from functools import partial
@@ -77,7 +78,7 @@ def grpo_trainer(
 ) -> SpeechGRPOTrainer:
     rows = grpo_dataset(script_args, training_args, tokenizer, tokens, needs_voice_prompt(rewards, script_args.task))
     with training_args.main_process_first(desc="reward models"):  # Whisper's download knows no lock
-        rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, tokenizer, tokens)
+        rollout_scorer = load_rollout_scorer(script_args, training_args, rewards, rows.languages, tokenizer, tokens)
     reward_functions, training_args.reward_weights = build_rewards(rewards, rollout_scorer, script_args.task)
     held_out = HeldOutEvaluation(rollout_scorer, script_args.eval_temperature)
     held_out.check_metric(training_args, tokens.answer_end_id(script_args.task))
@@ -104,6 +105,9 @@ def grpo_trainer(
             peft_config=get_peft_config(model_args),
             held_out=held_out,
         )
+    if training_args.use_vllm:  # it has them by now; 65,537 numbers are nothing for run.json
+        given = training_args.generation_kwargs.items()
+        training_args.generation_kwargs = {name: value for name, value in given if name != "allowed_token_ids"}
     reporters = trainer.callback_handler.callbacks
     trainer.add_callback(SampleSaver(rollout_scorer, script_args.sample_steps, script_args.sample_count, reporters))
     if trainer.is_world_process_zero():
@@ -142,11 +146,13 @@ def report_memory(
     policy = causal_lm(trainer.accelerator.unwrap_model(trainer.model))
     draws, exact_kl = getattr(trainer, "gumbel_draws", 0), getattr(trainer, "diffro_beta", 0.0) > 0
     parts = memory.estimate_run(policy, trainer.ref_model, rollout_scorer, trainer.args, longest, draws, exact_kl)
-    logger.info(memory.report(parts))
+    total = math.inf
     if trainer.accelerator.device.type == "cuda":
         total = torch.cuda.get_device_properties(trainer.accelerator.device).total_memory
-        if parts["peak"] > total:
-            logger.warning("the GPU has %.1f GiB: see docs/memory.md", total / memory.GIB)
+        parts = memory.with_vllm(parts, trainer.args, total)
+    logger.info(memory.report(parts))
+    if parts["peak"] > total:
+        logger.warning("the GPU has %.1f GiB: see docs/memory.md", total / memory.GIB)
 
 
 def sft_trainer(

@@ -90,7 +90,9 @@ def load_evaluation_asr(name: str, texts: list[str], languages: list[str], devic
         return PocketsphinxScorer(texts, languages)
     if name.startswith(FASTER_WHISPER):
         return FasterWhisperScorer(name, languages, device)
-    return WhisperScorer(name, device)
+    scorer = WhisperScorer(name, device)
+    scorer.check_languages(languages)
+    return scorer
 
 
 def word_timer(evaluation_asrs: dict[str, EvaluationASR]) -> str | None:

@@ -166,6 +166,7 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
     reward_scorer = None
     if args.best_of > 1:
         reward_scorer = evaluation_asrs.get(reward_whisper) or WhisperScorer(reward_whisper, args.device)
+        reward_scorer.check_languages(languages)
     codec = SpeechCodec.from_pretrained(codec_of(args, models), args.device)
     token2text = Token2Text.from_pretrained(args.token2text, args.device) if args.token2text else None
     speaker_encoder, voices = None, {}

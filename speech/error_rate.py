@@ -22,8 +22,10 @@ CHINESE = frozenset({"zh", "yue"})
 
 
 def language_code(language: str) -> str:
-    """Whisper's code of a language: 'en', 'EN' and 'English' are 'en'; InputError for one Whisper does not know."""
+    """Whisper's code of a language: 'en', 'EN', 'en-US' and 'English' are 'en'; InputError for what Whisper has not."""
     name = language.lower()
+    if name not in TO_LANGUAGE_CODE:
+        name = re.split("[-_]", name)[0]  # without the region
     if name in LANGUAGES:
         return name
     if name in TO_LANGUAGE_CODE:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -239,6 +239,11 @@ class WhisperScorer:
             texts[i] = _join(self._transcripts(readings, languages[i]), languages[i])
         return texts
 
+    def check_languages(self, languages: Iterable[str]) -> None:
+        """Raises InputError for a language, by its code or name, that this Whisper does not know."""
+        for code in {language_code(language) for language in languages}:
+            self._tokenizer(code)
+
     def _check(self, wavs: list[np.ndarray], languages: list[str] | str) -> tuple[list[np.ndarray], list[str]]:
         languages = [languages] * len(wavs) if isinstance(languages, str) else languages
         if len(languages) != len(wavs):
@@ -248,8 +253,7 @@ class WhisperScorer:
                 kind = f"{wav.dtype} array of shape {wav.shape}" if isinstance(wav, np.ndarray) else type(wav).__name__
                 raise TypeError(f"waveform {i}: expected a float numpy array of shape (n_samples,) (got {kind})")
         codes = [language_code(language) for language in languages]
-        for code in set(codes):
-            self._tokenizer(code)  # raises before any work
+        self.check_languages(codes)
         return [np.ascontiguousarray(wav, dtype=np.float32) for wav in wavs], codes
 
     def _tokenizer(self, language: str) -> Tokenizer:

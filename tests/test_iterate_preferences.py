@@ -5,6 +5,7 @@ import importlib
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,22 @@ def test_an_adapter_is_trained_further(flags, scripts):
 def test_the_scripts_are_run_as_processes(capfd):
     assert iterate_preferences.run_process("judge_preferences.py", ["--nonsense"]) == 2
     assert "judge_preferences.py: error:" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("3", "3")])
+def test_training_sees_one_gpu(own, seen, monkeypatch):
+    """TRL refuses several without accelerate launch, after hours of sampling."""
+    if own is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    given = {}
+    ended = SimpleNamespace(returncode=0)
+    monkeypatch.setattr("subprocess.run", lambda command, env: given.update({Path(command[1]).name: env}) or ended)
+    for script in ("train.py", "inference.py"):
+        assert iterate_preferences.run_process(script, []) == 0
+    assert given["train.py"]["CUDA_VISIBLE_DEVICES"] == seen
+    assert given["inference.py"].get("CUDA_VISIBLE_DEVICES") == own
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,17 @@ def estimate_run(
     )
 
 
+def with_vllm(parts: dict[str, int], training_args, gpu_bytes: int) -> dict[str, int]:
+    """`parts` of `estimate`, and what vLLM holds on the same GPU: the share of it that it was given.
+
+    A server's is on other GPUs. With --vllm_enable_sleep_mode it gives most of it back after sampling; counted whole.
+    """
+    if not training_args.use_vllm or training_args.vllm_mode != "colocate":
+        return parts
+    share = int(training_args.vllm_gpu_memory_utilization * gpu_bytes)
+    return parts | {"vLLM": share, "peak": parts["peak"] + share}
+
+
 def modules(scorers: list) -> list[torch.nn.Module]:
     """The models of those scorers that there are."""
     return [scorer.model for scorer in scorers if scorer]

@@ -1,6 +1,7 @@
 """Load the policy that train.py trains, and what scores its rollouts."""
 
 import logging
+from collections.abc import Collection
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig
@@ -80,9 +81,18 @@ def check_vllm_head(model) -> None:
 
 
 def load_rollout_scorer(
-    script_args: ScriptArguments, training_args: GRPORecipe, rewards: RewardConfig, tokenizer, tokens: SpeechTokens
+    script_args: ScriptArguments,
+    training_args: GRPORecipe,
+    rewards: RewardConfig,
+    languages: Collection[str],
+    tokenizer,
+    tokens: SpeechTokens,
 ) -> SpeechRolloutScorer | TranscriptScorer:
-    """What the task's rewards are computed from, with those models that they need; text needs none."""
+    """What the task's rewards are computed from, with those models that they need; text needs none.
+
+    Args:
+        languages: of the rows that it is to score.
+    """
     if script_args.task == "asr":
         return TranscriptScorer(tokenizer, tokens.text_end_id)
     needed, device = models_needed(rewards, script_args.task), training_args.device
@@ -100,6 +110,7 @@ def load_rollout_scorer(
         codec.drop_encoder()
     if "whisper" in needed:
         whisper = WhisperScorer(script_args.whisper, device=device)
+        whisper.check_languages(languages)
     if "speaker_encoder" in needed:
         speaker_encoder = SpeakerEncoder.from_pretrained(script_args.speaker_encoder, device)
     group_size, offload = training_args.num_generations, script_args.offload_rewards

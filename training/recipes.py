@@ -401,8 +401,16 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         _check_machine(training_args, model_args)
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
         lora = model_args.use_peft or Path(model_args.model_name_or_path or "", "adapter_config.json").is_file()
-        if lora and not dtype_given and training_args.bf16:
-            model_args.dtype = "bfloat16"  # autocast would cast the frozen float32 weights anew for every code
+        # autocast would cast the frozen float32 weights anew for every code; vLLM does not sample under it
+        sampled_here = not getattr(training_args, "use_vllm", False)
+        if lora and not dtype_given and training_args.bf16 and sampled_here:
+            model_args.dtype = "bfloat16"
+        if lora and not sampled_here and model_args.dtype in ("bfloat16", "float16"):
+            raise InputError(
+                f"--dtype {model_args.dtype}: not for LoRA with --use_vllm. For vLLM the adapter is added to the base "
+                "weights and taken off again at every step, and in half precision that leaves them changed. Use "
+                "--dtype float32"
+            )
         check_ranges(script_args, SCRIPT_RANGES)
         check_ranges(model_args, LORA_RANGES)
         _check_evaluation(script_args, training_args)
@@ -517,6 +525,12 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
         raise InputError(
             "--use_transformers_continuous_batching: TRL rounds the weights themselves to half precision for it, and "
             "most of AdamW's steps are lost. Leave it out, or use --use_vllm true"
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and getattr(training_args, "precompute_ref_log_probs", False):
+        raise InputError(
+            "--precompute_ref_log_probs: not under FSDP, where TRL computes them before the reference is confined to "
+            "speech codes, and so over other tokens than the policy's. Leave it out, or use DDP"
         )
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")

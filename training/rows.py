@@ -128,12 +128,14 @@ class GRPORows:
         held_out: those of --eval_dataset, or None.
         longest: tokens of the longest prompt and completion together.
         epoch_steps: optimizer steps of one pass over the data set.
+        languages: of all rows.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset | None
     longest: int
     epoch_steps: int
+    languages: set[str]
 
 
 def grpo_dataset(
@@ -166,12 +168,14 @@ def grpo_dataset(
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * epoch_steps)
     training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
-    longest = max(max(rows[LENGTH_COLUMN]) for rows in (train, held_out) if rows is not None)
+    parts = [rows for rows in (train, held_out) if rows is not None]
+    longest = max(max(rows[LENGTH_COLUMN]) for rows in parts)
     return GRPORows(
         one_long_epoch(train.remove_columns(LENGTH_COLUMN), steps * per_step, training_args.seed),
         held_out and held_out.remove_columns(LENGTH_COLUMN),
         longest + training_args.max_completion_length,
         epoch_steps,
+        {language for rows in parts for language in rows.select_columns("language").unique("language")},
     )
 
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from common.cli import InputError, read_lines
+from common.cli import InputError, pick_device, read_lines
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -23,3 +23,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for name, why in (("latin.txt", "not UTF-8 text"), ("none.txt", "No such file")):
         with pytest.raises(InputError, match=rf"{name}: {why}"):
             read_lines(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_gpu_that_is_asked_for_is_the_current_one(device, current, monkeypatch):
+    """openai-whisper's Triton kernels run on the current GPU, and fail on tensors of another."""
+    chosen = []
+    monkeypatch.setattr("torch.empty", lambda *_, **__: None)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert pick_device(device) == device and chosen == current

@@ -114,12 +114,14 @@ def test_summed_errors_without_reference_words():
 
 
 def test_language_names():
-    assert [language_code(name) for name in ("en", "EN", "English", "Mandarin", "yue")] == [
+    assert [language_code(name) for name in ("en", "EN", "English", "Mandarin", "yue", "zh-CN", "sv_SE")] == [
         "en",
         "en",
         "en",
         "zh",
         "yue",
+        "zh",
+        "sv",
     ]
     with pytest.raises(InputError, match="Did you mean 'english'"):
         language_code("englisch")

@@ -280,6 +280,14 @@ def test_adapters_train_little(real_sizes):
     assert second.startswith("  policy 5.1") and len(second) <= 120
 
 
+def test_vllm_beside_the_policy_takes_its_share_of_the_gpu():
+    parts = {"policy": 5, "peak": 30}
+    args = SimpleNamespace(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3)
+    assert memory.with_vllm(parts, args, 40) == {"policy": 5, "peak": 42, "vLLM": 12}
+    args.vllm_mode = "server"
+    assert memory.with_vllm(parts, args, 40) == parts
+
+
 def test_a_speaker_encoder_takes_what_was_estimated():
     """Of the published width, with fewer layers: the first convolution decides."""
     encoder = SpeakerEncoder(WavLMForXVector(WavLMConfig(num_hidden_layers=1)), Wav2Vec2FeatureExtractor())

@@ -454,8 +454,6 @@ def create(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     set_up_logging("create_dataset")
-    # TF32 has 10 bits of mantissa, as float16: some codes would differ between GPUs, and from a CPU's.
-    torch.backends.cudnn.allow_tf32 = False
     with bad_input_exits():
         create(args)
 

@@ -38,7 +38,7 @@ from common.cli import (
 from common.resumable_file import write_json_lines
 from common.run_record import content_digest, short_digest
 from speech.adapters import parse_adapters
-from speech.audio import TooLongError, load_audio, save_audio
+from speech.audio import load_short_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
     DEFAULT_WHISPER,
@@ -56,14 +56,6 @@ from speech.transcript_file import TranscriptFile
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
 
 logger = logging.getLogger("inference")
-
-
-def load_short_audio(path: str, max_length: int) -> np.ndarray:
-    """A clip whose codes are at most `max_length` tokens; InputError for a longer one, of which no more is read."""
-    try:
-        return load_audio(path, max_duration_s=max_length / CODES_PER_SECOND)
-    except TooLongError as error:
-        raise InputError(f"{error}, or raise --max_length {max_length} as far as the model's context goes") from error
 
 
 # --- Text to speech ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from metrics.html_page import evenly_spaced
 from metrics.recognition_report import write_reports
 from metrics.result_files import open_results
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
-from speech.audio import load_audio
+from speech.audio import load_short_audio
 from speech.codec import SpeechCodec, decode_rollouts
 from speech.error_rate import ErrorRate, error_rate, normalize_text, sum_errors
 from speech.policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
@@ -53,19 +53,23 @@ class Clip:
         return len(self.codes) / CODES_PER_SECOND
 
 
-def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechCodec]) -> list[Clip]:
+def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechCodec], max_length: int) -> list[Clip]:
     """The clips of a dataset with codes, or with paths of audio.
 
     Args:
         language: of rows without one of their own.
         codec: called once if there are only recordings.
+        max_length: of a recording in codes, at most.
     Raises:
         InputError: no such dataset; no text, no codes and no audio; an unknown language.
     """
     rows = load_any_dataset(path, split)
     if "text" not in rows.column_names:
         raise InputError(f"--clips {path}: no column 'text' (got {', '.join(rows.column_names)}). Add the transcripts")
-    codes = list(rows["audio_codes"]) if "audio_codes" in rows.column_names else codec().encode(_recordings(rows, path))
+    if "audio_codes" in rows.column_names:
+        codes = list(rows["audio_codes"])
+    else:
+        codes = codec().encode(_recordings(rows, path, max_length))
     nothing = [None] * len(rows)
     ids, languages, keywords = (
         rows[name] if name in rows.column_names else nothing for name in ("id", "language", "keywords")
@@ -88,7 +92,7 @@ def check_clip(clip: Clip, where: str) -> None:
         raise InputError(f"{where}: the text has no word in it (got {clip.text!r}). Use '' for a clip without speech")
 
 
-def _recordings(rows, path: str) -> list[np.ndarray]:
+def _recordings(rows, path: str, max_length: int) -> list[np.ndarray]:
     names = [name for name in AUDIO_COLUMNS if name in rows.column_names]
     if not names:
         raise InputError(
@@ -96,7 +100,7 @@ def _recordings(rows, path: str) -> list[np.ndarray]:
             f"Use a dataset of create_dataset.py, or name the audio {' or '.join(AUDIO_COLUMNS)}"
         )
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return [load_audio(str(folder / name)) for name in rows[names[0]]]
+    return [load_short_audio(str(folder / name), max_length) for name in rows[names[0]]]
 
 
 def with_all_keywords(clips: list[Clip]) -> list[Clip]:
@@ -210,7 +214,7 @@ def summarize(row: dict, first: dict, long_s: float) -> dict:
 def load_clips(args: argparse.Namespace, models: dict[str, str], codec: Callable[[], SpeechCodec]) -> list[Clip]:
     """The clips of --clips, each with the keywords of all; InputError for codes that a model's tokenizer lacks."""
     model_tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
-    clips = with_all_keywords(read_clips(args.clips, args.split, args.language, codec))
+    clips = with_all_keywords(read_clips(args.clips, args.split, args.language, codec, args.max_length))
     for tokens in model_tokens:
         for clip in clips:
             tokens.ids(clip.codes)  # raises for the codes of another codec

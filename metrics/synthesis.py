@@ -35,7 +35,7 @@ from metrics.texts import Item, read_items, units_of
 from reward_models.token2text import Token2Text
 from reward_models.whisper import best_of_n
 from speech.adapters import Adapter, check_base, parse_adapters
-from speech.audio import load_audio
+from speech.audio import load_audio, load_short_audio
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 from speech.dnsmos import Dnsmos
 from speech.policy import (
@@ -172,7 +172,7 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
     speaker_encoder, voices = None, {}
     if args.speaker_encoder:
         speaker_encoder = SpeakerEncoder.from_pretrained(args.speaker_encoder, args.device)
-        voices = voices_of(speaker_encoder, items)
+        voices = voices_of(speaker_encoder, items, args.max_length)
     for tokens in checkpoint_tokens:
         check_codebook(codec, tokens)
         if token2text is not None:
@@ -194,7 +194,7 @@ def load_models(args: argparse.Namespace, models: dict[str, str], items: list[It
     )
 
 
-def voices_of(encoder: SpeakerEncoder, items: list[Item]) -> dict[str, np.ndarray]:
+def voices_of(encoder: SpeakerEncoder, items: list[Item], max_length: int) -> dict[str, np.ndarray]:
     """Speaker embedding of each voice prompt's recording, by its path; InputError if there is none, or none in it."""
     paths = sorted({item.ref_audio for item in items if item.ref_audio})
     if not paths:
@@ -202,19 +202,19 @@ def voices_of(encoder: SpeakerEncoder, items: list[Item]) -> dict[str, np.ndarra
             "--speaker_encoder: no text has a voice prompt to compare with. Add ref_audio and ref_text to --texts "
             "(.jsonl or .lst), or leave the flag out"
         )
-    voices = dict(zip(paths, encoder.embed([load_audio(path) for path in paths]), strict=True))
+    voices = dict(zip(paths, encoder.embed([load_short_audio(path, max_length) for path in paths]), strict=True))
     for path, embedding in voices.items():
         if np.isnan(embedding).any():
             raise InputError(f"{path}: silent, or shorter than the {MIN_SECONDS} s that --speaker_encoder needs")
     return voices
 
 
-def prompts_of(items: list[Item], codec: SpeechCodec) -> list[list[dict[str, str]]]:
+def prompts_of(items: list[Item], codec: SpeechCodec, max_length: int) -> list[list[dict[str, str]]]:
     """The prompts; the audio of each voice prompt is encoded once."""
     paths = sorted({item.ref_audio for item in items if item.ref_audio})
     codes = {}
     for path in tqdm(paths, desc="voice prompts", disable=None if paths else True):
-        [codes[path]] = codec.encode([load_audio(path)])
+        [codes[path]] = codec.encode([load_short_audio(path, max_length)])
     return [tts_prompt(item.text, item.ref_text, codes.get(item.ref_audio)) for item in items]
 
 
@@ -408,7 +408,7 @@ def evaluate(args: argparse.Namespace, checkpoints: dict[str, str]) -> dict:
         results = open_results(folder, vars(args), digests_of(args, checkpoints, texts), args.overwrite)
         sounds = read_sounds(folder) if results["rows"] else {}
         models = load_models(args, checkpoints, texts.items + texts.references)
-        prompts = prompts_of(texts.items, models.codec)
+        prompts = prompts_of(texts.items, models.codec, args.max_length)
     rows = results.pop("rows")
     results |= {"units": texts.units, "asr_roles": models.asr_roles, "models": checkpoints}
     results["word_timer"] = word_timer(models.evaluation_asrs)

@@ -10,7 +10,7 @@ import soundfile
 import soxr
 
 from common.cli import InputError
-from speech.tokens import SAMPLE_RATE
+from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE
 
 SILENCE_DBFS = -60.0  # RMS about the mean; speech lies near -25, 16-bit rounding noise near -101
 FRAME = SAMPLE_RATE // 50  # 20 ms: the step at which a pause is sought
@@ -74,6 +74,14 @@ def load_audio(path_or_bytes: str | os.PathLike | bytes, max_duration_s: float =
         duration_s = max(len(wav) / SAMPLE_RATE, declared / sample_rate)
         raise TooLongError(f"{name}: {duration_s:.2f} s is over {max_duration_s:g} s. Use a shorter recording")
     return wav.astype(np.float32)
+
+
+def load_short_audio(path: str, max_length: int) -> np.ndarray:
+    """A clip whose codes are at most `max_length` tokens; InputError for a longer one, of which no more is read."""
+    try:
+        return load_audio(path, max_duration_s=max_length / CODES_PER_SECOND)
+    except TooLongError as error:
+        raise InputError(f"{error}, or raise --max_length {max_length} as far as the model's context goes") from error
 
 
 def _declares_length(path_or_bytes: str | os.PathLike | bytes) -> bool:

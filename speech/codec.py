@@ -5,7 +5,9 @@ The model is transformers' native `Xcodec2Model`. Two checkpoint layouts are rea
 package (`HKUSTAudio/xcodec2`), whose weights are renamed onto the native model.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +73,20 @@ def _feature_extractor() -> SeamlessM4TFeatureExtractor:
     return SeamlessM4TFeatureExtractor()
 
 
+@contextlib.contextmanager
+def float32_convolutions() -> Iterator[None]:
+    """Convolutions in float32 on a GPU too, where PyTorch's default is TF32.
+
+    That has 10 bits of mantissa, as float16: some codes would differ between GPUs, and from a CPU's.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class SpeechCodec:
     """XCodec2 with ragged lists in and out, in the caller's order.
 
@@ -129,6 +145,7 @@ class SpeechCodec:
         """
         return self.encode_inputs([encoder_inputs(wav, f"wavs[{index}]") for index, wav in enumerate(wavs)])
 
+    @float32_convolutions()
     @torch.inference_mode()
     def encode_inputs(self, clips: list[EncoderInputs]) -> list[list[int]]:
         """As `encode`, for clips whose inputs were computed before, e.g. in another process.

@@ -21,6 +21,7 @@ import pytest
 import soundfile
 import torch
 from fake_codec import build_native
+from transformers import Xcodec2Model
 
 import create_dataset
 from common import dataset_io
@@ -81,8 +82,15 @@ def create(codec_dir: str, dataset: Path | str, output_dir: Path, *more: str) ->
 def test_convolutions_are_computed_in_float32_on_a_gpu_too(codec_dir, clips, tmp_path, monkeypatch):
     """TF32, PyTorch's default there, has the mantissa of float16: codes would differ from GPU to GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    encode, seen = Xcodec2Model.encode, []
+
+    def recorded(model, *inputs):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return encode(model, *inputs)
+
+    monkeypatch.setattr(Xcodec2Model, "encode", recorded)
     create(codec_dir, clips / "clips.csv", tmp_path / "out")
-    assert torch.backends.cudnn.allow_tf32 is False
+    assert seen and not any(seen) and torch.backends.cudnn.allow_tf32
 
 
 def refusal(caplog, *args: str) -> str:

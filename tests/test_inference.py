@@ -116,6 +116,9 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
         def __init__(self, whisper, device):
             assert whisper == "the-whisper"
 
+        def check_languages(self, languages):
+            assert languages == ["en"]
+
         def score(self, wavs, texts, languages):
             assert texts == ["hello"] * 6 and languages == ["en"] * 6
             return [Score("", 1 / len(wav), 0.5, 1, 1) for wav in wavs]  # the longest is the best

@@ -74,11 +74,11 @@ def test_a_keyword_of_another_clip_counts_against_precision():
 
 def test_clips_may_be_recordings(recordings, tmp_path):
     codec = SpeechCodec.from_pretrained("tiny/codec")
-    clips = read_clips(recordings, "train", "en", lambda: codec)
+    clips = read_clips(recordings, "train", "en", lambda: codec, 2048)
     assert len(clips) == 24 and clips[0].codes and clips[0].id == "heldout_057"
     (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
     with pytest.raises(ValueError, match="neither audio_codes nor audio"):
-        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec)
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec, 2048)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_clips_may_be_recordings(recordings, tmp_path):
 def test_bad_clips_are_named(row, message, tmp_path):
     (tmp_path / "m.jsonl").write_text(row + "\n")
     with pytest.raises(ValueError, match=message):
-        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: pytest.fail("encoded"))
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: pytest.fail("encoded"), 2048)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_one_model_transcribes_and_then_synthesizes(recordings):
     """tiny/llasa_asr is a multitask model: ASR, and TTS again after that."""
     policy = Policy.from_pretrained(MULTITASK_MODEL, task="asr")
     codec = SpeechCodec.from_pretrained("tiny/codec")
-    clips = read_clips(recordings, "train", "en", lambda: codec)
+    clips = read_clips(recordings, "train", "en", lambda: codec, 2048)
     transcripts = policy.transcribe([asr_prompt(one.codes) for one in clips], batch_size=48, max_completion_length=40)
     row = row_of(list(zip(clips, transcripts, strict=True)))
     assert summarize(row, row, long_s=3.0)["all"]["wer"] <= 0.10  # clean recordings

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from fake_policy import ToneCodec
 
 import evaluation
+from common.cli import InputError
 from metrics.synthesis import EvaluationTexts, digests_of, prompts_of, resynthesize
 from metrics.texts import Item
 from speech.audio import save_audio
@@ -48,13 +50,15 @@ def test_each_voice_prompt_is_encoded_once(tmp_path):
         Item("4", "Four.", "en", str(tmp_path / "a.wav"), "Ref."),
     ]
     codec = CountingCodec()
-    assert prompts_of(items, codec) == [
+    assert prompts_of(items, codec, max_length=8) == [
         tts_prompt("One.", "Ref.", [5]),
         tts_prompt("Two."),
         tts_prompt("Three.", "Other.", [7]),
         tts_prompt("Four.", "Ref.", [5]),
     ]
     assert codec.num_encoded == 2
+    with pytest.raises(InputError, match="b.wav.*raise --max_length 6"):
+        prompts_of(items, codec, max_length=6)
 
 
 def test_resynthesis_has_the_codes_of_the_recordings():

@@ -5,7 +5,8 @@
     python inference.py --task asr --model_name_or_path llasa-asr --audio a.wav b.flac --output transcripts.jsonl
 
 The seed is set once, before sampling: the same command writes the same clips on the same machine; another --batch_size
-samples other ones. Exit codes: 0 something was written; 1 nothing could be written; 2 the input was wrong.
+samples other ones. Clips are written batch by batch, and an interrupted run keeps those. Exit codes: 0 something was
+written; 1 nothing could be written; 2 the input was wrong.
 
 Differs from Llasa's model card: sampling is confined to speech codes and END, or to text and END (the distribution
 that training used), and the codes of the voice prompt are never decoded, so the wav starts with the new text.
@@ -14,6 +15,7 @@ that training used), and the codes of the voice prompt are never decoded, so the
 import argparse
 import logging
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -108,9 +110,9 @@ def check_no_folders(paths: list[Path]) -> None:
 
 def write_clips(
     paths: list[Path], texts: list[str], samples: list[Sample], wavs: list[np.ndarray], voice_prompt: dict
-) -> list[dict]:
+) -> dict[Path, dict]:
     """Write every clip with samples, warn of truncated and empty ones; a row for the list of clips of each written."""
-    written = []
+    written = {}
     for path, text, sample, wav in zip(paths, texts, samples, wavs, strict=True):
         if not len(wav):
             logger.warning("%s: empty, not written: the rollout has no speech codes: %r", path, text)
@@ -120,8 +122,18 @@ def write_clips(
         save_audio(path, wav)
         logger.info("%s  %.2f s  %r", path, len(sample.codes) / CODES_PER_SECOND, text)
         row = {"text": text, "audio": path.name, "codes": sample.codes, "truncated": sample.truncated}
-        written.append(row | voice_prompt)
+        written[path] = row | voice_prompt
     return written
+
+
+def whole_texts(batch: Iterable[int], rollouts: dict[int, Sample], size: int) -> list[int]:
+    """The texts, by number, of which a batch had the last of `size` rollouts that were missing.
+
+    >>> whole_texts([1, 3, 4], dict.fromkeys([0, 1, 3, 4]), size=2)
+    [0]
+    """
+    numbers = sorted({i // size for i in batch})
+    return [number for number in numbers if all(number * size + k in rollouts for k in range(size))]
 
 
 def write_list(path: Path, rows: list[dict]) -> None:
@@ -168,7 +180,9 @@ def synthesize(args: argparse.Namespace) -> None:
 
     set_seed(args.seed)
     rollouts_per_text = args.num_samples * args.best_of
-    samples = policy.sample(
+    voice_prompt = {} if ref_codes is None else {"ref_text": args.ref_text, "ref_codes": ref_codes}
+    rollouts, written = {}, {}
+    batches = policy.samples_by_batch(
         [prompt for prompt in prompts for _ in range(rollouts_per_text)],
         temperature=args.temperature,
         top_p=args.top_p,
@@ -176,21 +190,27 @@ def synthesize(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         progress="sampling",
     )
-    wavs = decode_rollouts(codec, [sample.codes for sample in samples])
-    if scorer is not None:
-        rollout_texts = [text for text in texts for _ in range(rollouts_per_text)]
-        languages = [args.language] * len(rollout_texts)
-        parameters = reward_parameters(args.model_name_or_path)
-        best = best_of_n(scorer, samples, wavs, rollout_texts, languages, args.best_of, **parameters)
-        samples, wavs = [samples[i] for i in best], [wavs[i] for i in best]
-    clip_texts = [text for text in texts for _ in range(args.num_samples)]
-    voice_prompt = {} if ref_codes is None else {"ref_text": args.ref_text, "ref_codes": ref_codes}
-    rows = write_clips(paths, clip_texts, samples, wavs, voice_prompt)
-    if not rows:
+    for batch in batches:  # written as they come: an interrupted run keeps what it has made
+        rollouts |= batch
+        numbers = whole_texts(batch, rollouts, rollouts_per_text)
+        if not numbers:
+            continue
+        samples = [rollouts.pop(n * rollouts_per_text + k) for n in numbers for k in range(rollouts_per_text)]
+        wavs = decode_rollouts(codec, [sample.codes for sample in samples])
+        if scorer is not None:
+            rollout_texts = [texts[n] for n in numbers for _ in range(rollouts_per_text)]
+            languages = [args.language] * len(rollout_texts)
+            parameters = reward_parameters(args.model_name_or_path)
+            best = best_of_n(scorer, samples, wavs, rollout_texts, languages, args.best_of, **parameters)
+            samples, wavs = [samples[i] for i in best], [wavs[i] for i in best]
+        clip_texts = [texts[n] for n in numbers for _ in range(args.num_samples)]
+        clip_paths = [paths[n * args.num_samples + k] for n in numbers for k in range(args.num_samples)]
+        written |= write_clips(clip_paths, clip_texts, samples, wavs, voice_prompt)
+    if not written:
         logger.error("nothing was written: no rollout has speech codes")
         sys.exit(1)
     if len(paths) > 1:
-        write_list(list_path(args.output or "sample.wav"), rows)
+        write_list(list_path(args.output or "sample.wav"), [written[path] for path in paths if path in written])
 
 
 # --- Speech to text ---------------------------------------------------------------------------------------

@@ -120,8 +120,17 @@ class Policy:
 
     def sample(self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options) -> list[Sample]:
         """One TTS rollout per prompt of `tts_prompt`; arguments and errors as for `answer`."""
+        batches = self.samples_by_batch(prompts, temperature=temperature, **options)
+        samples = {i: sample for batch in batches for i, sample in batch.items()}
+        return [samples[i] for i in range(len(prompts))]
+
+    def samples_by_batch(
+        self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options
+    ) -> Iterator[dict[int, Sample]]:
+        """As `sample`, by the index of the prompt, one batch after the other; arguments of `answers_by_batch`."""
         assert self.task == "tts", "call turn_to('tts') first"
-        return [Sample(*self.tokens.codes(ids)) for ids in self.answer(prompts, temperature=temperature, **options)]
+        for batch in self.answers_by_batch(prompts, temperature=temperature, **options):
+            yield {i: Sample(*self.tokens.codes(ids)) for i, ids in batch.items()}
 
     def transcribe(
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options

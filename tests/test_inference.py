@@ -1,5 +1,6 @@
 """inference.py: which files it writes, best-of-N, transcripts, and the exit code of each bad input."""
 
+import doctest
 import io
 import json
 import logging
@@ -100,9 +101,9 @@ def test_voice_prompt_reaches_the_policy_and_not_the_wav(policy_path, codec, tmp
 
     def sample(self, prompts, **_):
         seen.extend(prompts)
-        return [Sample([7, 8], False)]
+        yield {0: Sample([7, 8], False)}
 
-    monkeypatch.setattr(Policy, "sample", sample)
+    monkeypatch.setattr(Policy, "samples_by_batch", sample)
     options = ("--ref_audio", tmp_path / "ref.wav", "--ref_text", "say this")
     run(policy_path, *options, "--output", tmp_path / "a.wav")
     assert seen == [tts_prompt("hello", "say this", [1, 2, 3])]
@@ -124,10 +125,24 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
             return [Score("", 1 / len(wav), 0.5, 1, 1) for wav in wavs]  # the longest is the best
 
     monkeypatch.setattr(whisper_scorer, "WhisperScorer", Scorer)
-    monkeypatch.setattr(Policy, "sample", lambda self, prompts, **_: [Sample([1] * n, False) for n in lengths])
+    rollouts = {i: Sample([1] * n, False) for i, n in enumerate(lengths)}
+    batches = [{i: rollouts[i] for i in batch} for batch in ([4, 0, 1], [2, 5, 3])]  # in any order
+    monkeypatch.setattr(Policy, "samples_by_batch", lambda self, prompts, **_: iter(batches))
     run(policy_path, "--num_samples", 2, "--best_of", 3, "--output", tmp_path / "a.wav")
     assert len(load_audio(tmp_path / "a_000_0.wav")) == 9 * 320
     assert len(load_audio(tmp_path / "a_000_1.wav")) == 6 * 320
+
+
+def test_an_interrupted_run_keeps_the_clips_of_whole_texts(policy_path, codec, tmp_path, monkeypatch):
+    def interrupted(self, prompts, **_):
+        yield {0: Sample([1], False), 3: Sample([3, 3, 3], False), 1: Sample([1, 1], False)}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Policy, "samples_by_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(policy_path, "--text", "one", "--num_samples", 2, "--output", tmp_path / "a.wav", text="two")
+    assert {path.name for path in tmp_path.iterdir()} == {"a_000_0.wav", "a_000_1.wav"}
+    assert doctest.testmod(inference).attempted == 1 and doctest.testmod(inference).failed == 0
 
 
 def test_best_of_n_ranks_failed_rollouts_last():
@@ -141,8 +156,8 @@ def test_best_of_n_ranks_failed_rollouts_last():
 
 
 def test_a_truncated_clip_is_reported_and_an_empty_one_not_written(policy_path, codec, tmp_path, monkeypatch, caplog):
-    samples = [Sample([1, 2], True), Sample([], False)]
-    monkeypatch.setattr(Policy, "sample", lambda self, prompts, **_: samples)
+    samples = {0: Sample([1, 2], True), 1: Sample([], False)}
+    monkeypatch.setattr(Policy, "samples_by_batch", lambda self, prompts, **_: iter([samples]))
     run(policy_path, "--num_samples", 2, "--output", tmp_path / "a.wav")
     assert "truncated before END" in caplog.text and "empty, not written" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"a_000_0.wav", "a.jsonl"}
@@ -151,7 +166,7 @@ def test_a_truncated_clip_is_reported_and_an_empty_one_not_written(policy_path, 
 
 
 def test_nothing_written_exits_1(policy_path, codec, tmp_path, monkeypatch):
-    monkeypatch.setattr(Policy, "sample", lambda self, prompts, **_: [Sample([], False)])
+    monkeypatch.setattr(Policy, "samples_by_batch", lambda self, prompts, **_: iter([{0: Sample([], False)}]))
     with pytest.raises(SystemExit) as exit:
         run(policy_path, "--output", tmp_path / "a.wav")
     assert exit.value.code == 1

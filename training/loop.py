@@ -138,7 +138,7 @@ def load_checkpoint(path: Path, stateful: dict, rng: np.random.Generator) -> tup
         part.load_state_dict(checkpoint["stateful"][name])
     rng.bit_generator.state = checkpoint["numpy"]
     torch.set_rng_state(checkpoint["torch"])
-    torch.cuda.set_rng_state_all(checkpoint["cuda"])
+    torch.cuda.set_rng_state_all(checkpoint["cuda"][: torch.cuda.device_count()])  # fewer GPUs may be seen by now
     return checkpoint["progress"]
 
 

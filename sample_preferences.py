@@ -9,8 +9,9 @@ The two commands again, from llasa-dpo and with another --seed, are the next rou
 The score of a rollout is the weighted sum of the rewards of --reward_config, each as it is, as in GRPO without
 --multi_objective_aggregation normalize_then_sum. They read the columns that they read there: voice prompts, patterns of
 pauses. Rollouts without an END or without codes are in no pair: as a pair's clip they would get an END that they never
-had. A text whose best and worst differ by less than --min_margin gives no pair. A reward that does not concern a text,
-such as that of emphasis where no word is marked, counts nothing there.
+had. With --max_wer so are those that Whisper understands worse: what is left differs in how it is said. A text whose
+best and worst differ by less than --min_margin gives no pair. A reward that does not concern a text, such as that of
+emphasis where no word is marked, counts nothing there.
 
 An interrupted run is resumed by the same command; batches of texts have random numbers of their own, so the file is
 the same to the last byte. Exit codes: 0 pairs were written; 1 there are none; 2 the input was wrong.
@@ -157,8 +158,12 @@ def make_pairs(
 
 def load_rewards(
     args: argparse.Namespace, config: dict, rows: list[dict], policy, device: str
-) -> tuple[list, list[float]]:
-    """The reward functions of a config and their weights, with the models that they score with."""
+) -> tuple[list, list[float], object]:
+    """The reward functions of a config, their weights, and the `SpeechRolloutScorer` that they score with.
+
+    Raises:
+        InputError: an unusable model, or --max_wer where no reward transcribes the rollouts.
+    """
     from reward_models import build_rewards
     from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
     from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
@@ -176,7 +181,9 @@ def load_rewards(
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
     languages = {row["rewarded"]["language"] for row in rows}
     scorer = load_rollout_scorer(models, sampling, config, languages, policy.tokenizer, policy.tokens)
-    return build_rewards(config, scorer)
+    if args.max_wer is not None and scorer.whisper is None:
+        raise InputError(f"--max_wer: no reward of {args.reward_config} transcribes the rollouts. Add whisper to it")
+    return *build_rewards(config, scorer), scorer
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -188,6 +195,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError("--temperature: must be above 0, or all rollouts of a text are the same (got 0)")
     if not 0 <= args.min_margin < math.inf:
         raise InputError(f"--min_margin: must be finite and >= 0 (got {args.min_margin})")
+    if args.max_wer is not None and not args.max_wer >= 0:
+        raise InputError(f"--max_wer: must be >= 0 (got {args.max_wer})")
     check_seed(args.seed)
     check_pairs_file(args.output)
 
@@ -220,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
             return
         policy = Policy.from_pretrained(args.model_name_or_path, device)
         policy.encode([row["prompt"] for row in rows], args.max_length)  # raises for a text too long
-        reward_functions, weights = load_rewards(args, config, rows, policy, device)
+        reward_functions, weights, scorer = load_rewards(args, config, rows, policy, device)
 
     done = output.finished_batches()
     step = max(1, args.batch_size // args.num_samples)
@@ -240,6 +249,9 @@ def main(args: argparse.Namespace) -> None:
         )
         columns = {name: [row["rewarded"][name] for row in rollout_rows] for name in rows[0]["rewarded"]}
         scores = weighted_scores(reward_functions, weights, {"completion_ids": completions, **columns})
+        if args.max_wer is not None:
+            wers = np.array([score.wer for score in scorer.rollouts.scores])
+            scores = np.where(wers <= args.max_wer, scores, np.nan)
         pairs, outcomes = make_pairs(batch, completions, scores, tokens, args.min_margin, args.reward_config)
         done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_of_known(scores.tolist())})
         output.add_batch(done[-1])
@@ -248,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
     outcomes = sum((Counter(batch["outcomes"]) for batch in done), Counter())
     logger.info(
         "%d texts × %d rollouts, mean score %.3f: %d pairs; left out: %d texts with a margin below %g, %d with fewer "
-        "than two rollouts that end, have codes and earn a reward",
+        "than two rollouts that end, have codes, earn a reward and are understood",
         *(len(rows), args.num_samples, mean_of_known([batch["mean_score"] for batch in done]), len(pairs)),
         *(outcomes["too_close"], args.min_margin, outcomes["too_few"]),
     )
@@ -271,6 +283,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reward_config", default="reward_models/whisper.json", help="JSON file of rewards and weights")
     add("--num_samples", type=int, default=8, help="number of rollouts of each text")
     add("--min_margin", type=float, default=0.1, help="least difference of the scores of a pair")
+    help = "only rollouts of at most this WER are in pairs; 0: only melody and sound can differ (default: all)"
+    add("--max_wer", type=float, help=help)
     add("--temperature", type=float, default=1.0, help="sampling temperature")
     add(
         "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,12 +74,30 @@ def test_rewards_get_the_columns_that_they_get_in_grpo(inputs, tmp_path, monkeyp
         calls.append(columns)
         return [float(len(ids)) for ids in completion_ids]
 
-    monkeypatch.setattr(sample_preferences, "load_rewards", lambda *_: ([reward], [1.0]))
+    monkeypatch.setattr(sample_preferences, "load_rewards", lambda *_: ([reward], [1.0], None))
     run(inputs, tmp_path / "pairs.jsonl")
     first = calls[0]  # two texts of four rollouts
     assert first["text"] == [TEXTS[0]] * 4 + [TEXTS[1]] * 4 and first["language"] == ["en"] * 8
     assert first["ref_codes"] == [[1, 2, 3]] * 4 + [[]] * 4 and first["ref_text"] == ["Go."] * 4 + [""] * 4
     assert first["pauses"] == [[]] * 4 + [rows[1]["pauses"]] * 4
+
+
+def test_only_rollouts_that_are_understood(inputs, tmp_path, monkeypatch, caplog):
+    """Of four rollouts of a text Whisper understands the first two; the third would be the best, the last the worst."""
+    wers = [0.0, 0.2, 0.3, 1.0]
+
+    def reward(completion_ids, **columns):
+        return [1.0, 2.0, 3.0, 0.0] * (len(completion_ids) // 4)
+
+    scores = [SimpleNamespace(wer=wer) for wer in wers * 2]
+    scorer = SimpleNamespace(rollouts=SimpleNamespace(scores=scores))
+    monkeypatch.setattr(sample_preferences, "load_rewards", lambda *_: ([reward], [1.0], scorer))
+    pairs = run([*inputs, "--max_wer", "0.2"], tmp_path / "understood.jsonl")
+    assert pairs and {(pair["chosen_score"], pair["rejected_score"]) for pair in pairs} == {(2.0, 1.0)}
+    monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        run([*inputs, "--max_wer", "0"], tmp_path / "refused.jsonl")
+    assert "--max_wer: no reward of" in caplog.text and "Add whisper to it" in caplog.text
 
 
 def test_a_reward_of_the_voice_wants_voice_prompts(inputs, tmp_path, caplog):

@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	then echo faster-whisper:$(WHISPER) > $(VENV)/held-out-asr; \
 	else echo pocketsphinx > $(VENV)/held-out-asr; \
 	  echo "OpenAI's Whisper cannot be had here ($(VENV)/whisper.log): the held-out ASR is pocketsphinx"; fi
-	@echo "GRPO of tiny/llasa for words and melody, then 120 held-out texts before and after: some 18 minutes on two cores"
+	@echo "GRPO of tiny/llasa for words and melody, then 120 held-out texts before and after: some 20 minutes on two cores"
 	@$(PYTHON) train.py --config configs/tiny_expressive.yaml --output_dir $(DEMO)/grpo --resume_from_checkpoint true
 	@$(PYTHON) evaluation.py --models before=tiny/llasa after=$(DEMO)/grpo \
 	  --texts tiny/texts/heldout.txt --max_length 240 --temperature 1.0 --seeds 0 1 2 --num_players 10 \

@@ -289,7 +289,9 @@ def assemble(chunks: list[Chunk], columns: dict[str, str], partial: Path, args: 
     else:
         dataset.to_parquet(output_dir / f"{split}.parquet")
     hours = pc.sum(dataset.data["duration_s"]).as_py() / 3600
-    logger.info("kept %d, %.2f hours; %s", len(dataset), hours, summary)
+    without_speech = pc.sum(pc.equal(dataset.data["text"], "")).as_py()
+    kept = f"{len(dataset)} ({without_speech} without speech)" if without_speech else len(dataset)
+    logger.info("kept %s, %.2f hours; %s", kept, hours, summary)
     return dataset
 
 
@@ -490,7 +492,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--merge", action="store_true", help="encode nothing, join the finished shards")
     add("--max_duration_s", type=float, default=MAX_DURATION_S, help="skip longer clips; Whisper's window is 30 s")
     add("--min_duration_s", type=float, default=MIN_DURATION_S, help="skip shorter clips, which are clicks, not words")
-    help = "keep rows with an empty text: noise or silence, on which --task asr is to say nothing (docs/asr.md)"
+    help = "keep rows without text: noise or silence, on which --task asr is to say nothing (docs/asr.md)"
     add("--keep_non_speech", action="store_true", help=help)
     add("--strict", action="store_true", help="stop with an error at the first clip that would be skipped")
     return parse_strictly(parser, argv)

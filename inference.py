@@ -5,8 +5,8 @@
     python inference.py --task asr --model_name_or_path llasa-asr --audio a.wav b.flac --output transcripts.jsonl
 
 The seed is set once, before sampling: the same command writes the same clips on the same machine; another --batch_size
-samples other ones. Clips are written batch by batch, and an interrupted run keeps those. Exit codes: 0 something was
-written; 1 nothing could be written; 2 the input was wrong.
+samples other ones. Clips are written batch by batch, and an interrupted run keeps those, without the list. Exit codes:
+0 something was written; 1 nothing could be written; 2 the input was wrong.
 
 Differs from Llasa's model card: sampling is confined to speech codes and END, or to text and END (the distribution
 that training used), and the codes of the voice prompt are never decoded, so the wav starts with the new text.
@@ -178,6 +178,7 @@ def synthesize(args: argparse.Namespace) -> None:
             scorer = WhisperScorer(whisper, device)
             scorer.check_languages([args.language])
 
+    list_path(args.output or "sample.wav").unlink(missing_ok=True)  # of other clips of these names
     set_seed(args.seed)
     rollouts_per_text = args.num_samples * args.best_of
     voice_prompt = {} if ref_codes is None else {"ref_text": args.ref_text, "ref_codes": ref_codes}

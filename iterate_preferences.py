@@ -185,7 +185,7 @@ def run_process(script: str, flags: list[str]) -> int:
     """In a process of its own: its models leave the GPU with it."""
     environment = dict(os.environ)
     if script == "train.py":  # TRL trains on one of several GPUs only where it sees no other
-        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return subprocess.run([sys.executable, str(ROOT / script), *flags], env=environment).returncode
 
 

@@ -88,8 +88,12 @@ def short_digest(items: Iterable) -> str:
 
 
 def changed_settings(earlier: dict, now: dict) -> str:
-    """The settings in which two runs differ, for an error message; "" if in none."""
-    names = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+    """The settings in which two runs differ, for an error message; "" if in none.
+
+    One that the earlier run does not record, as of a version without it, counts as switched off.
+    """
+    names = [name for name in earlier if earlier[name] != now.get(name)]
+    names += [name for name in now if name not in earlier and now[name]]
     return ", ".join(f"{name} ({earlier.get(name)!r:.80}, now {now.get(name)!r:.80})" for name in names)
 
 

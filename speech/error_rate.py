@@ -22,10 +22,16 @@ CHINESE = frozenset({"zh", "yue"})
 
 
 def language_code(language: str) -> str:
-    """Whisper's code of a language: 'en', 'EN', 'en-US' and 'English' are 'en'; InputError for what Whisper has not."""
-    name = language.lower()
-    if name not in TO_LANGUAGE_CODE:
-        name = re.split("[-_]", name)[0]  # without the region
+    """Whisper's code of a language: 'en', 'EN', 'en-US' and 'English' are 'en'.
+
+    Raises:
+        InputError: a language that Whisper does not know.
+    """
+    name = language.lower().replace("_", "-")
+    if name in ("zh-hk", "zh-yue"):
+        name = "yue"  # Cantonese, as in Common Voice
+    elif re.fullmatch("[a-z]{2,3}-([a-z]{4}-)?([a-z]{2}|[0-9]{3})", name):
+        name = name.split("-")[0]  # without script and region
     if name in LANGUAGES:
         return name
     if name in TO_LANGUAGE_CODE:

@@ -81,7 +81,9 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
         if value is None:
             continue
         if not value.strip():
-            raise InputError(f"{name} is empty ({value!r}). Use a text with at least one word")
+            raise InputError(
+                f"{name} is empty ({value!r}). Use a text with at least one word; clips without speech are for ASR"
+            )
         if re.search(r"<\|[^|]*\|>", value):
             raise InputError(f"{name} holds a control token: {value!r}. Use plain text without <|…|>")
     content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{transcript}{TEXT_UNDERSTANDING_END}"

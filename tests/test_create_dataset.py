@@ -239,14 +239,16 @@ def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
     assert summary.startswith("kept 3, 0.00 hours; skipped 13, control_token 1, empty_text 1, silent 2, too_long 1, ")
 
 
-def test_noise_and_silence_are_kept_where_they_are_asked_for(codec_dir, clips, tmp_path):
+def test_noise_and_silence_are_kept_where_they_are_asked_for(codec_dir, clips, tmp_path, caplog):
     """For ASR, whose rows without speech have an empty text; a clip that has a text is not kept if it is silent."""
+    caplog.set_level(logging.INFO)
     source, rows = with_bad_clips(clips)
     soundfile.write(clips / "still.wav", np.zeros(8_000, np.float32), SAMPLE_RATE)
     with source.open("a") as file:
         file.write("\nstill.wav,,,,idx,")
     dataset = create(codec_dir, source, tmp_path / "out", "--max_duration_s=1.5", "--keep_non_speech")
     assert dataset["text"][:] == ["text 0", "text 1", "text 2", "", ""] and all(dataset["audio_codes"][:])
+    assert caplog.records[-1].getMessage().startswith("kept 5 (2 without speech), 0.00 hours; skipped 12")
     reasons = [reason for *_, reason in rows if reason != "empty_text"]
     assert [skip["reason"] for skip in skips(tmp_path / "out")] == reasons
 

@@ -111,14 +111,14 @@ def test_voice_prompt_reaches_the_policy_and_not_the_wav(policy_path, codec, tmp
 
 
 def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tmp_path, monkeypatch):
-    lengths = [3, 9, 5, 4, 2, 6]
+    lengths, checked = [3, 9, 5, 4, 2, 6], []
 
     class Scorer:
         def __init__(self, whisper, device):
             assert whisper == "the-whisper"
 
         def check_languages(self, languages):
-            assert languages == ["en"]
+            checked.extend(languages)
 
         def score(self, wavs, texts, languages):
             assert texts == ["hello"] * 6 and languages == ["en"] * 6
@@ -131,6 +131,7 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
     run(policy_path, "--num_samples", 2, "--best_of", 3, "--output", tmp_path / "a.wav")
     assert len(load_audio(tmp_path / "a_000_0.wav")) == 9 * 320
     assert len(load_audio(tmp_path / "a_000_1.wav")) == 6 * 320
+    assert checked == ["en"]
 
 
 def test_an_interrupted_run_keeps_the_clips_of_whole_texts(policy_path, codec, tmp_path, monkeypatch):

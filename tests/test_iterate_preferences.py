@@ -226,7 +226,7 @@ def test_the_scripts_are_run_as_processes(capfd):
     assert "judge_preferences.py: error:" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("3", "3")])
+@pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("3,4", "3")])
 def test_training_sees_one_gpu(own, seen, monkeypatch):
     """TRL refuses several without accelerate launch, after hours of sampling."""
     if own is None:

@@ -173,6 +173,7 @@ def test_another_policys_checkpoint_is_refused(tmp_path, capsys, caplog):
     checkpoint, tokenizer = tmp_path / "checkpoint-1", new_tokenizer(["Anna found two boxes."], num_codes=64)
     new_model(tokenizer, seed=0).save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "optimizer.pt").write_bytes(b"")
     message = refused(capsys, caplog, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
     assert (
         f"{checkpoint}: is of another model: model.embed_tokens.weight has shape [{len(tokenizer)}, 192] there"
@@ -269,6 +270,7 @@ def test_a_run_goes_on_with_its_settings_or_not_at_all(tmp_path, caplog):
     assert record["resumed_from"] == str(tmp_path / "checkpoint-1") and record["resumed_run"] == first
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    caplog.clear()
     with pytest.raises(SystemExit):
         train.main(train.parse_args([*resume, "--max_steps", "3"]))
     assert "checkpoint-2: has no optimizer (was it saved with --save_only_model?)" in caplog.text

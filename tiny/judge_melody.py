@@ -9,7 +9,7 @@ words, and no reward uses it. Both compare an end with most of the clip. Of the 
 questions and 35 of 36 emphasised words, and of the same clips before they got their melody 0 of 36 and 2 of 36. It
 judges the clips that are on the page, those of the first seed, which sounds.npz has, so give evaluation.py as many
 players as there are texts. More samplings of a policy are evaluations of their own, with other --seeds: rows of the
-same name, model and temperature are one row here. The times of words are those of the evaluation.
+same name, model, temperature and texts are one row here. The times of words are those of the evaluation.
 """
 
 import argparse
@@ -126,21 +126,23 @@ def clips_on_page(folder: Path) -> list[tuple[dict, Clips]]:
 
 
 def sampled_rows(folders: list[Path]) -> list[SampledRow]:
-    """The rows of evaluations; those of the same name, model and temperature are samplings of one policy.
+    """The rows of evaluations; those of one name, model, temperature and texts are samplings of one policy.
+
+    A sampling that has been there, and the rows of recordings, which are no samplings, are taken once.
 
     Raises:
-        InputError: as `clips_on_page`; one sampling twice, with which the rest would count for less.
+        InputError: as `clips_on_page`.
     """
     rows, seen = {}, set()
     for folder in folders:
         for row, clips in clips_on_page(folder):
-            policy, seed = (row["name"], row["model"], row["temperature"]), row["seeds"][0]
-            if (policy, seed) in seen:
-                raise InputError(
-                    f"{folder}: row {row['name']} is sampled with --seeds {seed}, as in an evaluation before it. "
-                    "Give each sampling once"
-                )
-            seen.add((policy, seed))
+            texts = tuple(sorted(clip["text"] for clip, _ in clips))
+            policy = (row["name"], row["model"], row["temperature"], texts)
+            sampling = (policy, row["seeds"][0])
+            if sampling in seen:
+                logger.warning("%s: row %s with --seeds %s was there before", folder, row["name"], row["seeds"][0])
+                continue
+            seen.add(sampling)
             rows.setdefault(policy, SampledRow(folder, row["name"], [])).samplings.append(clips)
     return list(rows.values())
 

@@ -17,21 +17,24 @@ TRAINED_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter
 # Of one process, of FSDP's shards, of DeepSpeed
 CHECKPOINT_WEIGHTS = ("*.safetensors", "pytorch_model_fsdp_*", "global_step*")
 OPTIMIZER_STATES = ("optimizer*", "global_step*")
-# Settings of run.json without which the steps to come are not those of the run. Learning rate and schedule would even
-# be ignored: the checkpoint has them.
+# Settings of run.json that decide the steps to come; the checkpoint brings some of them with it, the learning rate and
+# AdamW's, and another one would be ignored
 DECISIVE = {
-    "script": (
-        *("method", "task", "diffro_weight", "diffro_filter", "diffro_labels"),
-        *("gumbel_temperature", "gumbel_temperature_end", "gumbel_hard", "gumbel_draws"),
-    ),
+    "script": ("method", "task"),
     "recipe": (
-        *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
-        *("num_generations", "max_length", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
-        *("beta", "loss_type", "loss_weights", "scale_rewards", "multi_objective_aggregation", "credit"),
-        "mask_truncated_completions",
+        *("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_generations", "num_iterations"),
+        *("max_length", "max_completion_length", "temperature", "top_p", "min_p", "beta", "epsilon", "loss_type"),
+        *("loss_weights", "label_smoothing", "scale_rewards", "multi_objective_aggregation", "credit"),
+        *("importance_sampling_level", "mask_truncated_completions", "train_sampling_strategy"),
     ),
-    "model": ("use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+    "model": ("use_peft",),
 }
+DIFFRO = (
+    *("diffro_weight", "diffro_filter", "diffro_labels", "gumbel_temperature", "gumbel_temperature_end"),
+    *("gumbel_hard", "gumbel_draws"),
+)
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 # Files and models, which may have another name by now
 SOURCES = ("dataset", "split", "codec_id", "whisper", "speaker_encoder", "token2text", "preference_model")
 
@@ -68,46 +71,68 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
 
 
 def decisive_settings(record: dict) -> dict:
-    """Of what run.json records, DECISIVE, the rewards, and the rows that a process takes in a step."""
-    settings = {name: record[group].get(name) for group, names in DECISIVE.items() for name in names}
+    """Of what run.json records, the settings that decide the steps, by name; those that it has."""
+    groups = {group: list(names) for group, names in DECISIVE.items()}
+    if "diffro" in record["script"]["method"]:
+        groups["script"] += DIFFRO
+    if record["model"]["use_peft"]:
+        groups["model"] += LORA
+    settings = {name: record[group][name] for group, names in groups.items() for name in names if name in record[group]}
+    modules = record["model"].get("lora_target_modules")
+    if record["model"]["use_peft"] and isinstance(modules, list):
+        settings["lora_target_modules"] = sorted(modules)
     recipe = record["recipe"]
     rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
     return settings | {"per_device_train_batch_size × gradient_accumulation_steps": rows, "rewards": record["reward"]}
 
 
+def sources(record: dict) -> dict:
+    names = {name: record["script"].get(name) for name in SOURCES}
+    return names | {"model_name_or_path": record["model"]["model_name_or_path"]}
+
+
 def check_continues(checkpoint: str | None, record: dict) -> dict | None:
-    """Check that a checkpoint has all it needs to go on, and that the run goes on with the settings it had.
+    """Check that a run goes on from a checkpoint with the settings it had.
 
     Args:
         record: what run.json is to record of this run.
     Returns:
         The run.json of the run that wrote the checkpoint; None without a checkpoint, or where it has none.
     Raises:
-        InputError: no optimizer in the checkpoint, or a setting that decides the steps is another.
+        InputError: a setting that decides the steps is another.
     """
     if checkpoint is None:
         return None
-    if not any(next(Path(checkpoint).glob(pattern), None) for pattern in OPTIMIZER_STATES):
-        raise InputError(
-            f"{checkpoint}: has no optimizer (was it saved with --save_only_model?), so the run cannot go on from it. "
-            f"To start anew from its weights: --model_name_or_path {checkpoint}, and another --output_dir"
-        )
     try:
         earlier = json.loads((Path(checkpoint).parent / "run.json").read_text(encoding="utf-8"))
         before = decisive_settings(earlier)
     except (OSError, ValueError, KeyError):  # none, or of an older version
         return None
     now = decisive_settings(json.loads(json.dumps(record, default=str)))
-    changed = changed_settings(before, now)
+    shared = before.keys() & now.keys()  # another version may have other settings
+    changed = changed_settings(*({name: run[name] for name in run if name in shared} for run in (before, now)))
     if changed:
         raise InputError(
-            f"{checkpoint}: is of a run with other settings: {changed}. Resume with the same ones. To go on from its "
-            f"weights with others, as a new run: --model_name_or_path {checkpoint}, and another --output_dir"
+            f"{checkpoint}: is of a run with other settings: {changed}. Resume with the same ones, or use another "
+            f"--output_dir. To go on from its weights as a new run: --model_name_or_path {checkpoint}"
         )
-    moved = changed_settings(*({name: run["script"].get(name) for name in SOURCES} for run in (earlier, record)))
+    moved = changed_settings(sources(earlier), sources(record))
     if moved:
         logger.warning("%s: is of a run with another %s", checkpoint, moved)
+    steps, schedule = [run["recipe"]["max_steps"] for run in (earlier, record)], record["recipe"]["lr_scheduler_type"]
+    if steps[0] != steps[1] and not str(schedule).startswith("constant"):
+        message = "%s: is of a run of %s steps. With %s the %s schedule of the learning rate is another from here on"
+        logger.warning(message, checkpoint, *steps, schedule)
     return earlier
+
+
+def check_optimizer(checkpoint: str | None) -> None:
+    """Raises InputError where a checkpoint has no optimizer: the run would go on with a new one and a new schedule."""
+    if checkpoint and not any(next(Path(checkpoint).glob(pattern), None) for pattern in OPTIMIZER_STATES):
+        raise InputError(
+            f"{checkpoint}: has no optimizer (was it saved with --save_only_model?), so the run cannot go on from it. "
+            f"To start anew from its weights: --model_name_or_path {checkpoint}, and another --output_dir"
+        )
 
 
 def check_same_shapes(checkpoint: str | None, model: PreTrainedModel) -> None:

@@ -405,7 +405,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         sampled_here = not getattr(training_args, "use_vllm", False)
         if lora and not dtype_given and training_args.bf16 and sampled_here:
             model_args.dtype = "bfloat16"
-        if lora and not sampled_here and model_args.dtype in ("bfloat16", "float16"):
+        if lora and not sampled_here and model_args.dtype not in (None, "float32"):
             raise InputError(
                 f"--dtype {model_args.dtype}: not for LoRA with --use_vllm. For vLLM the adapter is added to the base "
                 "weights and taken off again at every step, and in half precision that leaves them changed. Use "
@@ -535,7 +535,8 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
     for reporter in ("tensorboard", "trackio", "wandb"):
-        if reporter in training_args.report_to and importlib.util.find_spec(reporter) is None:
+        packages = [reporter, "tensorboardX"] if reporter == "tensorboard" else [reporter]
+        if reporter in training_args.report_to and not any(map(importlib.util.find_spec, packages)):
             raise InputError(f"--report_to {reporter}: it is not installed here. pip install {reporter}")
 
 

@@ -96,7 +96,9 @@ def row_for_rewards(row: dict, columns: list[str], needs_voice_prompt: bool) -> 
         check_voice_prompt(row.get("ref_codes") or [])
     if row.get(PAUSES_COLUMN):
         expected_pauses(text, row[PAUSES_COLUMN])
-    return {"text": text, "language": language} | {column: row[column] or NO_VALUE[column] for column in columns}
+    return {"text": text, "language": language} | {
+        column: NO_VALUE[column] if row[column] is None else row[column] for column in columns
+    }
 
 
 def length_that_fits(tokenizer, prompt: list[dict], max_completion_length: int, max_length: int, text: str) -> int:
@@ -252,7 +254,7 @@ def grpo_rows(
     features = {"prompt": PROMPT, LENGTH_COLUMN: datasets.Value("int32"), "text": TEXT, "language": TEXT}
     features |= {column: REWARD_FEATURES[column] for column in for_rewards}
     features |= {label: rows.features[label] for label in labels}
-    rows = columns_of(rows, "text", "language", *REFERENCE_COLUMNS, PAUSES_COLUMN, *labels)
+    rows = columns_of(rows, "text", "language", *REWARD_FEATURES, *labels)
     return map_rows(rows, name, make, datasets.Features(features), cache)
 
 
@@ -344,7 +346,8 @@ def sft_rows(
 
     Args:
         task: "tts" answers with the speech, "asr" with the text; "both" makes an example of each of every row, or
-            of the one that the row's column `task` names: noisy speech is good to transcribe and bad to synthesize.
+            of the one that the row's column `task` names: noisy speech is good to transcribe and bad to synthesize. A
+            row without speech, whose text is empty, is one of "asr".
     """
     check_asr_columns(rows, name, tokens.num_codes)
     if task != "asr":
@@ -385,12 +388,14 @@ def _rows_of_task(rows: datasets.Dataset, name: str, task: str, answer_task: str
     """The rows that --task `task` makes examples of `answer_task` of."""
     if task != "both":
         return rows if task == answer_task else rows.select([])
-    if TASK_COLUMN not in rows.column_names:
-        return rows
-    named = rows[TASK_COLUMN]
-    for index, value in enumerate(named):
+    named = rows[TASK_COLUMN] if TASK_COLUMN in rows.column_names else [None] * len(rows)
+    chosen = []
+    for index, (value, text) in enumerate(zip(named, rows["text"], strict=True)):
         if value not in (None, *TASKS):
             raise InputError(
                 f"{name}, row {index}: {TASK_COLUMN} must be one of {', '.join(TASKS)}, or null (got {value!r})"
             )
-    return rows.select([index for index, value in enumerate(named) if value in (None, answer_task)])
+        unnamed = value is None and (answer_task == "asr" or text.strip())  # noise is transcribed, not synthesized
+        if value == answer_task or unnamed:
+            chosen.append(index)
+    return rows.select(chosen)

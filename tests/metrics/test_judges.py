@@ -211,3 +211,9 @@ def test_faster_whisper_transcribes_as_openai_s_code(whisper_tiny_en):
     asr = FasterWhisperScorer(f"faster-whisper:{whisper_tiny_en}", ["en"], "cpu")
     asr.BEAM_SIZE = 1  # the two beam searches break ties differently
     assert [asr.transcribe(wav, "en") for wav in wavs] == WhisperScorer(whisper_tiny_en, "cpu").transcribe(wavs)
+
+
+def test_a_language_that_the_whisper_does_not_know_is_refused_when_it_is_loaded():
+    """Before anything is synthesized; the toy setup's Whisper knows 99 languages, Cantonese not among them."""
+    with pytest.raises(InputError, match="does not know the language 'yue'"):
+        load_evaluation_asrs(["tiny/whisper.pt"], ["Go."], ["en", "yue"], "cpu")

@@ -114,17 +114,12 @@ def test_summed_errors_without_reference_words():
 
 
 def test_language_names():
-    assert [language_code(name) for name in ("en", "EN", "English", "Mandarin", "yue", "zh-CN", "sv_SE")] == [
-        "en",
-        "en",
-        "en",
-        "zh",
-        "yue",
-        "zh",
-        "sv",
-    ]
+    names = ("en", "EN", "English", "Mandarin", "yue", "zh-CN", "sv_SE", "zh-HK", "zh-Hant-TW")
+    assert [language_code(name) for name in names] == ["en", "en", "en", "zh", "yue", "zh", "sv", "yue", "zh"]
     with pytest.raises(InputError, match="Did you mean 'english'"):
         language_code("englisch")
+    with pytest.raises(InputError, match="unknown language 'de_english'"):
+        language_code("de_english")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Each run is three steps of train.py. Before the third the weights are kept from 
 before, as it would if the trained ones never came, and the bound that holds for the first two must break.
 """
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ def run(request, tmp_path_factory) -> Run:
         train.main(train.parse_args([*FLAGS, *RUNS[request.param], "--output_dir", str(folder)]))
     print(f"\n{request.param}", *steps, sep="\n  ")  # noqa: T201 - the measured values: pytest -s
     assert len(steps) == len(syncs) == 3
+    recorded = json.loads((folder / "run.json").read_text())["recipe"]["generation_kwargs"]
+    assert "stop_token_ids" in recorded and "allowed_token_ids" not in recorded  # which are 65,537 of Llasa's
     return Run(BOUNDS[request.param], steps)
 
 

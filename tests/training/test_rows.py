@@ -41,6 +41,7 @@ def test_sft_rows_of_each_task(llasa):
     named = datasets.Dataset.from_dict({"text": [TEXT] * 3, "audio_codes": [CODES] * 3, "task": ["asr", "tts", None]})
     assert answers("both", named) == [speech_answer, speech_answer, text_answer, text_answer]
     assert answers("asr", rows_of(text=[""])) == [[tokens.text_end_id]]  # a clip without speech
+    assert answers("both", rows_of(text=[""])) == [[tokens.text_end_id]]
     with pytest.raises(ValueError, match="row 0: task must be one of tts, asr, or null .got 'sing'"):
         answers("both", rows_of(task=["sing"]))
 

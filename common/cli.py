@@ -176,7 +176,7 @@ def pick_device(device: str = "auto") -> str:
     except (RuntimeError, AssertionError) as error:  # an unknown name; a build without CUDA
         raise InputError(f"--device {device}: {first_line(error)}. Use auto, cpu, cuda or cuda:1") from error
     if torch.device(device).type == "cuda" and torch.device(device).index is not None:
-        torch.cuda.set_device(device)  # openai-whisper's Triton kernels run on the current GPU, whatever the tensors'
+        torch.cuda.set_device(device)  # openai-whisper's Triton kernels run on the current GPU, not on the tensors'
     return device
 
 

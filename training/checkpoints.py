@@ -87,6 +87,7 @@ def decisive_settings(record: dict) -> dict:
 
 
 def sources(record: dict) -> dict:
+    """Of what run.json records, the data and the models, by name."""
     names = {name: record["script"].get(name) for name in SOURCES}
     return names | {"model_name_or_path": record["model"]["model_name_or_path"]}
 

@@ -48,13 +48,7 @@ from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, record
 from speech.tokens import SpeechTokens
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver, console_header
-from training.checkpoints import (
-    check_continues,
-    check_optimizer,
-    check_same_shapes,
-    find_checkpoint,
-    stop_where_all_steps_are_done,
-)
+from training.checkpoints import check_continues, check_same_shapes, find_checkpoint, stop_where_all_steps_are_done
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
 from training.gradients import stop_at_broken_gradients
@@ -240,7 +234,6 @@ def main(arguments: recipes.Arguments) -> None:
                 raise InputError(f"--{flag}: is missing. See python train.py --help")
         check_writable(Path(training_args.output_dir))
         checkpoint = find_checkpoint(training_args)
-        check_optimizer(checkpoint)
         tokenizer, tokens = load_tokenizer(policy, script_args.task, model_args.model_revision)
         script_args.codec_id = script_args.codec_id or recorded(policy, "codec_id", DEFAULT_CODEC)
         script_args.whisper = script_args.whisper or recorded(policy, "whisper", DEFAULT_WHISPER)

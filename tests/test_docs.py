@@ -40,7 +40,7 @@ SHORTER = {  # what a command holds: flags that make it short
     "benchmarks/readiness.py": "--steps 2",
     "benchmarks/gradient_noise.py": "--batches 2 --draws 1",
 }
-NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1|llasa-asr |--dataset tokenized_dataset")
+NEEDS_THE_HUB = re.compile(r"HKUSTAudio|llasa-grpo-exp1|llasa-asr |--dataset (tokenized_dataset|your_)")
 NEEDS_PEOPLE = re.compile(r"collect_preferences.py --read")
 NEEDS_A_JUDGE = re.compile(r"--judge_url")
 NEEDS_HOURS = re.compile(r"-m tiny\.|--size real|accelerate launch --|torchrun|vllm")

@@ -43,7 +43,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
     """The checkpoint of --resume_from_checkpoint: a folder, or true for the last complete one; None to start anew.
 
     Raises:
-        InputError: no such checkpoint, or the run would overwrite an earlier one's.
+        InputError: no such checkpoint, one without an optimizer, or the run would overwrite an earlier one's.
     """
     wanted = training_args.resume_from_checkpoint
     if wanted in (None, False, "false", "False"):
@@ -58,6 +58,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         last = last_complete_checkpoint(training_args.output_dir)
         if last:
             logger.info("resuming from %s", last)
+            check_optimizer(Path(last))
             warn_of_other_processes(Path(last), training_args.world_size)
         else:
             check_no_model(training_args.output_dir)
@@ -66,6 +67,7 @@ def find_checkpoint(training_args: TrainingArguments) -> str | None:
         raise InputError(
             f"--resume_from_checkpoint {wanted}: no complete checkpoint there. Use a checkpoint-N folder, or true"
         )
+    check_optimizer(Path(wanted))
     warn_of_other_processes(Path(wanted), training_args.world_size)
     return wanted
 
@@ -127,9 +129,9 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
     return earlier
 
 
-def check_optimizer(checkpoint: str | None) -> None:
+def check_optimizer(checkpoint: Path) -> None:
     """Raises InputError where a checkpoint has no optimizer: the run would go on with a new one and a new schedule."""
-    if checkpoint and not any(next(Path(checkpoint).glob(pattern), None) for pattern in OPTIMIZER_STATES):
+    if not any(next(checkpoint.glob(pattern), None) for pattern in OPTIMIZER_STATES):
         raise InputError(
             f"{checkpoint}: has no optimizer (was it saved with --save_only_model?), so the run cannot go on from it. "
             f"To start anew from its weights: --model_name_or_path {checkpoint}, and another --output_dir"

@@ -32,7 +32,12 @@ def test_other_processes_than_before_are_warned_of(files, processes, named, tmp_
     """Two GPUs make twice the rollouts a step: the run is not the one it was."""
     checkpoint = tmp_path / "checkpoint-1"
     checkpoint.mkdir()
-    for name, content in {"trainer_state.json": "{}", "model.safetensors": "", **dict.fromkeys(files, "")}.items():
+    for name, content in {
+        "trainer_state.json": "{}",
+        "model.safetensors": "",
+        "optimizer.pt": "",
+        **dict.fromkeys(files, ""),
+    }.items():
         (checkpoint / name).write_text(content)
     wanted = str(checkpoint) if named else "true"
     for world_size, warned in ((len(files), False), (processes, True)):

@@ -177,6 +177,7 @@ def synthesize(args: argparse.Namespace) -> None:
             whisper = args.whisper or recorded("whisper", DEFAULT_WHISPER)
             scorer = WhisperScorer(whisper, device)
             scorer.check_languages([args.language])
+            parameters = reward_parameters(args.model_name_or_path)
 
     list_path(args.output or "sample.wav").unlink(missing_ok=True)  # of other clips of these names
     set_seed(args.seed)
@@ -201,7 +202,6 @@ def synthesize(args: argparse.Namespace) -> None:
         if scorer is not None:
             rollout_texts = [texts[n] for n in numbers for _ in range(rollouts_per_text)]
             languages = [args.language] * len(rollout_texts)
-            parameters = reward_parameters(args.model_name_or_path)
             best = best_of_n(scorer, samples, wavs, rollout_texts, languages, args.best_of, **parameters)
             samples, wavs = [samples[i] for i in best], [wavs[i] for i in best]
         clip_texts = [texts[n] for n in numbers for _ in range(args.num_samples)]

@@ -120,9 +120,7 @@ class Policy:
 
     def sample(self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options) -> list[Sample]:
         """One TTS rollout per prompt of `tts_prompt`; arguments and errors as for `answer`."""
-        batches = self.samples_by_batch(prompts, temperature=temperature, **options)
-        samples = {i: sample for batch in batches for i, sample in batch.items()}
-        return [samples[i] for i in range(len(prompts))]
+        return in_order(self.samples_by_batch(prompts, temperature=temperature, **options))
 
     def samples_by_batch(
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.8, **options
@@ -136,9 +134,7 @@ class Policy:
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
     ) -> list[Transcript]:
         """One ASR rollout per prompt of `asr_prompt`; arguments and errors as for `answer`."""
-        batches = self.transcripts_by_batch(prompts, temperature=temperature, **options)
-        transcripts = {i: transcript for batch in batches for i, transcript in batch.items()}
-        return [transcripts[i] for i in range(len(prompts))]
+        return in_order(self.transcripts_by_batch(prompts, temperature=temperature, **options))
 
     def transcripts_by_batch(
         self, prompts: list[list[dict[str, str]]], *, temperature: float = 0.0, **options
@@ -152,8 +148,7 @@ class Policy:
 
     def answer(self, prompts: list[list[dict[str, str]]], **options) -> list[list[int]]:
         """A completion of each prompt, in their order; arguments and errors of `answers_by_batch`."""
-        answers = {i: ids for batch in self.answers_by_batch(prompts, **options) for i, ids in batch.items()}
-        return [answers[i] for i in range(len(prompts))]
+        return in_order(self.answers_by_batch(prompts, **options))
 
     def answers_by_batch(
         self,
@@ -218,6 +213,12 @@ class Policy:
         end_id = self.tokens.answer_end_id(self.task)
         answers = [completion[:most] for most, completion in zip(room, completions, strict=True)]
         return [answer[: answer.index(end_id) + 1] if end_id in answer else answer for answer in answers]
+
+
+def in_order(batches: Iterator[dict[int, object]]) -> list:
+    """What comes in batches, by its index, as one list."""
+    whole = {i: item for batch in batches for i, item in batch.items()}
+    return [whole[i] for i in range(len(whole))]
 
 
 def load_tokenizer(id_or_path: str, task: str = "tts", revision: str | None = None) -> tuple[object, SpeechTokens]:

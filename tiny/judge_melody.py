@@ -140,7 +140,8 @@ def sampled_rows(folders: list[Path]) -> list[SampledRow]:
             policy = (row["name"], row["model"], row["temperature"], texts)
             sampling = (policy, row["seeds"][0])
             if sampling in seen:
-                logger.warning("%s: row %s with --seeds %s was there before", folder, row["name"], row["seeds"][0])
+                if row["model"] is not None:
+                    logger.warning("%s: row %s with --seeds %s was there before", folder, row["name"], row["seeds"][0])
                 continue
             seen.add(sampling)
             rows.setdefault(policy, SampledRow(folder, row["name"], [])).samplings.append(clips)

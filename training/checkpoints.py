@@ -112,8 +112,8 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
     except (OSError, ValueError, KeyError):  # none, or of an older version
         return None
     now = decisive_settings(json.loads(json.dumps(record, default=str)))
-    shared = before.keys() & now.keys()  # another version may have other settings
-    changed = changed_settings(*({name: run[name] for name in run if name in shared} for run in (before, now)))
+    shared = [name for name in before if name in now]  # another version may have other settings
+    changed = changed_settings({name: before[name] for name in shared}, {name: now[name] for name in shared})
     if changed:
         raise InputError(
             f"{checkpoint}: is of a run with other settings: {changed}. Resume with the same ones, or use another "

@@ -50,6 +50,17 @@ def test_other_seeds_are_further_samplings(tmp_path, caplog):
     _, _, *rows = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()]
     assert rows[1] == [folders[0], "after", "50.0 % of 4", "33.3 % of 6", "50.0 % of 4"]
     assert rows[3] == [folders[2], "after", "50.0 % of 2", "33.3 % of 3", "50.0 % of 2"] and len(rows) == 4
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    results["rows"][0] |= {"name": "recordings", "model": None, "temperature": None, "seeds": [None]}
+    for name, seed in (("one", 0), ("two", 1)):
+        results["rows"][1]["seeds"] = [seed]
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    caplog.clear()
+    judge_melody.main(judge_melody.parse_args(folders[:2]))
+    _, _, *rows = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()]
+    assert [row[1:3] for row in rows] == [["recordings", "0.0 % of 2"], ["after", "50.0 % of 4"]]
+    assert "was there before" not in caplog.text
+    evaluation(tmp_path / "one")
     judge_melody.main(judge_melody.parse_args([folders[0], folders[0]]))
     assert f"{folders[0]}: row before with --seeds 0 was there before" in caplog.text
     assert caplog.messages[-1].splitlines()[-1].endswith("| after | 50.0 % of 2 | 33.3 % of 3 | 50.0 % of 2 |")

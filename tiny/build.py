@@ -5,18 +5,19 @@
 
 The stages, in order; each reads what the ones before it wrote:
 
-    speech      recordings of the corpus, by tiny/speak.py, and of random words; on the CPU
-    codec       XCodec2's encoder, and the codes of all clips
-    decoder     XCodec2's decoder alone, on longer crops
-    whisper     a reward ASR that knows recordings
-    rows        rows of SFT, and held-out ones
-    policy      SFT of Llasa for text to speech
-    rollouts    samples of the policy, and what --teacher, Whisper tiny.en, hears in them
-    reward_asr  the reward ASR learns from these too
-    asr_rows    rows of SFT, RL and evaluation for speech recognition
-    asr_policy  SFT of Llasa on both tasks
-    token2text  the token-to-text model of DiffRO
-    ship        copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
+    speech           recordings of the corpus, by tiny/speak.py, and of random words; on the CPU
+    codec            XCodec2's encoder, and the codes of all clips
+    decoder          XCodec2's decoder alone, on longer crops
+    whisper          a reward ASR that knows recordings
+    rows             rows of SFT, and held-out ones
+    policy           SFT of Llasa for text to speech
+    rollouts         samples of the policy, and what --teacher, Whisper tiny.en, hears in them
+    reward_asr       the reward ASR learns from these too
+    asr_rows         rows of SFT, RL and evaluation for speech recognition
+    asr_policy       SFT of Llasa on both tasks
+    token2text       the token-to-text model of DiffRO
+    speaker_encoder  the encoder of the reward speaker_similarity
+    ship             copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
 All but the last write to --work_dir and keep the clips, codes, rollouts and trainings of codec, policies and
 token-to-text model that are there, so an interrupted build resumes (delete rollouts.pkl for another teacher or
@@ -71,6 +72,7 @@ from tiny.melody import with_random_melody
 from tiny.rollouts import sample_rollouts, transcript
 from tiny.speak import TRAIN_CLIPS, asr_heldout_rows, heldout_rows, record_all, train_rows
 from tiny.train_codec import NUM_CODES, Frames, frames_of, new_codec, train_codec, train_decoder
+from tiny.train_speaker_encoder import train_speaker_encoder
 from tiny.train_whisper import garbled, random_rows, spectrograms, spliced, train_whisper, word_clip
 from tiny.voices import check_installed
 from tiny.work_dir import DEVICE, SEED, clip_rows, heldout_clips, load_codes, made, of_split, recordings
@@ -81,6 +83,7 @@ SHIPPED = Path(__file__).parent
 CODEC_CLIPS = 5_200  # the first recordings: codec and reward ASR need no more of them, the policy does
 RL_TEXTS = {"question": 1_500, "emphasis": 1_000, "statement": 500}  # a reward of rises needs questions to win on
 SHIPPED_ROWS = 4_000  # of those of SFT
+SPEAKER_ROWS = 1_200  # of them that the speaker encoder learns from
 CODEC_BATCH, DECODER_BATCH = 16, 8  # crops a step
 SPLICED_CLIPS, GARBLED_CLIPS = 3_000, 3_000  # of the reward ASR's training
 # Of the sentences; behind those of SFT and RL. The last ones are held out in ASR, where this model judges nothing.
@@ -306,6 +309,18 @@ def build_token2text(args: argparse.Namespace) -> None:
     train_token2text.main(train_token2text.parse_args(flags))
 
 
+def build_speaker_encoder(args: argparse.Namespace) -> None:
+    """Train on recordings as the codec decodes them, as the reward hears voice prompts and rollouts."""
+    folder = args.work_dir / "speaker_encoder"
+    if folder.exists():
+        return
+    rows = datasets.Dataset.from_parquet(str(made(args.work_dir / "speech.parquet", "rows")))
+    rows = rows.select(range(min(SPEAKER_ROWS, len(rows))))
+    codec = SpeechCodec.from_pretrained(str(made(args.work_dir / "codec", "decoder")))
+    wavs = codec.decode([list(codes) for codes in rows["audio_codes"]])
+    train_speaker_encoder(wavs, rows["speaker"][:], folder, args.speaker_encoder_steps, SEED)
+
+
 def build_ship(args: argparse.Namespace) -> None:
     """Recordings as Vorbis, a third of FLAC's size, in a random order: on a page one hears the first ones."""
     shutil.copytree(made(args.work_dir / "codec", "decoder"), SHIPPED / "codec", dirs_exist_ok=True)
@@ -317,8 +332,11 @@ def build_ship(args: argparse.Namespace) -> None:
         (SHIPPED / name / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     token2text = made(args.work_dir / "token2text" / "run.json", "token2text").parent
     shutil.copytree(token2text, SHIPPED / "token2text", dirs_exist_ok=True)
+    speaker_encoder = made(args.work_dir / "speaker_encoder", "speaker_encoder")
+    shutil.copytree(speaker_encoder, SHIPPED / "speaker_encoder", dirs_exist_ok=True)
     rows = datasets.Dataset.from_parquet(str(made(args.work_dir / "speech.parquet", "rows")))
-    save_rows(rows.select(range(min(SHIPPED_ROWS, len(rows)))), SHIPPED / "speech.parquet")
+    rows = rows.select(range(min(SHIPPED_ROWS, len(rows))))
+    save_rows(rows, SHIPPED / "speech.parquet")
     (SHIPPED / "asr").mkdir(exist_ok=True)
     (SHIPPED / "asr" / "keywords.txt").write_text("".join(f"{name}\n" for name in RARE_NAMES))
     for name in ("pool", "heldout"):
@@ -326,6 +344,7 @@ def build_ship(args: argparse.Namespace) -> None:
     for name in ("texts", "heldout"):
         (SHIPPED / name).mkdir(exist_ok=True)
     write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
+    save_rows(after_recordings(rl_texts(), rows), SHIPPED / "texts" / "train_voices.parquet")
     heldout = [row for row in clip_rows(args.work_dir) if row["split"] == "heldout"]
     random.Random(SEED).shuffle(heldout)
     lines = []
@@ -352,6 +371,20 @@ def with_voice_prompts(recordings: list[dict]) -> list[dict]:
     ]
 
 
+def after_recordings(texts: list[str], rows: datasets.Dataset) -> datasets.Dataset:
+    """Each text after a recording as its voice prompt, of the voices in turn."""
+    rng = random.Random(SEED)
+    rows = rows.to_list()
+    of = [[row for row in rows if row["speaker"] == name] for name in sorted({row["speaker"] for row in rows})]
+    prompts = [rng.choice(of[i % len(of)]) for i in range(len(texts))]
+    return datasets.Dataset.from_list(
+        [
+            {"text": text, "ref_text": prompt["text"], "ref_codes": prompt["audio_codes"]}
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
+    )
+
+
 def rl_texts() -> list[str]:
     """RL_TEXTS' numbers of the texts of each form behind those of the recordings, in a random order."""
     texts = []
@@ -374,6 +407,7 @@ STAGES = {
     "asr_rows": build_asr_rows,
     "asr_policy": build_asr_policy,
     "token2text": build_token2text,
+    "speaker_encoder": build_speaker_encoder,
     "ship": build_ship,
 }
 
@@ -393,6 +427,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--asr_policy_steps", type=int, default=10_000, help="steps of SFT on both tasks")
     add("--max_seconds", type=float, default=math.inf, help="end each of these trainings after")
     add("--token2text_steps", type=int, default=9_000, help="steps of the token-to-text model")
+    add("--speaker_encoder_steps", type=int, default=600, help="steps of the speaker encoder")
     return parse_strictly(parser, argv)
 
 
@@ -409,6 +444,7 @@ def main(args: argparse.Namespace) -> None:
             policy_steps=1,
             asr_policy_steps=1,
             token2text_steps=1,
+            speaker_encoder_steps=1,
             max_seconds=1,
         )
         check_writable(args.work_dir)

@@ -8,6 +8,7 @@ wheel with an acoustic model of human English, is limited here to the words of t
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from speech.whisper_scorer import Score, WhisperScorer
 FASTER_WHISPER = "faster-whisper:"  # before a name, a folder or a hub id
 HELD_OUT = "held-out"
 REWARD_ASR = "reward's ASR"
+MAX_WORKERS = 4  # clips that faster-whisper transcribes at a time; each has memory of its own
 ROUND_TRIP = "round trip"  # the checkpoint itself, transcribing its own speech (--cycle)
 
 
@@ -123,6 +125,7 @@ class FasterWhisperScorer:
     MAX_TOKENS = 224  # of a window's transcript: half of the decoder's context, as in OpenAI's code
 
     def __init__(self, name: str, languages: list[str], device: str):
+        self.workers = clips_at_a_time(device)
         self.model = load_faster_whisper(name, device)
         known = self.model.supported_languages
         unknown = sorted({language_code(language) for language in languages} - set(known))
@@ -133,13 +136,14 @@ class FasterWhisperScorer:
 
     def score(self, wavs: list[np.ndarray], texts: list[str], languages: list[str]) -> list[Score]:
         """As `WhisperScorer.score`, with its limit on the length of a transcript, but `nll` is NaN."""
-        scores = []
-        for wav, text, language in zip(wavs, texts, languages, strict=True):
-            failure = audio_failure(wav)
-            max_tokens = 2 * len(self.model.hf_tokenizer.encode(text, add_special_tokens=False).ids) + 8
-            hyp_text = "" if failure else self.transcribe(wav, language_code(language), max_tokens)
-            scores.append(transcript_score(text, hyp_text, language, failure))
-        return scores
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.score_clip, wavs, texts, languages))
+
+    def score_clip(self, wav: np.ndarray, text: str, language: str) -> Score:
+        failure = audio_failure(wav)
+        max_tokens = 2 * len(self.model.hf_tokenizer.encode(text, add_special_tokens=False).ids) + 8
+        hyp_text = "" if failure else self.transcribe(wav, language_code(language), max_tokens)
+        return transcript_score(text, hyp_text, language, failure)
 
     def transcribe(self, wav: np.ndarray, language: str, max_tokens: int = MAX_TOKENS) -> str:
         """The transcript of a clip at 16 kHz; at most `max_tokens` tokens of each 30 s."""
@@ -184,16 +188,23 @@ def load_faster_whisper(name: str, device: str):
         names = ", ".join(faster_whisper.available_models())
         raise InputError(f"--judge {name}: no such model. Accepted: {accepted}. Names: {names}")
     kind, _, index = device.partition(":")
+    workers = clips_at_a_time(device)
     try:
         return faster_whisper.WhisperModel(
             path,
             device=kind,
             device_index=int(index or 0),
             compute_type="float16" if kind == "cuda" else "float32",
-            cpu_threads=torch.get_num_threads(),
+            cpu_threads=torch.get_num_threads() // workers,
+            num_workers=workers,
         )
     except (OSError, RuntimeError, ValueError) as error:  # no such hub id, offline; a broken file; no such device
         raise InputError(f"--judge {name}: cannot be loaded ({first_line(error)}). Accepted: {accepted}") from error
+
+
+def clips_at_a_time(device: str) -> int:
+    """On a CPU two clips on one thread each take 0.78 of the time of one after the other on two threads."""
+    return min(MAX_WORKERS, torch.get_num_threads()) if device == "cpu" else 1
 
 
 class PocketsphinxScorer:

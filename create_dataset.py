@@ -66,7 +66,7 @@ MAX_DURATION_S = 30.0  # Whisper's window; 1,500 of Llasa's 2,048 tokens, which 
 MIN_DURATION_S = 0.3  # shorter clips are clicks, not words
 PARTIAL = ".partial"  # in the output folder: run.json, and a file of records for each finished chunk
 DISCARDED = ".discarded"  # what .partial is called while it is removed
-MAX_WORKERS = 8  # by default: a clip of 10 s takes a core some 60 ms, 8 cores as long as a GPU takes (an estimate)
+MAX_WORKERS = 8  # by default: a clip of 10 s takes a core some 40 ms, 8 cores as long as a GPU takes (an estimate)
 # Arguments that do not change the codes: a resumed run, or another shard, may have other values of them.
 FREE_ARGUMENTS = (
     "output_dir", "format", "overwrite", "push_to_hub", "strict", "debug",
@@ -178,7 +178,7 @@ def all_chunks(n_rows: int, partial: Path, chunk_size: int) -> list[Chunk]:
 
 
 def default_workers(device: str) -> int:
-    """Of --num_workers: none beside a codec on a CPU, which takes all cores and ten times as long as reading."""
+    """Of --num_workers: none beside a codec on a CPU, which takes all cores and several times as long as reading."""
     if torch.device(device).type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -10,7 +10,7 @@ The comparisons:
     melody       GRPO with the Whisper reward, with credit in time and by rollout, and with rewards of melody
     diffro       DiffRO, GRPO and both, and their variants, over 75 steps
     stability    the four main methods of diffro over 225 steps
-    recognition  GRPO for ASR, rewards and choices of RL data, against SFT for as long
+    recognition  GRPO for ASR, rewards and choices of RL data, against longer SFT
 
 The held-out ASR is OpenAI's Whisper base, which `make whisper` fetches. Runs and evaluations that are complete in
 --output_dir are kept, so an interrupted comparison resumes. The log of a run is beside its folder. <comparison>.md and

@@ -59,14 +59,14 @@ from common.cli import (
     write_whole_text,
 )
 from common.dataset_io import check_codes, check_texts, load_any_dataset
-from common.run_record import content_digest, write_run
+from common.run_record import content_digest, short_digest, write_run
 from reward_models.preference import MELODY, WEIGHTS_FILE, PreferenceModel, with_melody
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.pitch import pitch_track
 from speech.policy import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
-from training.loop import CHECKPOINT, check_resumable, drawn_texts, train
+from training.loop import CHECKPOINT, check_resumable, check_same_rows, drawn_texts, text_key, train
 
 logger = logging.getLogger("train_preference_model")
 
@@ -213,8 +213,8 @@ def split_pairs(pairs: list[Pair], heldout_frac: float, seed: int) -> tuple[list
     """Training and held-out pairs without a common text."""
     heldout_texts = drawn_texts([pair.text for pair in pairs], heldout_frac, seed)
     return (
-        [pair for pair in pairs if pair.text not in heldout_texts],
-        [pair for pair in pairs if pair.text in heldout_texts],
+        [pair for pair in pairs if text_key(pair.text) not in heldout_texts],
+        [pair for pair in pairs if text_key(pair.text) in heldout_texts],
     )
 
 
@@ -412,12 +412,14 @@ def main(args: argparse.Namespace) -> None:
         pairs = read_pairs(args.pairs, whisper, codec, folder)
         if args.heldout_pairs:
             heldout = read_pairs(args.heldout_pairs, whisper, codec, folder)
-            heldout_texts = {pair.text for pair in heldout}
-            pairs = [pair for pair in pairs if pair.text not in heldout_texts]
+            heldout_texts = {text_key(pair.text) for pair in heldout}
+            pairs = [pair for pair in pairs if text_key(pair.text) not in heldout_texts]
             if not pairs:
                 raise InputError("--heldout_pairs: has every text of --pairs. Use other texts")
         else:
             pairs, heldout = split_pairs(pairs, args.heldout_frac, args.seed)
+        rows_digest = short_digest([pair.text, pair.chosen.name, pair.rejected.name] for pair in [*pairs, *heldout])
+        check_same_rows(args, rows_digest)
         model = new_model(pairs, whisper, args)
     whisper_record = {"whisper": args.whisper, "fingerprint": whisper.fingerprint()}
     del whisper, codec  # room for the training
@@ -432,6 +434,7 @@ def main(args: argparse.Namespace) -> None:
         args,
         device,
         logger,
+        rows_digest,
         lambda: shown(evaluate(model, heldout, args)),
     )
     set_centre(model, pairs)

@@ -45,10 +45,10 @@ from common.cli import (
     set_up_logging,
 )
 from common.dataset_io import load_any_dataset
-from common.run_record import write_run
+from common.run_record import short_digest, write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
-from training.loop import CHECKPOINT, check_resumable, drawn_texts, train
+from training.loop import CHECKPOINT, check_resumable, check_same_rows, drawn_texts, text_key, train
 
 logger = logging.getLogger("train_token2text")
 
@@ -98,8 +98,8 @@ def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
 def split_by_text(rows: datasets.Dataset, heldout_frac: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and held-out rows without a common text; arguments and errors of `drawn_texts`."""
     heldout_texts = drawn_texts(rows["text"][:], heldout_frac, seed)
-    kept = [i for i, text in enumerate(rows["text"]) if text not in heldout_texts]
-    heldout = [i for i, text in enumerate(rows["text"]) if text in heldout_texts]
+    kept = [i for i, text in enumerate(rows["text"]) if text_key(text) not in heldout_texts]
+    heldout = [i for i, text in enumerate(rows["text"]) if text_key(text) in heldout_texts]
     return rows.select(kept), rows.select(heldout)
 
 
@@ -193,6 +193,20 @@ def ctc_loss(model: Token2Text, states: torch.Tensor, mask: torch.Tensor, text_i
 # --- Held-out rows ----------------------------------------------------------------------------------------
 
 
+def rows_with_other_texts(texts: list[str]) -> list[int]:
+    """For each row the number of the next one with another text: mismatched, but from the same distribution.
+
+    >>> rows_with_other_texts(["a", "a", "b", "c"])
+    [2, 2, 3, 0]
+    """
+    keys = [text_key(text) for text in texts]
+    numbers = [0] * len(keys)
+    for i in [*reversed(range(len(keys)))] * 2:  # from the end, and again, since behind the last row comes the first
+        following = (i + 1) % len(keys)
+        numbers[i] = numbers[following] if keys[following] == keys[i] else following
+    return numbers
+
+
 def evaluate(model: Token2Text, rows: datasets.Dataset, seed: int) -> dict[str, float]:
     """Metrics on held-out rows.
 
@@ -205,9 +219,8 @@ def evaluate(model: Token2Text, rows: datasets.Dataset, seed: int) -> dict[str, 
     rows = rows[:]
     texts, languages, codes = rows["text"], rows["language"], rows[CODES_COLUMN]
     noisy = with_noise(codes, EVALUATION_NOISE, model.config["num_codes"], rng)
-    # The next row's: mismatched, but from the same distribution
-    other_texts = [*texts[1:], texts[0]]
-    other_languages = [*languages[1:], languages[0]]
+    others = rows_with_other_texts(texts)
+    other_texts, other_languages = [texts[i] for i in others], [languages[i] for i in others]
     metrics = {
         "wer": corpus_error_rate(model, codes, texts, languages),
         "wer_noisy": corpus_error_rate(model, noisy, texts, languages),
@@ -312,14 +325,17 @@ def main(args: argparse.Namespace) -> None:
         rows = open_rows(args.dataset, args.split, args.labels)
         if args.heldout_dataset:
             heldout = open_rows(args.heldout_dataset, args.split, args.labels)
-            heldout_texts = set(heldout["text"])
-            rows = rows.select([i for i, text in enumerate(rows["text"]) if text not in heldout_texts])
+            heldout_texts = {text_key(text) for text in heldout["text"]}
+            rows = rows.select([i for i, text in enumerate(rows["text"]) if text_key(text) not in heldout_texts])
             if len(rows) == 0:
                 raise InputError(
                     f"--heldout_dataset: {args.heldout_dataset} has every text of --dataset. Use other texts"
                 )
         else:
             rows, heldout = split_by_text(rows, args.heldout_frac, args.seed)
+        parts = [list(part[column]) for part in (rows, heldout) for column in ("text", CODES_COLUMN)]
+        rows_digest = short_digest(parts)
+        check_same_rows(args, rows_digest)
         model = new_token2text(rows, args.num_codes, args)
         check_rows(model, rows, args.labels)
         check_rows(model, heldout, args.labels)
@@ -334,6 +350,7 @@ def main(args: argparse.Namespace) -> None:
         args,
         device,
         logger,
+        rows_digest,
     )
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))

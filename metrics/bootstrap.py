@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 NUM_RESAMPLES = 2_000  # the ends of an interval then vary by some 2 % of its width
+MAX_ERRORLESS = 0.005  # draws without errors that a relative change leaves out: a fifth of what is beyond an end
 
 
 def resampled_sums(counts: np.ndarray) -> np.ndarray:
@@ -64,18 +65,19 @@ def paired_change(counts: np.ndarray, first_counts: np.ndarray) -> dict | None:
     Args:
         counts, first_counts: edits and reference lengths, shape (2, num_texts), of the same texts in the same order.
     Returns:
-        "relative" (−0.5: half of the errors are gone) and "interval"; None if the first has no errors to lose.
+        "relative" (−0.5: half of the errors are gone) and "interval". None if the first has no errors to lose, or so
+        few that more than MAX_ERRORLESS of the draws have none: the ends of the interval would hang on them.
     """
     counts = np.concatenate([counts, first_counts])
-    if counts[2].sum() == 0:
+    sums = resampled_sums(counts)
+    errorless = sums[2] == 0  # such a draw has no relative change
+    if counts[2].sum() == 0 or errorless.mean() > MAX_ERRORLESS:
         return None
 
     def relative(edits, length, first_edits, first_length):
         return (edits / length) / (first_edits / first_length) - 1
 
-    sums = resampled_sums(counts)
-    sums = sums[:, sums[2] > 0]  # a draw of texts without errors in the first row has no relative change
-    return {"relative": float(relative(*counts.sum(axis=1))), "interval": interval(relative(*sums))}
+    return {"relative": float(relative(*counts.sum(axis=1))), "interval": interval(relative(*sums[:, ~errorless]))}
 
 
 def value_sums(row: dict, value: Callable[[dict], float | None]) -> np.ndarray:

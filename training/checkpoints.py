@@ -27,6 +27,8 @@ DECISIVE = {
         *("max_length", "max_completion_length", "temperature", "top_p", "min_p", "beta", "epsilon", "loss_type"),
         *("loss_weights", "label_smoothing", "scale_rewards", "multi_objective_aggregation", "credit"),
         *("importance_sampling_level", "mask_truncated_completions", "train_sampling_strategy"),
+        *("steps_per_generation", "top_k", "repetition_penalty", "generation_kwargs", "epsilon_high", "delta"),
+        *("use_bias_correction_kl",),
     ),
     "model": ("use_peft",),
 }

@@ -11,6 +11,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -86,6 +87,11 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
 
+    def _log_metric(self, name: str, value: float):
+        """TRL's, but NaN, of a process that had nothing to measure, is no value: it would take the others' with it."""
+        if not math.isnan(value):
+            super()._log_metric(name, value)
+
     def _calculate_rewards(self, inputs, *args):
         rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
         first = self.accelerator.process_index * len(inputs)
@@ -120,7 +126,7 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         padded[:, : advantages.shape[1]] = torch.from_numpy(advantages)
         own = torch.stack([padded.square().sum(), completion_mask.sum().float()])
         squares, tokens = self.accelerator.reduce(own, "sum")
-        return padded / ((squares / tokens).sqrt() + EPSILON)
+        return padded / ((squares / tokens.clamp(min=1)).sqrt() + EPSILON)  # no token where all are masked
 
     def evaluate(self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Log and return the metrics of `held_out`, each with the prefix, and the seconds that they took."""

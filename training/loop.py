@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from common.cli import InputError, write_whole
+from speech.text_marks import plain_text
 from training.gradients import check_gradient
 
 POOL_BATCHES = 50  # the rows of so many batches are sorted by length, so that little is padded
@@ -19,15 +20,25 @@ CHECKPOINT = "checkpoint.pt"  # in the output folder during training
 FREE_ARGUMENTS = ("output_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint", "debug")
 
 
+def text_key(text: str) -> str:
+    """What tells a text from another one: its words, without marks, case and spaces.
+
+    >>> text_key(" I *never*  said so."), text_key("I never said so.")
+    ('i never said so.', 'i never said so.')
+    """
+    return " ".join(plain_text(text).casefold().split())
+
+
 def drawn_texts(texts: list[str], heldout_frac: float, seed: int) -> set[str]:
-    """The texts to hold out, drawn from the distinct ones.
+    """The `text_key`s of the texts to hold out, drawn from the distinct ones.
 
     Args:
         heldout_frac: fraction of the distinct texts, at least one text.
     Raises:
         InputError: no text is left to train on.
     """
-    distinct = sorted(set(texts))
+    spellings = {text_key(text): text for text in sorted(set(texts), reverse=True)}
+    distinct = sorted(spellings, key=spellings.get)
     count = max(1, round(heldout_frac * len(distinct)))
     if count == len(distinct):
         raise InputError(
@@ -57,6 +68,7 @@ def train(
     args: argparse.Namespace,
     device: str | torch.device,
     logger: logging.Logger,
+    rows_digest: str,
     evaluated: Callable[[], str] | None = None,
 ) -> dict[str, float]:
     """Train a model in place, from the checkpoint in --output_dir if there is one.
@@ -67,6 +79,7 @@ def train(
         losses_of: the losses of a batch, scalars by name, of the numbers of its rows.
         weights: of the losses, by name.
         args: learning_rate, steps, batch_size, logging_steps, save_steps, output_dir and seed of the run.
+        rows_digest: of what is trained on and held out, for `check_same_rows` of a resumed run.
         evaluated: what to log of the model at every checkpoint.
     Returns:
         The means of the losses that were logged last.
@@ -75,7 +88,10 @@ def train(
     torch.manual_seed(args.seed)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.1)
+    warm_up = 0.1 if args.steps > 10 else 0.0  # of 10 steps a tenth would be a phase without a length
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.learning_rate, args.steps, pct_start=warm_up, cycle_momentum=False
+    )
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
     start_time = time.time()
     last_step = 0
@@ -107,21 +123,28 @@ def train(
             if evaluated is not None:
                 logger.info("step %d/%d  held out: %s", step, args.steps, evaluated())
                 model.train()
-            save_checkpoint(path, args, stateful, rng, (step, batches, recent))
+            save_checkpoint(path, args, rows_digest, stateful, rng, (step, batches, recent))
     return means
 
 
 def save_checkpoint(
-    path: Path, args: argparse.Namespace, stateful: dict, rng: np.random.Generator, progress: tuple[int, list, list]
+    path: Path,
+    args: argparse.Namespace,
+    rows_digest: str,
+    stateful: dict,
+    rng: np.random.Generator,
+    progress: tuple[int, list, list],
 ) -> None:
     """Write all that the remaining steps depend on, atomically.
 
     Args:
+        rows_digest: see `train`.
         stateful: objects with a state_dict, by name.
         progress: last step, batches still to come in this epoch, losses since the last line of the log.
     """
     checkpoint = {
         "args": vars(args),
+        "rows": rows_digest,
         "stateful": {name: part.state_dict() for name, part in stateful.items()},
         "numpy": rng.bit_generator.state,
         "torch": torch.get_rng_state(),
@@ -166,4 +189,17 @@ def check_resumable(args: argparse.Namespace, weights_file: str) -> None:
         changes = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
         raise InputError(
             f"--output_dir: {path} is of a run with other settings ({changes}). Use the same ones, or another folder"
+        )
+
+
+def check_same_rows(args: argparse.Namespace, rows_digest: str) -> None:
+    """Raises InputError where --output_dir has the checkpoint of a run with other rows, or held-out rows.
+
+    Args:
+        rows_digest: see `train`.
+    """
+    path = Path(args.output_dir) / CHECKPOINT
+    if path.exists() and torch.load(path, map_location="cpu", weights_only=True).get("rows") != rows_digest:
+        raise InputError(
+            f"--output_dir: {path} is of a run on other data: its files have changed since. Use another folder"
         )

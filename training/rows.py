@@ -158,22 +158,25 @@ def grpo_dataset(
         train, held_out = make(script_args.dataset, script_args.split, cache / "train.arrow"), None
         if script_args.eval_dataset:
             held_out = make(script_args.eval_dataset, script_args.eval_split, cache / "held_out.arrow")
-    per_step = prompts_per_step(training_args)
-    if len(train) < per_step:
+    prompts, micro_batches = one_generation(training_args)
+    accumulation = training_args.gradient_accumulation_steps
+    needed = prompts * math.ceil(accumulation / micro_batches)
+    if len(train) < needed:
         raise InputError(
-            f"--dataset {script_args.dataset}: has {len(train)} rows and one step takes {per_step} prompts "
-            "(per_device_train_batch_size × gradient_accumulation_steps × processes / num_generations). "
-            "Add texts or lower the batch size"
+            f"--dataset {script_args.dataset}: has {len(train)} rows and the first step takes {needed} prompts "
+            "(per_device_train_batch_size × gradient_accumulation_steps, or steps_per_generation where it is more, "
+            "× processes / num_generations). Add texts or lower the batch size"
         )
-    epoch_steps = len(train) // per_step
+    epoch_steps = len(train) // prompts * micro_batches // accumulation
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * epoch_steps)
+    rows = prompts * math.ceil(steps * accumulation / micro_batches)  # TRL drops what is no whole generation
     training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
     parts = [rows for rows in (train, held_out) if rows is not None]
     longest = max(max(rows[LENGTH_COLUMN]) for rows in parts)
     return GRPORows(
-        one_long_epoch(train.remove_columns(LENGTH_COLUMN), steps * per_step, training_args.seed),
+        one_long_epoch(train.remove_columns(LENGTH_COLUMN), rows, training_args.seed),
         held_out and held_out.remove_columns(LENGTH_COLUMN),
         longest + training_args.max_completion_length,
         epoch_steps,
@@ -198,8 +201,12 @@ def _grpo_rows(
     return grpo_rows(rows, name, tokenizer, tokens, *lengths, script_args.diffro_labels, cache, needs_voice_prompt)
 
 
-def prompts_per_step(training_args: GRPORecipe) -> int:
-    """Different prompts behind one optimizer step; InputError for a run that could not resume or learn."""
+def one_generation(training_args: GRPORecipe) -> tuple[int, int]:
+    """Prompts whose rollouts are sampled together, on all processes, and the micro-batches of a process that use them.
+
+    Raises:
+        InputError: groups that are not whole, or a run that could not resume.
+    """
     group, micro_batch = training_args.num_generations, training_args.per_device_train_batch_size
     accumulation = training_args.gradient_accumulation_steps
     local_rollouts = micro_batch * training_args.steps_per_generation
@@ -216,8 +223,7 @@ def prompts_per_step(training_args: GRPORecipe) -> int:
             f"--save_steps: must be a multiple of {steps_per_batch}, the optimizer steps after which no rollouts are "
             f"left over, or a resumed run would not repeat the original (got {training_args.save_steps})"
         )
-    rollouts = micro_batch * training_args.world_size * accumulation
-    return max(1, rollouts // group // training_args.num_iterations)
+    return local_rollouts * training_args.world_size // group, micro_batches
 
 
 def grpo_rows(

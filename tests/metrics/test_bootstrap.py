@@ -46,7 +46,7 @@ def test_one_seed_has_no_deviation_and_no_errors_have_an_interval_of_width_0():
 
 def test_change_is_paired_by_text():
     """Half of the errors of each text gone: -50 % in every draw, however the texts differ."""
-    first, row = row_of([[2, 0, 8]], [[4, 4, 9]]), row_of([[1, 0, 4]], [[4, 4, 9]])
+    first, row = row_of([[2, 2, 8]], [[4, 4, 9]]), row_of([[1, 1, 4]], [[4, 4, 9]])
     result = change_from_first(row, first, "a")
     assert result["relative"] == pytest.approx(-0.5)
     assert result["interval"] == pytest.approx([-0.5, -0.5])
@@ -55,10 +55,23 @@ def test_change_is_paired_by_text():
 
 
 def test_paired_change_is_of_rates_over_all_texts():
-    """First 4 errors of 10 words, then 3 of 10: 0.3 / 0.4 - 1 = -25 %. A draw of the second text alone is left out."""
-    first, counts = np.array([[4, 0], [5, 5]]), np.array([[3, 0], [5, 5]])
-    result = paired_change(counts, first)
-    assert result["relative"] == pytest.approx(-0.25) and result["interval"] == pytest.approx([-0.25, -0.25])
+    """First 8 errors of 18 words, then 6 of 24: 0.25 / 0.4444 - 1 = -43.75 %."""
+    first, counts = np.array([[4, 4], [10, 8]]), np.array([[3, 3], [16, 8]])
+    assert paired_change(counts, first)["relative"] == pytest.approx(-0.4375)
+    # the first text alone: (3 / 16) / (4 / 10) - 1 = -53.1 %, the second: (3 / 8) / (4 / 8) - 1 = -25 %
+    assert paired_change(counts, first)["interval"] == pytest.approx([-0.53125, -0.25])
+
+
+@pytest.mark.parametrize(("texts_with_errors", "has_interval"), [(1, False), (4, False), (6, True)])
+def test_a_change_from_so_few_errors_that_draws_have_none_is_not_known(texts_with_errors, has_interval):
+    """40 texts, no error left: "-100 % [-100, -100]" of one text with errors would be certain where nothing is.
+
+    (1 - k / 40) ** 40 of the draws have no error: 36 % for k = 1, 1.5 % for 4, 0.15 % for 6.
+    """
+    first, counts = np.zeros((2, 40)), np.zeros((2, 40))
+    first[1] = counts[1] = 8
+    first[0, :texts_with_errors] = 1
+    assert (paired_change(counts, first) is not None) == has_interval
 
 
 def valued_row(*seeds: list[float | None]) -> dict:

@@ -1,5 +1,6 @@
 """Scoring over the confined head: TRL's numbers for less work; what vLLM is given."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_te
 from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids
 from tiny.llasa import new_model, new_tokenizer
 from training import grpo_trainer
-from training.grpo_trainer import prepare_vllm, score_confined
+from training.grpo_trainer import SpeechGRPOTrainer, prepare_vllm, score_confined
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,23 @@ def test_scores_and_gradients_are_those_of_trls_full_head(tokenizer, tokens, tem
     logits = model(ids, attention_mask=mask).logits[:, :-1] / temperature
     by_hand = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     torch.testing.assert_close(narrow.log_probs, by_hand.masked_fill(labels[:, 1:] == -100, 0))
+
+
+def test_a_metric_that_nobody_could_measure_is_no_value():
+    trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
+    trainer._pending_metrics = defaultdict(list)
+    trainer._log_metric("dnsmos_ovrl", float("nan"))
+    trainer._log_metric("wer", 0.25)
+    assert trainer._pending_metrics == {"wer": [0.25]}
+
+
+def test_where_all_rollouts_are_masked_their_advantages_are_0():
+    """--mask_truncated_completions true, and none of a batch has ended."""
+    trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
+    trainer.reward_funcs = [SimpleNamespace(rollout_scorer=SimpleNamespace(rollouts=None))]
+    trainer._own_rewards, trainer.reward_weights, trainer.num_generations = torch.zeros(4, 1), torch.ones(1), 4
+    trainer.accelerator = SimpleNamespace(reduce=lambda values, how: values)
+    assert trainer._token_advantages(torch.zeros(4, 6, dtype=torch.long)).equal(torch.zeros(4, 6))
 
 
 def long_prompts(tokenizer, tokens):

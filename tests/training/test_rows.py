@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from trl.trainer.utils import RepeatSampler
 
+import train
 import training.rows
 from common.cli import InputError
 from speech.policy import load_tokenizer
 from speech.tokens import asr_prompt
-from training.rows import grpo_asr_rows, grpo_rows, one_long_epoch, prompts_per_step, sft_rows
+from training.rows import grpo_asr_rows, grpo_dataset, grpo_rows, one_generation, one_long_epoch, sft_rows
 
 CODES, TEXT = [1, 2, 3], "Anna found two boxes."
 
@@ -136,6 +138,39 @@ def test_one_long_epoch_uses_each_row_equally_often():
     assert order[:5] != order[5:10]
 
 
+@pytest.mark.parametrize(
+    ("steps", "accumulation", "generated", "iterations"),
+    [(1, 8, 8, 2), (1, 8, 16, 1), (6, 8, 8, 3), (5, 3, 3, 2), (5, 8, 8, 1), (7, 8, 4, 1), (2, 2, 4, 2), (4, 4, 1, 1)],
+)
+def test_the_rows_of_a_run_are_enough_for_its_steps(llasa, tmp_path, steps, accumulation, generated, iterations):
+    """By TRL's own sampler, which drops what is no whole generation: else a run ends early, or repeats its prompts."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "It is {i}."}}\n' for i in range(40)))
+    flags = f"--dataset {texts} --output_dir {tmp_path}/run --per_device_train_batch_size 4 --num_generations 4 "
+    flags += f"--max_steps {steps} --gradient_accumulation_steps {accumulation} --steps_per_generation {generated} "
+    flags += f"--num_iterations {iterations} --max_completion_length 50 --save_strategy no"
+    script_args, training_args, _ = train.parse_args(flags.split())
+    rows = grpo_dataset(script_args, training_args, *llasa)
+
+    def steps_of(data) -> float:
+        """The loader draws a whole generation, which has `generated` groups of 4, for every micro-batch of 4."""
+        sampler = RepeatSampler(data, 4, batch_size=generated, repeat_count=iterations * generated)
+        return len([*sampler]) / (4 * generated) / accumulation
+
+    assert steps_of(rows.train) >= steps > steps_of(rows.train.select(range(len(rows.train) - generated)))
+    assert rows.epoch_steps == int(steps_of(range(40))) > 0
+
+
+def test_fewer_rows_than_a_generation_takes_are_refused(llasa, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "It is."}\n' * 15)
+    flags = f"--dataset {texts} --output_dir {tmp_path}/run --per_device_train_batch_size 4 --num_generations 4 "
+    flags += "--gradient_accumulation_steps 8 --steps_per_generation 16 --max_completion_length 50 --save_strategy no"
+    script_args, training_args, _ = train.parse_args(flags.split())
+    with pytest.raises(InputError, match="has 15 rows and the first step takes 16 prompts"):
+        grpo_dataset(script_args, training_args, *llasa)
+
+
 def test_a_reward_of_the_voice_needs_a_voice_prompt_in_every_row():
     llasa = load_tokenizer("tiny/llasa")
     columns = {"text": ["Hi.", "You."], "ref_text": ["One.", "Two."], "ref_codes": [[5] * 25, [6] * 30]}
@@ -157,15 +192,16 @@ def test_a_reward_of_the_voice_needs_a_voice_prompt_in_every_row():
 def test_no_checkpoint_between_the_steps_of_one_batch(steps_per_generation, iterations, accumulation, multiple):
     """A batch of rollouts is 12 micro-batches, a step takes 8: after 3 steps, of 24, nothing is left over."""
 
-    def prompts(save_steps: int) -> int:
+    def generation(save_steps: int) -> tuple[int, int]:
         args = SimpleNamespace(
             num_generations=4, per_device_train_batch_size=4, world_size=1, save_strategy="steps", save_steps=save_steps
         )
         args.steps_per_generation, args.num_iterations = steps_per_generation, iterations
         args.gradient_accumulation_steps = accumulation
-        return prompts_per_step(args)
+        return one_generation(args)
 
-    assert prompts(multiple) == prompts(2 * multiple) == accumulation // iterations
+    used = steps_per_generation, steps_per_generation * iterations
+    assert generation(multiple) == generation(2 * multiple) == used
     if multiple > 1:
         with pytest.raises(InputError, match=f"--save_steps: must be a multiple of {multiple}, "):
-            prompts(multiple + 1)
+            generation(multiple + 1)

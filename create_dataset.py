@@ -60,6 +60,7 @@ from common.dataset_io import (
 )
 from speech.audio import SILENCE_DBFS, TooLongError, audio_failure, load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
+from speech.error_rate import language_code
 from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE, tts_prompt
 
 MAX_DURATION_S = 30.0  # Whisper's window; 1,500 of Llasa's 2,048 tokens, which leaves room for the text
@@ -91,6 +92,8 @@ def read_clip(source: Source, index: int, args: argparse.Namespace) -> tuple[dic
     text = (row.pop("text") or "").strip()
     audio = row.pop("audio")
     carried = {name: carried_value(source, name, value) for name, value in row.items()}
+    if args.language is not None:
+        carried["language"] = carried.get("language") or args.language
     path, data = path_and_bytes(audio)
 
     def skipped(reason: str, detail: str) -> tuple[dict, None]:
@@ -273,6 +276,8 @@ def assemble(chunks: list[Chunk], columns: dict[str, str], partial: Path, args: 
         "duration_s": datasets.Value("float64"),
         "sampling_rate": datasets.Value("int32"),
     } | {name: datasets.Value("string") for name in CARRIED_COLUMNS if name in columns}
+    if args.language is not None:
+        features["language"] = datasets.Value("string")
     shutil.rmtree(partial / "cache", ignore_errors=True)
     datasets.disable_progress_bars()
     dataset = datasets.Dataset.from_generator(  # via the disk: the codes of a large corpus do not fit into memory
@@ -398,6 +403,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--sampling_rate: XCodec2 works at {SAMPLE_RATE} Hz only, with {CODES_PER_SECOND} codes per second (got "
             f"{args.sampling_rate}). Leave it out: audio of any rate is resampled"
         )
+    if args.language is not None:
+        language_code(args.language)
     check_at_least(args, batch_size=1, chunk_size=1, num_shards=1)
     if args.num_workers is not None:
         check_at_least(args, num_workers=0)
@@ -463,11 +470,12 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", required=True, help="hub id, saved folder, audiofolder, or .json/.jsonl/.csv/.parquet file")
+    add("--dataset", required=True, help="hub id, saved folder, audiofolder, or .json/.jsonl/.csv/.tsv/.parquet file")
     add("--dataset_config", help="configuration of a hub dataset that has several, e.g. a language")
     add("--split", default="train", help="split to encode; for a hub dataset also train[:100]")
     add("--text_column", help=f"column of the text; default: the first available of {', '.join(TEXT_COLUMNS)}")
     add("--audio_column", help=f"column of the audio; default: the first available of {', '.join(AUDIO_COLUMNS)}")
+    add("--language", help="language of the rows that state none: Whisper's code or name, such as de or German")
     add("--output_dir", required=True, help="folder of the new dataset: new, empty, or of an interrupted run")
     add("--format", choices=("arrow", "json", "parquet"), default="arrow", help="arrow is datasets' save_to_disk")
     add("--overwrite", action="store_true", help="replace a finished dataset, or discard another unfinished run")

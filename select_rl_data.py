@@ -491,7 +491,11 @@ def main(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", required=True, help="saved folder, hub id, or .json/.jsonl/.csv/.parquet file, with audio_codes")
+    add(
+        "--dataset",
+        required=True,
+        help="saved folder, hub id, or .json/.jsonl/.csv/.tsv/.parquet file, with audio_codes",
+    )
     add("--split", default="train", help="split to select from")
     add("--select", nargs="+", choices=KINDS, required=True, help="kinds of rows, see above")
     add("--num", type=int, default=20_000, help="largest number of rows of each kind, by default the paper's")

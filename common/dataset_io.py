@@ -1,5 +1,6 @@
 """Open a dataset by name, and check the types of its columns: the rules of `--dataset` in every script."""
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from huggingface_hub import HfApi, is_offline_mode
 
 from common.cli import InputError, library_errors_are_input
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ACCEPTED = (
     "Accepted: a hub id such as 'owner/name', a folder saved by datasets' save_to_disk, a folder of audio with a "
-    "metadata.csv or .jsonl, or a .json, .jsonl, .csv or .parquet file"
+    "metadata.csv or .jsonl, or a .json, .jsonl, .csv, .tsv or .parquet file"
 )
 TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription", "text_normalized", "normalized_text")
 AUDIO_COLUMNS = ("audio", "file_name", "audio_path", "audio_filepath", "path", "file", "wav")
@@ -328,14 +329,20 @@ def _check_split(name: str, split: str, splits: list[str]) -> None:
 
 
 def _read_file(path: Path) -> Dataset:
-    """The rows of a .json, .jsonl, .csv or .parquet file."""
+    """The rows of a .json, .jsonl, .csv, .tsv or .parquet file."""
     try:
-        if path.suffix.lower() == ".csv":
+        if path.suffix.lower() in (".csv", ".tsv"):
             # All strings: pandas' types would make the id 007 a 7 and the text "None" a missing value.
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            # A .tsv, as Common Voice's, has no quoting: a quotation mark is part of the text.
+            own = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **own)
+            if len(table.columns) == 1 and ";" in table.columns[0]:
+                raise InputError(f"{path}: its columns are separated by semicolons. Save it with commas")
             return Dataset.from_pandas(table, preserve_index=False)
         if path.suffix.lower() == ".parquet":
             return Dataset.from_parquet(str(path))
+        if path.suffix.lower() == ".jsonl":
+            return _read_json_lines(path)
         return Dataset.from_json(str(path))
     except StopIteration:  # datasets 5 on an empty .jsonl
         raise InputError(f"{path}: the file is empty. Use a file with at least one row") from None
@@ -343,6 +350,26 @@ def _read_file(path: Path) -> Dataset:
         raise InputError(
             f"{path}: cannot be read as {path.suffix}: {error.__cause__ or error}. Repair or export the file again"
         ) from error
+
+
+def _read_json_lines(path: Path) -> Dataset:
+    """The rows of a .jsonl file, whichever columns a row has.
+
+    datasets takes the columns and types of the first 10 MB for those of all, and refuses a file that was joined from
+    two kinds of rows.
+    """
+    try:
+        return Dataset.from_json(str(path))
+    except DatasetsError as error:
+        try:
+            with path.open(encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+        except ValueError:  # datasets' error says as much
+            raise error from None
+        if not all(isinstance(row, dict) for row in rows):
+            raise
+        names = dict.fromkeys(name for row in rows for name in row)
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
 
 
 def _load_saved(path: Path) -> Dataset:

@@ -23,7 +23,7 @@ class ResumableFile:
         path: of the file.
         run: JSON; all that decides what is in it.
         what: what is in it, for messages.
-        overwrite: whether to discard what another run, or this one, has left.
+        overwrite: whether to replace a finished file, and discard what another unfinished run has left.
     Raises:
         InputError: `path` is of another run, finished or not, and is not to be overwritten.
     """
@@ -35,14 +35,19 @@ class ResumableFile:
         if not overwrite and (path.exists() or self.partial.exists()):
             self._check_run()
 
-    def _check_run(self) -> None:
+    def _earlier_run(self) -> dict | None:
         try:
-            earlier = json.loads(self.run_file.read_text(encoding="utf-8"))["run"]
+            return json.loads(self.run_file.read_text(encoding="utf-8"))["run"]
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _check_run(self) -> None:
+        earlier = self._earlier_run()
+        if earlier is None:
             raise InputError(
                 f"--output {self.path}: exists, and no {self.run_file.name} tells what is in it. Use another file, or "
                 "replace it with --overwrite"
-            ) from None
+            )
         changed = changed_settings(earlier, self.run)
         if changed:
             raise InputError(
@@ -58,7 +63,8 @@ class ResumableFile:
         """What `add_batch` was given, by this run before it was interrupted; starts its record where there is none."""
         if self.overwrite:
             self.path.unlink(missing_ok=True)
-            self.partial.unlink(missing_ok=True)
+            if self._earlier_run() != self.run:
+                self.partial.unlink(missing_ok=True)
         lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
         # Without the line that was cut off, if one was
         write_whole_text(self.partial, "".join(f"{line}\n" for line in lines))

@@ -55,11 +55,14 @@ def letter_of(text: str) -> str | None:
 
     >>> [letter_of(text) for text in ("B", " **a**. ", "Clip B", "Answer: C", "B: it is clearer", "The answer is (A)")]
     ['B', 'A', 'B', 'C', 'B', 'A']
+    >>> [letter_of(text) for text in ("B, because it is clearer", "<think>A is slow.</think>\\n\\nB", "A – it rises")]
+    ['B', 'B', 'A']
     >>> [letter_of(text) for text in ("", "A clip like any other", "Both are fine", "D", "Between A and B")]
     [None, None, None, None, None]
     """
+    text = text.rpartition("</think>")[2]
     lead_in = r"(?:(?:my |the )?(?:final )?answer(?: is)?\W*)?(?:(?:clip|audio|option|reading)\W+)?"
-    match = re.match(rf"\W*{lead_in}([ABC])(?:\W*$|[.:)*\n])", text, re.IGNORECASE)
+    match = re.match(rf"\W*{lead_in}([ABC])(?:\W*$|[.,:;)*\n。，]|\s+[–—-]\s)", text, re.IGNORECASE)
     return match and match.group(1).upper()
 
 

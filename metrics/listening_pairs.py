@@ -106,13 +106,20 @@ def voice_prompt_of(row: dict, where: str) -> tuple[str | None, list[int] | None
 
 def read_pairs(path: str) -> list[ClipPair]:
     """The pairs of a file with a row {"text", "audio_a", "audio_b"} each, and optionally "id", "codes_a", "codes_b"."""
-    pairs = []
+    pairs, num_equal = [], 0
     for number, row in read_rows(path):
         where, folder = f"{path}, line {number}", Path(path).parent
         clips = tuple(clip_of(row, f"audio_{side}", f"codes_{side}", where, folder, side) for side in "ab")
         ref_text, ref_codes = voice_prompt_of(row, where)
+        if clips[0].audio == clips[1].audio or (clips[0].codes is not None and clips[0].codes == clips[1].codes):
+            num_equal += 1
+            continue
         pair_id = str(row.get("id") or number)
         pairs.append(ClipPair(pair_id, text_of(row, where), clips, None, ref_text, ref_codes))
+    if not pairs:
+        raise InputError(f"{path}: the two clips of each pair are equal. Give pairs that differ")
+    if num_equal:
+        logger.warning("%s: %d pairs of equal clips are left out", path, num_equal)
     check_ids(path, pairs)
     return pairs
 

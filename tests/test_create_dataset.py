@@ -227,6 +227,16 @@ def with_bad_clips(clips: Path) -> tuple[Path, list[tuple[str, str, str]]]:
     return with_row(clips, "\n".join(f"{path},{text},,,id{i}," for i, (path, text, _) in enumerate(rows))), rows
 
 
+def test_a_language_is_that_of_the_rows_that_state_none(codec_dir, clips, tmp_path, caplog):
+    source = with_row(clips, "wavs/2.wav,Guten Tag.,slt,,x,")
+    dataset = create(codec_dir, source, tmp_path / "some", "--language=de")
+    assert dataset["language"][:] == ["en", "en", "en", "de"]
+    (clips / "bare.csv").write_text("audio,text\nwavs/0.wav,Guten Tag.\n")
+    assert create(codec_dir, clips / "bare.csv", tmp_path / "all", "--language=German")["language"][:] == ["German"]
+    message = refusal(caplog, codec_dir, clips / "bare.csv", tmp_path / "none", "--language=klingon")
+    assert "unknown language 'klingon'" in message
+
+
 def test_bad_clips_are_listed(codec_dir, clips, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     source, rows = with_bad_clips(clips)

@@ -225,6 +225,26 @@ def test_other_settings_are_another_run(folder, caplog):
         assert run(folder, judge.url, "--overwrite")["pairs"] == NUM_PAIRS
 
 
+def test_an_interrupted_run_that_overwrites_resumes_by_the_same_command(folder, monkeypatch):
+    """Else what was judged, and paid for, would be asked again."""
+    with FakeJudge() as judge:
+        run(folder, judge.url)
+        add_batch = judge_preferences.ResumableFile.add_batch
+
+        def killed(self, batch):
+            add_batch(self, batch)
+            raise KeyboardInterrupt
+
+        again = ("--overwrite", "--question", "Which is lower?")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(judge_preferences.ResumableFile, "add_batch", killed)
+            run(folder, judge.url, *again)
+        asked = len(judge.requests)
+        assert not (folder / "out.jsonl").exists()
+        assert run(folder, judge.url, *again)["pairs"] == NUM_PAIRS
+        assert len(judge.requests) - asked <= 2 * (NUM_PAIRS - 1)
+
+
 # --- Keys -------------------------------------------------------------------------------------------------
 
 KEY = "sk-very-secret"

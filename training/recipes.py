@@ -88,7 +88,8 @@ class ScriptArguments:
     """The flags that are ours rather than TRL's."""
 
     dataset: str = field(
-        default=None, metadata={"help": "training rows: hub id, saved folder, or a .json/.jsonl/.csv/.parquet file"}
+        default=None,
+        metadata={"help": "training rows: hub id, saved folder, or a .json/.jsonl/.csv/.tsv/.parquet file"},
     )
     split: str = field(default="train", metadata={"help": "split of --dataset to train on"})
     eval_dataset: str = field(

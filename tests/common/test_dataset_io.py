@@ -70,6 +70,28 @@ def test_text_that_is_not_utf8_names_the_file(tmp_path, suffix):
         load_any_dataset(str(tmp_path))
 
 
+def test_joined_files_have_the_columns_of_all_rows(tmp_path):
+    """datasets alone takes those of the first 10 MB."""
+    first = json.dumps({"text": "one", "codes": [1] * 1_000, "ref_codes": None}) + "\n"
+    last = json.dumps({"text": "two", "codes": [2], "ref_codes": [3, 4], "rater": "Anna"}) + "\n"
+    (tmp_path / "joined.jsonl").write_text(first * (12_000_000 // len(first)) + last)
+    rows = load_any_dataset(str(tmp_path / "joined.jsonl"))
+    assert rows[-1] == {"text": "two", "codes": [2], "ref_codes": [3, 4], "rater": "Anna"}
+    assert rows[0] == {"text": "one", "codes": [1] * 1_000, "ref_codes": None, "rater": None}
+
+
+def test_a_tsv_is_read_as_common_voice_writes_it(tmp_path):
+    (tmp_path / "clips.tsv").write_text('path\tsentence\tid\na.mp3\t"Oh, she said.\t007\n')
+    rows = load_any_dataset(str(tmp_path / "clips.tsv"))
+    assert rows[0] == {"path": "a.mp3", "sentence": '"Oh, she said.', "id": "007"}
+
+
+def test_a_csv_with_semicolons_is_named(tmp_path):
+    (tmp_path / "clips.csv").write_text("audio;text\na.wav;one\n")
+    with pytest.raises(InputError, match="its columns are separated by semicolons"):
+        load_any_dataset(str(tmp_path / "clips.csv"))
+
+
 def test_a_line_separator_within_a_text_is_kept(tmp_path):
     for suffix, content in (
         (".jsonl", '{"text": "a\u2028b"}\n{"text": "c\x85d"}\n'),

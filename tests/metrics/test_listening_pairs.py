@@ -88,6 +88,18 @@ def test_pairs_given_one_by_one(folder):
     assert [pair.id for pair in pairs] == ["x", "2"] and [clip.codes for clip in pairs[0].clips] == [None, [3]]
 
 
+def test_given_pairs_of_equal_clips_are_left_out(folder, caplog):
+    equal = [
+        {"text": "one", "audio_a": "0.wav", "audio_b": str(folder / "0.wav")},
+        {"text": "two", "audio_a": "1.wav", "audio_b": "2.wav", "codes_a": [3, 4], "codes_b": [3, 4]},
+    ]
+    good = {"text": "three", "audio_a": "1.wav", "audio_b": "2.wav", "codes_a": [3, 4], "codes_b": [3]}
+    assert [pair.text for pair in read_pairs(write_rows(folder / "p.jsonl", [*equal, good]))] == ["three"]
+    assert "2 pairs of equal clips are left out" in caplog.text
+    with pytest.raises(InputError, match="the two clips of each pair are equal"):
+        read_pairs(write_rows(folder / "equal.jsonl", equal))
+
+
 def test_planted_pairs_of_a_recording_and_of_a_known_pair(folder):
     known = {"text": "two", "chosen_audio": "1.wav", "rejected_audio": "0.wav"}
     rows = [clip("one", "long.wav"), known, {"text": "three", "file_name": "long.wav"}]

@@ -45,6 +45,7 @@ from metrics.formatting import number, percent
 from metrics.listening_page import build
 from metrics.listening_pairs import draw_pairs
 from metrics.preference_answers import (
+    MIN_PLANTED,
     Rater,
     choices_by_item,
     clips_without_codes,
@@ -198,7 +199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     answers.add_argument(
         "--min_planted",
         type=float,
-        default=0.8,
+        default=MIN_PLANTED,
         help="fraction of the planted pairs that a rater must have right; those below are left out and named",
     )
     answers.add_argument("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")

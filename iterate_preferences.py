@@ -239,8 +239,17 @@ def last_epoch(log: list[dict]) -> dict:
 
 
 def judge_facts(pairs: Path) -> dict:
+    """Raises InputError for a judge whose pairs are not to be trained on unheard."""
+    from metrics.preference_answers import MIN_PLANTED
+
     report = json.loads(pairs.with_suffix(".report.json").read_text(encoding="utf-8"))
-    return {"consistency": report["consistency"], "cost": report["cost"]}
+    facts = {name: report[name] for name in ("consistency", "planted", "planted_right", "cost")}
+    if facts["planted_right"] < MIN_PLANTED * facts["planted"]:
+        raise InputError(
+            f"{pairs}: the judge has {facts['planted_right']} of {facts['planted']} planted pairs right, too few to "
+            "train on its pairs. Use another judge or question; or, if you have heard that it is right, --num_planted 0"
+        )
+    return facts
 
 
 def evaluation_facts(folder: Path) -> dict:
@@ -261,10 +270,12 @@ def table_of(done: list[dict]) -> list[list[str]]:
     for step in done:
         rounds.setdefault(step["step"].split("/")[0], {}).update(step)
     asrs = list(dict.fromkeys(asr for facts in rounds.values() for asr in facts.get("error_rates", {})))
-    table = [["", "pairs", "consistency", "pair accuracy", "margin", *(f"WER, {asr}" for asr in asrs)]]
+    table = [["", "pairs", "consistency", "planted right", "pair accuracy", "margin", *(f"WER, {asr}" for asr in asrs)]]
     for name, facts in rounds.items():
         line = ["start" if name == "round_0" else name, str(facts.get("pairs", "–"))]
-        line += [percent(facts.get("consistency")), percent(facts.get("accuracy")), number(facts.get("margin"))]
+        planted = f"{facts['planted_right']} of {facts['planted']}" if facts.get("planted") else "–"
+        line += [percent(facts.get("consistency")), planted]
+        line += [percent(facts.get("accuracy")), number(facts.get("margin"))]
         for asr in asrs:
             rate, interval = facts.get("error_rates", {}).get(asr, (None, None))
             line.append(percent(rate) if rate is None else f"{percent(rate)} {percent_interval(interval)}")
@@ -322,7 +333,8 @@ def main(args: argparse.Namespace) -> dict:
             if step.name in done:
                 logger.info("%s: done before", step.name)
                 continue
-            results["rows"].append(run_step(args, step))
+            with bad_input_exits():
+                results["rows"].append(run_step(args, step))
             write_results(folder, results)
     table = table_of(results["rows"])
     for line in aligned(table, right=range(1, len(table[0]))):

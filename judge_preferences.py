@@ -54,13 +54,12 @@ from metrics.formatting import percent
 from metrics.html_page import wav_bytes
 from metrics.listening_page import at_level, sound_of
 from metrics.listening_pairs import ClipPair, draw_pairs
-from metrics.preference_answers import encode_clips, pair_rows, wins, write_report
+from metrics.preference_answers import MIN_PLANTED, encode_clips, pair_rows, wins, write_report
 from speech.policy import DEFAULT_CODEC
 
 # Arguments that do not change the pairs: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug", "judge_url", "num_workers", "timeout_s", "device")
 FREE_ARGUMENTS += ("price_per_million_input", "price_per_million_output")
-MIN_PLANTED = 0.8  # as for listeners (collect_preferences.py)
 
 logger = logging.getLogger("judge_preferences")
 

@@ -15,6 +15,7 @@ from speech.audio import load_audio
 logger = logging.getLogger(__name__)
 
 CHOICES = (*SIDES, NO_DIFFERENCE)
+MIN_PLANTED = 0.8  # of the planted pairs, by default; what a guesser passes: docs/preferences.md
 KEY_FIELDS = {"page", "item", "id", "text", "clips", "better", "ref_text", "ref_codes"}
 
 ItemId = tuple[str, str]  # the page's id, the pair's id on it

@@ -14,6 +14,7 @@ from fake_policy import FirstWordLostASR, ToneCodec, save_policy
 from safetensors.torch import load_file
 
 import iterate_preferences
+from common.cli import InputError
 from metrics import judges, synthesis
 from speech import codec as speech_codec
 
@@ -138,9 +139,9 @@ def test_rounds_by_a_reward(flags, in_process, policy, tmp_path):
     for before, after in zip(weights, weights[1:], strict=False):
         assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
     table = (folder / "results.md").read_text().splitlines()[2:]
-    assert table[0].startswith("|  | pairs | consistency | pair accuracy | margin | WER, other-asr |")
+    assert table[0].startswith("|  | pairs | consistency | planted right | pair accuracy | margin | WER, other-asr |")
     assert [line.split(" | ")[0] for line in table[2:]] == ["| start", "| round_1", "| round_2"]
-    assert all("%" in line.split(" | ")[5] for line in table[2:]) and table[2].count("–") == 4
+    assert all("%" in line.split(" | ")[6] for line in table[2:]) and table[2].count("–") == 5
 
 
 def test_a_round_by_a_judge(flags, in_process, tmp_path):
@@ -159,6 +160,23 @@ def test_a_round_by_a_judge(flags, in_process, tmp_path):
     assert all((pair["source"], pair["rater"]) == ("machine", "judge") for pair in pairs)
     assert [row.get("consistency") for row in results["rows"]] == [None, 1, None]
     assert "| round_1 | " + f"{len(pairs)} | 100.0 % |" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_pairs_of_a_judge_who_hears_nothing_are_not_trained_on(flags, scripts, tmp_path, monkeypatch, caplog):
+    judge_facts = iterate_preferences.judge_facts
+
+    def judged(right: int):
+        report = {"consistency": 1.0, "planted": 5, "planted_right": right, "cost": None}
+        (tmp_path / "pairs.report.json").write_text(json.dumps(report))
+        return judge_facts(tmp_path / "pairs.jsonl")
+
+    assert judged(4)["planted_right"] == 4
+    with pytest.raises(InputError, match="the judge has 3 of 5 planted pairs right, too few to train on its pairs"):
+        judged(3)
+    monkeypatch.setattr(iterate_preferences, "judge_facts", lambda pairs: judged(3))
+    with pytest.raises(SystemExit) as stop:
+        run(*flags, "--judge", "--judge_url http://127.0.0.1:9/v1 --judge_model judge")
+    assert stop.value.code == 2 and "train" not in scripts.names and "has 3 of 5 planted" in caplog.text
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

@@ -20,9 +20,9 @@ def row(name: str, edits: list[int], synthesized: bool = True, nll: float | None
 
 
 def test_metrics_of_a_row():
-    first, second = row("first", [2, 0]), row("second", [1, 0], nll=3.0)
+    first, second = row("first", [2, 2]), row("second", [1, 1], nll=3.0)
     metrics = summarize(second, first)
-    assert metrics["asr"]["base"]["error_rate"] == 0.25 and metrics["asr"]["base"]["nll"] == 3.0
+    assert metrics["asr"]["base"]["error_rate"] == 0.5 and metrics["asr"]["base"]["nll"] == 3.0
     assert metrics["asr"]["base"]["change"]["relative"] == pytest.approx(-0.5)
     assert (metrics["duration_s"], metrics["units_per_second"], metrics["real_time_factor"]) == (0.5, 4.0, 0.25)
     assert summarize(first, first)["asr"]["base"]["change"] is None

@@ -4,7 +4,7 @@ r"""Encode recordings and their texts as a dataset of speech codes, which train.
         --codec_id HKUSTAudio/xcodec2 --sampling_rate 16000
 
 Writes the columns text, audio_codes (50 per second), duration_s, sampling_rate and, where the source has them,
-speaker, language and id. Clips that cannot be used are listed in skipped.jsonl, each with the reason.
+speaker, language (or --language) and id. Clips that cannot be used are listed in skipped.jsonl, each with the reason.
 An interrupted run resumes when it is started again with the same arguments. Exit code 2: the input was wrong; 130: it
 was interrupted by Ctrl-C.
 
@@ -404,7 +404,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"{args.sampling_rate}). Leave it out: audio of any rate is resampled"
         )
     if args.language is not None:
-        language_code(args.language)
+        try:
+            language_code(args.language)
+        except InputError as error:
+            raise InputError(f"--language: {error}") from error
     check_at_least(args, batch_size=1, chunk_size=1, num_shards=1)
     if args.num_workers is not None:
         check_at_least(args, num_workers=0)

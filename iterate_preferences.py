@@ -39,6 +39,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_ranges,
     check_seed,
     check_writable,
     parse_strictly,
@@ -50,7 +51,7 @@ from common.cli import (
 
 ROOT = Path(__file__).parent
 # Arguments that do not change what a round is: a resumed run may have other values of them
-FREE_ARGUMENTS = ("output_dir", "overwrite", "debug", "rounds")
+FREE_ARGUMENTS = ("output_dir", "overwrite", "debug", "rounds", "min_planted")
 
 logger = logging.getLogger("iterate_preferences")
 
@@ -111,9 +112,10 @@ def judge_steps(args: argparse.Namespace, number: int) -> list[Step]:
     sample = [*round_flags(args, number), "--text_file", str(texts), "--num_samples", "2", "--output", str(clips)]
     judge = ["--clips", str(clips / "sample.jsonl"), "--seed", str(seed), "--output", str(pairs)]
     write = partial(write_texts, args, seed, texts)
+    facts = partial(judge_facts, pairs, args.min_planted)
     return [
         Step(f"{folder.name}/clips", "inference.py", "sample", sample, before=write),
-        Step(f"{folder.name}/pairs.jsonl", "judge_preferences.py", "judge", judge, facts=partial(judge_facts, pairs)),
+        Step(f"{folder.name}/pairs.jsonl", "judge_preferences.py", "judge", judge, facts=facts),
     ]
 
 
@@ -238,16 +240,15 @@ def last_epoch(log: list[dict]) -> dict:
     return {ours: sum(entry[name] for entry in steps) / len(steps) for ours, name in names.items()}
 
 
-def judge_facts(pairs: Path) -> dict:
+def judge_facts(pairs: Path, min_planted: float) -> dict:
     """Raises InputError for a judge whose pairs are not to be trained on unheard."""
-    from metrics.preference_answers import MIN_PLANTED
-
     report = json.loads(pairs.with_suffix(".report.json").read_text(encoding="utf-8"))
     facts = {name: report[name] for name in ("consistency", "planted", "planted_right", "cost")}
-    if facts["planted_right"] < MIN_PLANTED * facts["planted"]:
+    if facts["planted_right"] < min_planted * facts["planted"]:
         raise InputError(
             f"{pairs}: the judge has {facts['planted_right']} of {facts['planted']} planted pairs right, too few to "
-            "train on its pairs. Use another judge or question; or, if you have heard that it is right, --num_planted 0"
+            "train on its pairs. Use another judge or question in another --output_dir; or listen to the pairs, and if "
+            "they are right go on with a lower --min_planted"
         )
     return facts
 
@@ -345,6 +346,7 @@ def main(args: argparse.Namespace) -> dict:
 
 def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, rounds=1)
+    check_ranges(args, {"min_planted": (0, True, 1, True)})
     if args.num_texts is not None:
         check_at_least(args, num_texts=1)
     check_seed(args.seed)
@@ -360,6 +362,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_texts", type=int, help="so many of the texts in each round, drawn by --seed (default: all)")
     add("--rounds", type=int, default=2, help="number of rounds")
     add("--output_dir", required=True, help="folder of the rounds, results.json and results.md")
+    help = "fraction of a judge's planted pairs that must be right, or its pairs are not trained on"
+    add("--min_planted", type=float, default=0.8, help=help)
     add("--overwrite", action="store_true", help="delete the rounds of other settings in --output_dir")
     add(
         "--sample", metavar="FLAGS", help='flags of sample_preferences.py, or with --judge of inference.py: "--top_p 1"'

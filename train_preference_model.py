@@ -418,7 +418,9 @@ def main(args: argparse.Namespace) -> None:
                 raise InputError("--heldout_pairs: has every text of --pairs. Use other texts")
         else:
             pairs, heldout = split_pairs(pairs, args.heldout_frac, args.seed)
-        rows_digest = short_digest([pair.text, pair.chosen.name, pair.rejected.name] for pair in [*pairs, *heldout])
+        rows_digest = short_digest(
+            [pair.text, pair.speaker, pair.chosen.name, pair.rejected.name] for pair in [*pairs, *heldout]
+        )
         check_same_rows(args, rows_digest)
         model = new_model(pairs, whisper, args)
     whisper_record = {"whisper": args.whisper, "fingerprint": whisper.fingerprint()}

@@ -333,8 +333,7 @@ def main(args: argparse.Namespace) -> None:
                 )
         else:
             rows, heldout = split_by_text(rows, args.heldout_frac, args.seed)
-        parts = [list(part[column]) for part in (rows, heldout) for column in ("text", CODES_COLUMN)]
-        rows_digest = short_digest(parts)
+        rows_digest = short_digest(row for part in (rows, heldout) for row in part)
         check_same_rows(args, rows_digest)
         model = new_token2text(rows, args.num_codes, args)
         check_rows(model, rows, args.labels)

@@ -336,7 +336,7 @@ def _read_file(path: Path) -> Dataset:
             # A .tsv, as Common Voice's, has no quoting: a quotation mark is part of the text.
             own = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
             table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **own)
-            if len(table.columns) == 1 and ";" in table.columns[0]:
+            if not own and len(table.columns) == 1 and ";" in table.columns[0]:
                 raise InputError(f"{path}: its columns are separated by semicolons. Save it with commas")
             return Dataset.from_pandas(table, preserve_index=False)
         if path.suffix.lower() == ".parquet":
@@ -346,7 +346,9 @@ def _read_file(path: Path) -> Dataset:
         return Dataset.from_json(str(path))
     except StopIteration:  # datasets 5 on an empty .jsonl
         raise InputError(f"{path}: the file is empty. Use a file with at least one row") from None
-    except (DatasetsError, OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (DatasetsError, OSError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read as {path.suffix}: {error.__cause__ or error}. Repair or export the file again"
         ) from error

@@ -71,7 +71,7 @@ def paired_change(counts: np.ndarray, first_counts: np.ndarray) -> dict | None:
     counts = np.concatenate([counts, first_counts])
     sums = resampled_sums(counts)
     errorless = sums[2] == 0  # such a draw has no relative change
-    if counts[2].sum() == 0 or errorless.mean() > MAX_ERRORLESS:
+    if errorless.mean() > MAX_ERRORLESS:
         return None
 
     def relative(edits, length, first_edits, first_length):

@@ -55,15 +55,19 @@ def letter_of(text: str) -> str | None:
 
     >>> [letter_of(text) for text in ("B", " **a**. ", "Clip B", "Answer: C", "B: it is clearer", "The answer is (A)")]
     ['B', 'A', 'B', 'C', 'B', 'A']
-    >>> [letter_of(text) for text in ("B, because it is clearer", "<think>A is slow.</think>\\n\\nB", "A – it rises")]
+    >>> [letter_of(text) for text in ("B, because it is clearer", "<think>A is slow.</think>\\n\\nB", "A—it rises")]
     ['B', 'B', 'A']
+    >>> [letter_of(text) for text in ("A, B, or C?", "A, B", "A - and B sound the same", "A, however, is worse than B")]
+    [None, None, None, None]
     >>> [letter_of(text) for text in ("", "A clip like any other", "Both are fine", "D", "Between A and B")]
     [None, None, None, None, None]
     """
     text = text.rpartition("</think>")[2]
     lead_in = r"(?:(?:my |the )?(?:final )?answer(?: is)?\W*)?(?:(?:clip|audio|option|reading)\W+)?"
-    match = re.match(rf"\W*{lead_in}([ABC])(?:\W*$|[.,:;)*\n。，]|\s+[–—-]\s)", text, re.IGNORECASE)
-    return match and match.group(1).upper()
+    match = re.match(rf"\W*{lead_in}([ABC])(?:\W*$|[.:)*\n。]|(?P<goes_on>[,;，]|\s*[–—]|\s-\s))", text, re.IGNORECASE)
+    if match is None or (match["goes_on"] and re.search(r"\b[ABC]\b", text[match.end() :])):
+        return None  # what goes on and names a letter again may be "A, B, or C?"
+    return match.group(1).upper()
 
 
 class ChatJudge:

@@ -255,8 +255,14 @@ def test_a_listener_with_a_mouse_goes_back_and_another_one_follows(page, folder,
     assert clara.element("counter").text == "Pair 3 of 7"
 
 
-def test_a_browser_that_keeps_nothing_says_so(page, folder, browser):
-    refuse = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied') }})"
+@pytest.mark.parametrize(
+    "refuse",
+    [
+        "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('denied') }})",
+        "Storage.prototype.setItem = () => { throw new DOMException('full') }",
+    ],
+)
+def test_a_browser_that_keeps_nothing_says_so(refuse, page, folder, browser):
     browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
     dora = Listener(browser, page)
     assert dora.element("unkept").is_displayed()
@@ -266,12 +272,15 @@ def test_a_browser_that_keeps_nothing_says_so(page, folder, browser):
     dora.press("s")
     [answer] = read_rows(dora.saved(folder / "saved", 1))
     assert answer["choice"] == "none" and dora.element("counter").text == "Pair 2 of 7"
+    dora.hear_both()
+    dora.press("0")
+    assert dora.element("counter").text == "Pair 3 of 7"
     dora.element("other").click()
     dora.start("Eva")
     assert dora.element("counter").text == "Pair 1 of 7"
     dora.element("other").click()
     dora.start("Dora")
-    assert dora.element("counter").text == "Pair 2 of 7"
+    assert dora.element("counter").text == "Pair 3 of 7"
 
 
 def test_answers_of_two_tabs_are_kept_and_next_leads_forward(page, folder, browser):

@@ -165,18 +165,20 @@ def test_a_round_by_a_judge(flags, in_process, tmp_path):
 def test_pairs_of_a_judge_who_hears_nothing_are_not_trained_on(flags, scripts, tmp_path, monkeypatch, caplog):
     judge_facts = iterate_preferences.judge_facts
 
-    def judged(right: int):
+    def judged(right: int, min_planted: float = 0.8):
         report = {"consistency": 1.0, "planted": 5, "planted_right": right, "cost": None}
         (tmp_path / "pairs.report.json").write_text(json.dumps(report))
-        return judge_facts(tmp_path / "pairs.jsonl")
+        return judge_facts(tmp_path / "pairs.jsonl", min_planted)
 
-    assert judged(4)["planted_right"] == 4
+    assert judged(4)["planted_right"] == 4 and judged(3, 0.5)["planted_right"] == 3
     with pytest.raises(InputError, match="the judge has 3 of 5 planted pairs right, too few to train on its pairs"):
         judged(3)
-    monkeypatch.setattr(iterate_preferences, "judge_facts", lambda pairs: judged(3))
+    monkeypatch.setattr(iterate_preferences, "judge_facts", lambda pairs, min_planted: judged(3, min_planted))
     with pytest.raises(SystemExit) as stop:
         run(*flags, "--judge", "--judge_url http://127.0.0.1:9/v1 --judge_model judge")
     assert stop.value.code == 2 and "train" not in scripts.names and "has 3 of 5 planted" in caplog.text
+    run(*flags, "--judge", "--judge_url http://127.0.0.1:9/v1 --judge_model judge", "--min_planted", "0.6")
+    assert scripts.names.count("train") == 2  # the same run goes on
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

@@ -312,7 +312,7 @@ def build_token2text(args: argparse.Namespace) -> None:
 def build_speaker_encoder(args: argparse.Namespace) -> None:
     """Train on recordings as the codec decodes them, as the reward hears voice prompts and rollouts."""
     folder = args.work_dir / "speaker_encoder"
-    if folder.exists():
+    if (folder / "preprocessor_config.json").exists():  # which is written last
         return
     rows = datasets.Dataset.from_parquet(str(made(args.work_dir / "speech.parquet", "rows")))
     rows = rows.select(range(min(SPEAKER_ROWS, len(rows))))
@@ -332,7 +332,7 @@ def build_ship(args: argparse.Namespace) -> None:
         (SHIPPED / name / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     token2text = made(args.work_dir / "token2text" / "run.json", "token2text").parent
     shutil.copytree(token2text, SHIPPED / "token2text", dirs_exist_ok=True)
-    speaker_encoder = made(args.work_dir / "speaker_encoder", "speaker_encoder")
+    speaker_encoder = made(args.work_dir / "speaker_encoder" / "preprocessor_config.json", "speaker_encoder").parent
     shutil.copytree(speaker_encoder, SHIPPED / "speaker_encoder", dirs_exist_ok=True)
     rows = datasets.Dataset.from_parquet(str(made(args.work_dir / "speech.parquet", "rows")))
     rows = rows.select(range(min(SHIPPED_ROWS, len(rows))))
@@ -375,8 +375,8 @@ def after_recordings(texts: list[str], rows: datasets.Dataset) -> datasets.Datas
     """Each text after a recording as its voice prompt, of the voices in turn."""
     rng = random.Random(SEED)
     rows = rows.to_list()
-    of = [[row for row in rows if row["speaker"] == name] for name in sorted({row["speaker"] for row in rows})]
-    prompts = [rng.choice(of[i % len(of)]) for i in range(len(texts))]
+    by_voice = [[row for row in rows if row["speaker"] == name] for name in sorted({row["speaker"] for row in rows})]
+    prompts = [rng.choice(by_voice[i % len(by_voice)]) for i in range(len(texts))]
     return datasets.Dataset.from_list(
         [
             {"text": text, "ref_text": prompt["text"], "ref_codes": prompt["audio_codes"]}

@@ -58,7 +58,7 @@ def with_speeds(wavs: list[np.ndarray], voices: list[str]) -> tuple[list[np.ndar
 
 
 def train_speaker_encoder(wavs: list[np.ndarray], voices: list[str], folder: Path, steps: int, seed: int) -> None:
-    """Train on clips of at least CROP_SECONDS and save a checkpoint in transformers' format to `folder`.
+    """Train on random crops of the clips and save a checkpoint in transformers' format to `folder`.
 
     Args:
         wavs: ragged, mono at 16 kHz, as the codec decodes them.

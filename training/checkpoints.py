@@ -27,7 +27,7 @@ DECISIVE = {
         *("max_length", "max_completion_length", "temperature", "top_p", "min_p", "beta", "epsilon", "loss_type"),
         *("loss_weights", "label_smoothing", "scale_rewards", "multi_objective_aggregation", "credit"),
         *("importance_sampling_level", "mask_truncated_completions", "train_sampling_strategy"),
-        *("steps_per_generation", "top_k", "repetition_penalty", "generation_kwargs", "epsilon_high", "delta"),
+        *("top_k", "repetition_penalty", "generation_kwargs", "epsilon_high", "delta"),
         *("use_bias_correction_kl",),
     ),
     "model": ("use_peft",),
@@ -86,8 +86,11 @@ def decisive_settings(record: dict) -> dict:
     if record["model"]["use_peft"] and isinstance(modules, list):
         settings["lora_target_modules"] = sorted(modules)
     recipe = record["recipe"]
-    rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
-    return settings | {"per_device_train_batch_size × gradient_accumulation_steps": rows, "rewards": record["reward"]}
+    micro_batch = recipe["per_device_train_batch_size"]  # how a step is divided is free
+    for name in ("gradient_accumulation_steps", "steps_per_generation"):
+        if recipe.get(name) is not None:
+            settings[f"per_device_train_batch_size × {name}"] = micro_batch * recipe[name]
+    return settings | {"rewards": record["reward"]}
 
 
 def sources(record: dict) -> dict:

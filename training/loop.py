@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,12 @@ FREE_ARGUMENTS = ("output_dir", "device", "logging_steps", "save_steps", "resume
 
 
 def text_key(text: str) -> str:
-    """What tells a text from another one: its words, without marks, case and spaces.
+    """What tells a text from another one: its words, and whether it asks; without marks, case, spaces, punctuation.
 
-    >>> text_key(" I *never*  said so."), text_key("I never said so.")
-    ('i never said so.', 'i never said so.')
+    >>> text_key(" I *never*  said so."), text_key("I never said so"), text_key("So?")
+    ('i never said so', 'i never said so', 'so?')
     """
-    return " ".join(plain_text(text).casefold().split())
+    return "".join(re.findall(r"[\w\s?]", " ".join(plain_text(text).casefold().split())))
 
 
 def drawn_texts(texts: list[str], heldout_frac: float, seed: int) -> set[str]:
@@ -199,7 +200,10 @@ def check_same_rows(args: argparse.Namespace, rows_digest: str) -> None:
         rows_digest: see `train`.
     """
     path = Path(args.output_dir) / CHECKPOINT
-    if path.exists() and torch.load(path, map_location="cpu", weights_only=True).get("rows") != rows_digest:
+    if not path.exists():
+        return
+    before = torch.load(path, map_location="cpu", weights_only=True).get("rows")
+    if before not in (None, rows_digest):  # None: of an older version
         raise InputError(
             f"--output_dir: {path} is of a run on other data: its files have changed since. Use another folder"
         )

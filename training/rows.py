@@ -164,19 +164,19 @@ def grpo_dataset(
     if len(train) < needed:
         raise InputError(
             f"--dataset {script_args.dataset}: has {len(train)} rows and the first step takes {needed} prompts "
-            "(per_device_train_batch_size × gradient_accumulation_steps, or steps_per_generation where it is more, "
-            "× processes / num_generations). Add texts or lower the batch size"
+            f"({prompts} of one generation: per_device_train_batch_size × steps_per_generation × processes / "
+            "num_generations). Add texts or lower the batch size"
         )
     epoch_steps = len(train) // prompts * micro_batches // accumulation
     steps = training_args.max_steps
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * epoch_steps)
-    rows = prompts * math.ceil(steps * accumulation / micro_batches)  # TRL drops what is no whole generation
+    num_rows = prompts * math.ceil(steps * accumulation / micro_batches)  # TRL drops what is no whole generation
     training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
     parts = [rows for rows in (train, held_out) if rows is not None]
     longest = max(max(rows[LENGTH_COLUMN]) for rows in parts)
     return GRPORows(
-        one_long_epoch(train.remove_columns(LENGTH_COLUMN), rows, training_args.seed),
+        one_long_epoch(train.remove_columns(LENGTH_COLUMN), num_rows, training_args.seed),
         held_out and held_out.remove_columns(LENGTH_COLUMN),
         longest + training_args.max_completion_length,
         epoch_steps,

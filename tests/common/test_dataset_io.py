@@ -80,6 +80,13 @@ def test_joined_files_have_the_columns_of_all_rows(tmp_path):
     assert rows[0] == {"text": "one", "codes": [1] * 1_000, "ref_codes": None, "rater": None}
 
 
+def test_joined_files_whose_columns_differ_in_type_are_refused(tmp_path):
+    lines = [json.dumps({"text": "one" * 300})] * 13_000 + [json.dumps({"text": ["two"]})]
+    (tmp_path / "joined.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="joined.jsonl: cannot be read as .jsonl"):
+        load_any_dataset(str(tmp_path / "joined.jsonl"))
+
+
 def test_a_tsv_is_read_as_common_voice_writes_it(tmp_path):
     (tmp_path / "clips.tsv").write_text('path\tsentence\tid\na.mp3\t"Oh, she said.\t007\n')
     rows = load_any_dataset(str(tmp_path / "clips.tsv"))
@@ -88,7 +95,7 @@ def test_a_tsv_is_read_as_common_voice_writes_it(tmp_path):
 
 def test_a_csv_with_semicolons_is_named(tmp_path):
     (tmp_path / "clips.csv").write_text("audio;text\na.wav;one\n")
-    with pytest.raises(InputError, match="its columns are separated by semicolons"):
+    with pytest.raises(InputError, match="clips.csv: its columns are separated by semicolons. Save it with commas$"):
         load_any_dataset(str(tmp_path / "clips.csv"))
 
 

@@ -161,7 +161,9 @@ def test_faster_whisper_on_a_gpu(fake_faster_whisper):
     assert options["num_workers"] == 1
 
 
-@pytest.mark.parametrize(("threads", "workers", "threads_of_each"), [(1, 1, 1), (2, 2, 1), (16, 4, 4)])
+@pytest.mark.parametrize(
+    ("threads", "workers", "threads_of_each"), [(1, 1, 1), (2, 2, 1), (6, 3, 2), (7, 1, 7), (16, 4, 4)]
+)
 def test_the_threads_of_a_cpu_are_divided_among_clips(
     fake_faster_whisper, monkeypatch, threads, workers, threads_of_each
 ):

@@ -8,7 +8,7 @@ from reward_models.parts import Part
 from speech.melody import asks, final_movement_st, rise_share
 from speech.tokens import CODES_PER_SECOND
 
-END_S = 0.4  # of the last voice: a final rise
+END_S = 0.6  # a final rise and the silence behind it
 
 
 class QuestionReward:
@@ -42,13 +42,9 @@ class QuestionReward:
         return share if question else 1.0 - share
 
     def parts(self, rollouts, i: int) -> dict[str, Part] | None:
-        """The end of the voice and the silence behind it, with the reward.
-
-        None where the reward does not concern the rollout, or it failed.
-        """
+        """The end, with the reward. None where the reward does not concern the rollout, or it failed."""
         value = self._reward(rollouts, i)
         if value is None or rollouts.failures[i]:
             return None
-        voiced = rollouts.pitch_track(i).times
-        last_voice = voiced[-1] if len(voiced) else len(rollouts.codes[i]) / CODES_PER_SECOND
-        return {"end": Part(value, last_voice - END_S, math.inf)}
+        seconds = len(rollouts.codes[i]) / CODES_PER_SECOND
+        return {"end": Part(value, seconds - END_S, math.inf)}

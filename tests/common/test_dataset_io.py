@@ -81,7 +81,7 @@ def test_joined_files_have_the_columns_of_all_rows(tmp_path):
 
 
 def test_joined_files_whose_columns_differ_in_type_are_refused(tmp_path):
-    lines = [json.dumps({"text": "one" * 300})] * 13_000 + [json.dumps({"text": ["two"]})]
+    lines = [json.dumps({"codes": [1] * 300})] * 13_000 + [json.dumps({"codes": "two"})]
     (tmp_path / "joined.jsonl").write_text("\n".join(lines))
     with pytest.raises(InputError, match="joined.jsonl: cannot be read as .jsonl"):
         load_any_dataset(str(tmp_path / "joined.jsonl"))

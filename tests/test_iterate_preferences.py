@@ -177,6 +177,7 @@ def test_pairs_of_a_judge_who_hears_nothing_are_not_trained_on(flags, scripts, t
     with pytest.raises(SystemExit) as stop:
         run(*flags, "--judge", "--judge_url http://127.0.0.1:9/v1 --judge_model judge")
     assert stop.value.code == 2 and "train" not in scripts.names and "has 3 of 5 planted" in caplog.text
+    monkeypatch.setattr(iterate_preferences, "training_facts", lambda pairs, policy: {})
     run(*flags, "--judge", "--judge_url http://127.0.0.1:9/v1 --judge_model judge", "--min_planted", "0.6")
     assert scripts.names.count("train") == 2  # the same run goes on
 

@@ -369,7 +369,7 @@ def test_bad_input(tmp_path, capsys, caplog):
         ),
         (["--report_to", "nowhere"], "nowhere is not supported"),
         (["--dataset", write_rows(tmp_path / "d.jsonl", [*texts, {"text": "word " * 600}])], "row 9: the prompt is"),
-        (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and one step takes 2 prompts"),
+        (["--dataset", write_rows(tmp_path / "e.jsonl", texts[:1])], "has 1 rows and the first step takes 2 prompts"),
         (["--learnin_rate", "1"], "Did you mean 'learning_rate'"),
         (["--num_generations", "3"], "divisible by num_generations"),
         (["--load_in_4bit", "true"], "--load_in_4bit: quantized weights are not supported"),

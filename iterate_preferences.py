@@ -354,6 +354,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from metrics.preference_answers import MIN_PLANTED
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="policy to start from: folder saved by train.py (LoRA too), Hub id")
@@ -363,7 +365,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="number of rounds")
     add("--output_dir", required=True, help="folder of the rounds, results.json and results.md")
     help = "fraction of a judge's planted pairs that must be right, or its pairs are not trained on"
-    add("--min_planted", type=float, default=0.8, help=help)
+    add("--min_planted", type=float, default=MIN_PLANTED, help=help)
     add("--overwrite", action="store_true", help="delete the rounds of other settings in --output_dir")
     add(
         "--sample", metavar="FLAGS", help='flags of sample_preferences.py, or with --judge of inference.py: "--top_p 1"'

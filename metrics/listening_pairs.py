@@ -111,7 +111,7 @@ def read_pairs(path: str) -> list[ClipPair]:
         where, folder = f"{path}, line {number}", Path(path).parent
         clips = tuple(clip_of(row, f"audio_{side}", f"codes_{side}", where, folder, side) for side in "ab")
         ref_text, ref_codes = voice_prompt_of(row, where)
-        if clips[0].audio == clips[1].audio or (clips[0].codes is not None and clips[0].codes == clips[1].codes):
+        if are_equal(*clips):
             num_equal += 1
             continue
         pair_id = str(row.get("id") or number)
@@ -122,6 +122,11 @@ def read_pairs(path: str) -> list[ClipPair]:
         logger.warning("%s: %d pairs of equal clips are left out", path, num_equal)
     check_ids(path, pairs)
     return pairs
+
+
+def are_equal(first: Clip, second: Clip) -> bool:
+    """Whether one would hear the same twice: the same file, or the same codes."""
+    return first.audio == second.audio or (first.codes is not None and first.codes == second.codes)
 
 
 def check_ids(path: str, pairs: list[ClipPair]) -> None:
@@ -171,8 +176,7 @@ def pair_clips(paths: list[str], rng: random.Random) -> list[ClipPair]:
             both = zip(drawn[::2], drawn[1::2], strict=False)
         text, ref_text, ref_codes = prompt
         for first, second in both:
-            same_codes = first.codes is not None and first.codes == second.codes
-            if first.audio != second.audio and not same_codes:  # else one hears the same twice
+            if not are_equal(first, second):
                 codes = None if ref_codes is None else list(ref_codes)
                 pairs.append(ClipPair(str(len(pairs)), text, (first, second), None, ref_text, codes))
     if not pairs:

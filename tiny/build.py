@@ -343,8 +343,9 @@ def build_ship(args: argparse.Namespace) -> None:
         shutil.copy(made(args.work_dir / f"asr_{name}.parquet", "asr_rows"), SHIPPED / "asr" / f"{name}.parquet")
     for name in ("texts", "heldout"):
         (SHIPPED / name).mkdir(exist_ok=True)
-    write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in rl_texts()])
-    save_rows(after_recordings(rl_texts(), rows), SHIPPED / "texts" / "train_voices.parquet")
+    texts = rl_texts()
+    write_json_lines(SHIPPED / "texts" / "train.jsonl", [{"text": text} for text in texts])
+    save_rows(after_recordings(texts, rows), SHIPPED / "texts" / "train_voices.parquet")
     heldout = [row for row in clip_rows(args.work_dir) if row["split"] == "heldout"]
     random.Random(SEED).shuffle(heldout)
     lines = []

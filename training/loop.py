@@ -27,7 +27,7 @@ def text_key(text: str) -> str:
     >>> text_key(" I *never*  said so."), text_key("I never said so"), text_key("So?")
     ('i never said so', 'i never said so', 'so?')
     """
-    return "".join(re.findall(r"[\w\s?]", " ".join(plain_text(text).casefold().split())))
+    return " ".join(re.sub(r"[^\w\s?]", "", plain_text(text).casefold()).split())
 
 
 def drawn_texts(texts: list[str], heldout_frac: float, seed: int) -> set[str]:

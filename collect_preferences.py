@@ -127,7 +127,10 @@ def log_report(report: dict, raters: list[Rater], args: argparse.Namespace) -> N
         logger.info(line)
     left_out = [rater.name for rater in raters if not rater.kept]
     if left_out:
-        logger.info("left out, below --min_planted %g: %s", args.min_planted, ", ".join(left_out))
+        logger.info(
+            "left out, below --min_planted %g, or less than half of the planted pairs answered: %s",
+            *(args.min_planted, ", ".join(left_out)),
+        )
     logger.info(
         "agreement on %d pairs with two or more raters: %s, Krippendorff's alpha %s",
         report["items_with_two_raters"],
@@ -200,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--min_planted",
         type=float,
         default=MIN_PLANTED,
-        help="fraction of the planted pairs that a rater must have right; those below are left out and named",
+        help="fraction of the planted pairs answered, at least half, that a rater must have right; others are left out",
     )
     answers.add_argument("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")
     answers.add_argument("--device", default="auto", help="device of the codec: auto, cpu, cuda or cuda:1")

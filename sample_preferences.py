@@ -75,7 +75,7 @@ def read_rows(args: argparse.Namespace, num_codes: int, needs_voice_prompt: bool
     for_rewards = columns_for_rewards(dataset, args.dataset)
     indices = drawn_rows(len(dataset), args.num_texts, args.seed)
     rows = []
-    wanted = columns_of(dataset, "id", "text", "language", *for_rewards).select(indices)
+    wanted = columns_of(dataset, "id", "text", "language", "speaker", *for_rewards).select(indices)
     for index, row in zip(indices, wanted, strict=True):
         row_id = str(index) if row.get("id") is None else str(row["id"])
         try:
@@ -83,6 +83,8 @@ def read_rows(args: argparse.Namespace, num_codes: int, needs_voice_prompt: bool
         except InputError as error:
             raise InputError(f"{args.dataset}, row {index}: {error}") from None
         voice = {name: row[name] for name in REFERENCE_COLUMNS if row.get(name)}
+        if voice and row.get("speaker") is not None:  # of the prompt; without one the policy speaks as it likes
+            voice["speaker"] = str(row["speaker"])
         rows.append({"id": row_id, "text": row["text"], "prompt": prompt, "voice": voice, "rewarded": rewarded})
     return rows
 

@@ -18,6 +18,8 @@ from huggingface_hub import HfApi, is_offline_mode
 from common.cli import InputError, library_errors_are_input
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+SHARD_SUFFIXES = {".parquet", ".arrow"}  # of a dataset that has its texts inside
 ACCEPTED = (
     "Accepted: a hub id such as 'owner/name', a folder saved by datasets' save_to_disk, a folder of audio with a "
     "metadata.csv or .jsonl, or a .json, .jsonl, .csv, .tsv or .parquet file"
@@ -335,6 +337,12 @@ def _read_file(path: Path) -> Dataset:
             # All strings: pandas' types would make the id 007 a 7 and the text "None" a missing value.
             # A .tsv, as Common Voice's, has no quoting: a quotation mark is part of the text.
             own = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
+            with path.open(encoding="utf-8-sig") as file:
+                if not own and "|" in file.readline():
+                    raise InputError(
+                        f"{path}: its columns are separated by |, as LJSpeech's. Save it with commas, and the header "
+                        "file_name,text"
+                    )
             table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **own)
             if not own and len(table.columns) == 1 and ";" in table.columns[0]:
                 raise InputError(f"{path}: its columns are separated by semicolons. Save it with commas")
@@ -386,6 +394,12 @@ def _load_folder(path: Path, split: str) -> Dataset:
     if metadata:  # an audiofolder, with a subfolder per split
         splits = ["train" if file.parent == path else file.parent.name for file in metadata]
         _check_split(str(path), split, sorted(splits))
+    suffixes = {file.suffix.lower() for file in path.glob("**/*")}
+    if not metadata and suffixes & AUDIO_SUFFIXES and not suffixes & SHARD_SUFFIXES:  # datasets wants torchcodec
+        raise InputError(
+            f"{path}: a folder of audio without a metadata file. Name the file with the texts itself, or write a "
+            "metadata.csv into the folder: the header file_name,text and a line for each clip"
+        )
     try:
         return load_dataset(str(path), split=split)
     except (DatasetsError, OSError, ValueError) as error:

@@ -91,18 +91,16 @@ def read_answers(paths: list[str], items: dict[ItemId, dict]) -> Answers:
 def judge_raters(answers: Answers, items: dict[ItemId, dict], min_planted: float) -> list[Rater]:
     """Each rater's score on the planted pairs; kept are those with a fraction of at least `min_planted` right.
 
-    Where none of the answered pages has a planted pair, all are kept; a rater who has answered none of a page that has
-    some is not.
+    Left out is also who has answered less than half of the planted pairs on the answered pages: a single one is soon
+    right by chance. Where these pages have none, all raters are kept.
     """
-    has_planted = {page for (page, _), row in items.items() if row["better"]}
     raters = []
     for name, chosen in sorted(answers.items()):
         planted = [item for item in chosen if items[item]["better"]]
         right = sum(chosen[item] == items[item]["better"] for item in planted)
-        if planted:
-            kept = right >= min_planted * len(planted)
-        else:
-            kept = not any(page in has_planted for page, _ in chosen)
+        pages = {page for page, _ in chosen}
+        on_these_pages = sum(bool(row["better"]) for (page, _), row in items.items() if page in pages)
+        kept = right >= min_planted * len(planted) and 2 * len(planted) >= on_these_pages
         ties = sum(choice == NO_DIFFERENCE for item, choice in chosen.items() if not items[item]["better"])
         raters.append(Rater(name, len(chosen) - len(planted), ties, len(planted), right, kept))
     return raters

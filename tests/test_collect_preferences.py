@@ -108,7 +108,7 @@ def test_answers_become_pairs(page, folder, caplog):
     assert (report["ties"], report["agreement"], report["wins"]) == (1, 0, {"a": 4, "b": 3})
     assert report["krippendorff_alpha"] < 0
     assert json.loads((folder / "pairs_out.report.json").read_text()) == report
-    assert "left out, below --min_planted 0.8: guesser" in caplog.text
+    assert "planted pairs answered: guesser" in caplog.text
     assert "guesser        4              0         0 of 3  left out" in caplog.text
     assert "preferred 4 of 7 times: a" in caplog.text and "7 pairs, without 1 ties" in caplog.text
 

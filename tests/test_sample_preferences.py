@@ -35,7 +35,7 @@ def tokens(policy):
 @pytest.fixture
 def inputs(policy, tmp_path) -> list[str]:
     """Six texts, one of them after a voice prompt, and a reward that needs no model."""
-    rows = [{"text": text, "ref_text": None, "ref_codes": None} for text in TEXTS]
+    rows = [{"text": text, "ref_text": None, "ref_codes": None, "speaker": "anna"} for text in TEXTS]
     rows[0] |= {"ref_text": "Go.", "ref_codes": [1, 2, 3]}
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "duration.json").write_text('{"duration": {"weight": 2.0}}')
@@ -58,6 +58,7 @@ def test_pairs_of_a_policy_are_what_dpo_reads(inputs, policy, tmp_path, caplog):
         assert pair["chosen_score"] - pair["rejected_score"] >= 0.01
         assert (pair["source"], pair["rater"]) == ("machine", str(tmp_path / "duration.json"))
         assert ("ref_codes" in pair) == (pair["id"] == "0")
+        assert pair.get("speaker") == ("anna" if pair["id"] == "0" else None)  # the voice prompt's, where there is one
     assert "6 texts × 4 rollouts, mean score -" in caplog.text and f": {len(pairs)} pairs; left out" in caplog.text
     rows = load_any_dataset(str(tmp_path / "pairs.jsonl"))
     assert len(preference_rows(rows, "pairs", *load_tokenizer(policy), 512)) == len(pairs)

@@ -93,6 +93,12 @@ def test_a_tsv_is_read_as_common_voice_writes_it(tmp_path):
     assert rows[0] == {"path": "a.mp3", "sentence": '"Oh, she said.', "id": "007"}
 
 
+def test_a_csv_as_ljspeech_writes_it_is_named(tmp_path):
+    (tmp_path / "metadata.csv").write_text("LJ001-0001|Printing, in the only sense|Printing, in the only sense\n")
+    with pytest.raises(InputError, match="separated by [|], as LJSpeech's. Save it with commas, and the header"):
+        load_any_dataset(str(tmp_path))
+
+
 def test_a_csv_with_semicolons_is_named(tmp_path):
     (tmp_path / "clips.csv").write_text("audio;text\na.wav;one\n")
     with pytest.raises(InputError, match="clips.csv: its columns are separated by semicolons. Save it with commas$"):
@@ -157,6 +163,15 @@ def test_hub_dataset_of_raw_audio_files(monkeypatch):
     monkeypatch.setattr(dataset_io, "load_dataset", load)
     with pytest.raises(InputError, match="torchcodec.*hf download me/wavs --repo-type dataset"):
         load_any_dataset("me/wavs")
+
+
+def test_a_folder_of_audio_without_metadata(tmp_path):
+    """With or without transcripts beside it: datasets would take the .txt files, or ask for torchcodec."""
+    (tmp_path / "a.WAV").write_bytes(b"RIFF")
+    for name in ("b.wav", "b.txt"):
+        (tmp_path / name).write_text("hello")
+        with pytest.raises(InputError, match="folder of audio without a metadata file.*file_name,text"):
+            load_any_dataset(str(tmp_path))
 
 
 def test_a_changed_file_is_read_again(tmp_path):

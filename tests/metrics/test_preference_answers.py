@@ -63,7 +63,9 @@ def test_agreement_at_its_ends():
 
 def test_raters_below_the_bar_are_left_out():
     items = items_of(*(key_row(str(i), better="AB"[i % 2]) for i in range(5)), key_row("5"), key_row("6"))
-    answers = answers_of(all_right="ABABAAn", four="ABABBA", tie_is_wrong="ABAnn", none_planted="-----A", three="ABA")
+    answers = answers_of(
+        all_right="ABABAAn", four="ABABBA", tie_is_wrong="ABAnn", none_planted="-----A", three="ABA", two="AB"
+    )
     raters = {rater.name: rater for rater in judge_raters(answers, items, min_planted=0.8)}
     scores = {name: (rater.right, rater.planted, rater.kept) for name, rater in raters.items()}
     assert scores == {
@@ -72,6 +74,7 @@ def test_raters_below_the_bar_are_left_out():
         "tie_is_wrong": (3, 5, False),
         "none_planted": (0, 0, False),
         "three": (3, 3, True),
+        "two": (2, 2, False),  # less than half of the five
     }
     assert (raters["all_right"].answers, raters["all_right"].ties) == (2, 1)
 

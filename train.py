@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports each run o
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from trl import ModelConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from common.arithmetic import set_up_arithmetic
 from common.cli import (
@@ -59,6 +59,7 @@ from training.models import check_vllm_head, load_model, load_rollout_scorer
 from training.preference_rows import preference_datasets
 from training.recipes import DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
 from training.rows import grpo_dataset, sft_datasets
+from training.sft_trainer import SpeechSFTTrainer
 
 logger = logging.getLogger("train")
 
@@ -157,11 +158,11 @@ def report_memory(
 
 def sft_trainer(
     script_args: ScriptArguments, training_args: SFTRecipe, model_args: ModelConfig, tokenizer, tokens: SpeechTokens
-) -> SFTTrainer:
+) -> SpeechSFTTrainer:
     train_rows, held_out_rows = sft_datasets(script_args, training_args, tokenizer, tokens)
     model = load_model(model_args, tokenizer, tokens, script_args.task)
     with library_errors_are_input("train.py", ValueError, OSError):
-        return SFTTrainer(
+        return SpeechSFTTrainer(
             model=model,
             args=training_args,
             train_dataset=train_rows,

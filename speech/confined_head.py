@@ -29,7 +29,8 @@ class ConfinedHead(torch.nn.Linear):
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (rows, hidden) and bias (rows,) of the run of rows that is computed."""
-        return self.weight[self.first_row : self.last_row], self.bias[self.first_row : self.last_row]
+        weight, bias = self.weight[self.first_row : self.last_row], self.bias[self.first_row : self.last_row]
+        return weight, bias.to(weight.dtype)  # DeepSpeed rounds the weights to bfloat16, and no buffer
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, *(self._kept or self.rows()))

@@ -401,6 +401,15 @@ def test_precomputed_references_are_refused_under_fsdp(monkeypatch, caplog):
     assert "--precompute_ref_log_probs: not under FSDP" in caplog.text
 
 
+def test_precomputed_references_are_refused_on_several_machines(monkeypatch, caplog):
+    """TRL writes them on the first machine, and the others do not find the file."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        train.parse_args(["--method", "dpo", "--precompute_ref_log_probs", "true"])
+    assert "--precompute_ref_log_probs: not on several machines" in caplog.text
+
+
 def test_lora_for_vllm_is_added_to_a_base_in_float32(monkeypatch, caplog):
     """Added and taken off at every step, in bfloat16, the base would not stay what it was."""
     monkeypatch.setattr("training.recipes._check_machine", lambda *_: None)  # vLLM need not be installed here

@@ -60,7 +60,8 @@ def straight_through(
     scores = logits - noise
     if hard:
         return _CodeForwardMixtureBackward.apply(scores, embedding, temperature)
-    return (scores / temperature).softmax(-1) @ embedding
+    with torch.autocast(scores.device.type, enabled=False):  # in half precision the mixture would be rounded
+        return (scores / temperature).softmax(-1) @ embedding
 
 
 class _CodeForwardMixtureBackward(torch.autograd.Function):

@@ -83,9 +83,12 @@ def preference_rows(
     features = datasets.Features({"prompt_ids": CODES, "chosen_ids": CODES, "rejected_ids": CODES})
     used = columns_of(rows, "text", CHOSEN_COLUMN, REJECTED_COLUMN, *REFERENCE_COLUMNS)
     pairs = map_rows(used, name, make, features, cache)
-    left_out = f"{len(equal)} of equal codes, {len(too_long)} longer than --max_length {max_length} tokens"
     if len(pairs) == 0:
-        raise InputError(f"{name}: none of the {len(rows)} pairs can be used: {left_out}")
-    if len(pairs) < len(rows):
-        logger.warning("%s: %d of %d pairs left out: %s", name, len(rows) - len(pairs), len(rows), left_out)
+        raise InputError(
+            f"{name}: none of the {len(rows)} pairs can be used: their codes are equal, or they are longer than "
+            f"--max_length {max_length} tokens"
+        )
+    if equal or too_long:  # counted by the process that made the rows; the others read them
+        left_out = f"{len(equal)} of equal codes, {len(too_long)} longer than --max_length {max_length} tokens"
+        logger.warning("%s: %d of %d pairs left out: %s", name, len(equal) + len(too_long), len(rows), left_out)
     return pairs

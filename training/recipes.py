@@ -533,6 +533,11 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
             "--precompute_ref_log_probs: not under FSDP, where TRL computes them before the reference is confined to "
             "speech codes, and so over other tokens than the policy's. Leave it out, or use DDP"
         )
+    several_machines = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    if several_machines and getattr(training_args, "precompute_ref_log_probs", False):
+        raise InputError(
+            "--precompute_ref_log_probs: not on several machines: TRL writes them on the first one alone. Leave it out"
+        )
     if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
         raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
     for reporter in ("tensorboard", "trackio", "wandb"):

@@ -59,6 +59,16 @@ def test_kept_rows_give_the_same_logits_and_go(model, tokenizer, tokens):
     assert head._kept is None
 
 
+def test_weights_rounded_without_the_bias(model, tokenizer, tokens):
+    """As DeepSpeed does in bfloat16: it rounds parameters, and keeps buffers in float32."""
+    prepare_model(model, tokenizer, tokens)
+    head, hidden = model.lm_head, torch.randn(3, 48, dtype=torch.bfloat16)
+    head.weight.data = head.weight.data.bfloat16()
+    rounded = head(hidden)
+    head.bias.data = head.bias.data.bfloat16()
+    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, head(hidden))
+
+
 def test_confine_refuses_a_trained_bias(model):
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
     with pytest.raises(ValueError, match="bias of its own"):

@@ -67,6 +67,16 @@ def test_the_mixture_by_hand(monkeypatch):
     assert straight_through(logits, embedding, 0.5).item() == 1.0
 
 
+def test_the_mixture_is_not_rounded_under_autocast():
+    logits, embedding = torch.randn(7, CODES), torch.randn(CODES, WIDTH)
+    torch.manual_seed(0)
+    wanted = straight_through(logits, embedding, 0.7, hard=False)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = straight_through(logits, embedding, 0.7, hard=False)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, wanted)
+
+
 def settings(measured: bool = True, hard: bool = True, dtype=torch.float32) -> tuple:
     """Bias to measured, as `draw_codes` takes them; END and two markers stand before the codes."""
     generator = torch.Generator().manual_seed(5)

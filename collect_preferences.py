@@ -23,6 +23,7 @@ Formats, JSON Lines; relative paths start beside the file:
 import argparse
 import logging
 import random
+import sys
 from pathlib import Path
 
 from common.cli import (
@@ -109,10 +110,13 @@ def read_back(args: argparse.Namespace) -> dict:
         "krippendorff_alpha": krippendorff_alpha(choices),
         "wins": wins(preferred),
     }
-    rows = pair_rows(preferred, codes, source="human")
-    write_json_lines(Path(args.output), rows)
     write_report(Path(args.output), report)
     log_report(report, raters, args)
+    if not preferred:
+        logger.error("no pairs were written: no rater that is kept has preferred a clip")
+        sys.exit(1)
+    write_json_lines(Path(args.output), pair_rows(preferred, codes, source="human"))
+    logger.info("%s: %d pairs, without %d ties", args.output, report["pairs"], report["ties"])
     return report
 
 
@@ -139,9 +143,6 @@ def log_report(report: dict, raters: list[Rater], args: argparse.Namespace) -> N
     )
     for source, count in report["wins"].items():
         logger.info("preferred %d of %d times: %s", count, sum(report["wins"].values()), source)
-    logger.info("%s: %d pairs, without %d ties", args.output, report["pairs"], report["ties"])
-    if not report["pairs"]:
-        logger.warning("no pair is left: no kept rater has preferred a clip")
 
 
 # --- The script -------------------------------------------------------------------------------------------

@@ -297,7 +297,17 @@ def assemble(chunks: list[Chunk], columns: dict[str, str], partial: Path, args: 
     without_speech = pc.sum(pc.equal(dataset.data["text"], "")).as_py()
     kept = f"{len(dataset)} ({without_speech} without speech)" if without_speech else len(dataset)
     logger.info("kept %s, %.2f hours; %s", kept, hours, summary)
+    warn_of_languages(dataset)
     return dataset
+
+
+def warn_of_languages(dataset: datasets.Dataset) -> None:
+    """Supervised training takes any language; rewards and evaluation need one that Whisper knows."""
+    for language in dataset.unique("language") if "language" in dataset.column_names else []:
+        try:
+            language_code(language or "en")
+        except InputError as error:
+            logger.warning("GRPO and evaluation.py will refuse such rows: %s", error)
 
 
 # --- The run ----------------------------------------------------------------------------------------------

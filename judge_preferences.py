@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import random
+import re
 import sys
 import threading
 from collections import Counter
@@ -60,6 +61,8 @@ from speech.policy import DEFAULT_CODEC
 # Arguments that do not change the pairs: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug", "judge_url", "num_workers", "timeout_s", "device")
 FREE_ARGUMENTS += ("price_per_million_input", "price_per_million_output")
+
+MAX_TIMEOUT_S = 86_400.0  # of one answer: a day
 
 logger = logging.getLogger("judge_preferences")
 
@@ -261,15 +264,19 @@ def check_args(args: argparse.Namespace) -> None:
         check_at_least(args, num_pairs=1)
     price = (0, True, math.inf, False)
     check_ranges(args, {"price_per_million_input": price, "price_per_million_output": price})
-    check_ranges(args, {"timeout_s": (0, False, math.inf, False)})
+    check_ranges(args, {"timeout_s": (0, False, MAX_TIMEOUT_S, True)})
     check_seed(args.seed)
     if args.clips is not None and len(args.clips) > 2:
         raise InputError(f"--clips: one or two files (got {len(args.clips)}). Judge each two to compare")
     if not args.question.strip():
         raise InputError("--question: is empty. Ask what is to be compared, or leave it out")
-    url = urlsplit(args.judge_url)
-    if url.scheme not in ("http", "https") or not url.netloc:
-        raise InputError(f"--judge_url: must begin with http:// or https:// (got {args.judge_url})")
+    try:
+        url = urlsplit(args.judge_url)
+        _ = url.port
+    except ValueError as error:
+        raise InputError(f"--judge_url: {error} (got {args.judge_url})") from error
+    if url.scheme not in ("http", "https") or not url.netloc or re.search(r"\s", args.judge_url):
+        raise InputError(f"--judge_url: must begin with http:// or https://, without spaces (got {args.judge_url})")
     if url.query or url.username:  # argv is recorded
         raise InputError(
             "--judge_url: holds a query or a user name. Give the key in OPENAI_API_KEY, the URL without it"

@@ -184,13 +184,26 @@ def read_waveforms(clips: list[Clip], codec: SpeechCodec | None) -> list[np.ndar
     return wavs
 
 
-def read_pairs(names: list[str], whisper: WhisperScorer, codec: SpeechCodec | None, folder: Path) -> list[Pair]:
+def read_pairs(
+    names: list[str],
+    whisper: WhisperScorer,
+    codec: SpeechCodec | None,
+    folder: Path,
+    heldout_texts: frozenset[str] = frozenset(),
+) -> list[Pair]:
     """The pairs of these files, with features in `folder`; those with a clip that has none are left out and counted.
 
+    Args:
+        heldout_texts: `text_key`s, whose pairs are left out and counted too.
     Raises:
         InputError: see `read_rows`; or no pair is left.
     """
-    rows = [row for name in names for row in read_rows(name, codec)]
+    given = [row for name in names for row in read_rows(name, codec)]
+    rows = [row for row in given if text_key(row[0]["text"]) not in heldout_texts]
+    if not rows:
+        raise InputError("--heldout_pairs: has every text of --pairs. Use other texts")
+    if len(rows) < len(given):
+        logger.info("%d of %d pairs left out: their texts are held out", len(given) - len(rows), len(given))
     folder.mkdir(parents=True, exist_ok=True)
     failed = encode_clips([clip for _, *clips in rows for clip in clips], whisper, codec, folder)
     pairs, equal = [], 0
@@ -409,13 +422,11 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(args.features_dir or Path(args.output_dir) / "features") / f"{whisper.fingerprint()}-{MELODY}"
         if codec is not None:
             folder = folder / (content_digest(args.codec_id) or args.codec_id.replace("/", "--"))
-        pairs = read_pairs(args.pairs, whisper, codec, folder)
+        heldout_rows = [row for name in args.heldout_pairs or [] for row in read_rows(name, codec)]
+        heldout_texts = frozenset(text_key(row["text"]) for row, *_ in heldout_rows)
+        pairs = read_pairs(args.pairs, whisper, codec, folder, heldout_texts)
         if args.heldout_pairs:
             heldout = read_pairs(args.heldout_pairs, whisper, codec, folder)
-            heldout_texts = {text_key(pair.text) for pair in heldout}
-            pairs = [pair for pair in pairs if text_key(pair.text) not in heldout_texts]
-            if not pairs:
-                raise InputError("--heldout_pairs: has every text of --pairs. Use other texts")
         else:
             pairs, heldout = split_pairs(pairs, args.heldout_frac, args.seed)
         rows_digest = short_digest(

@@ -197,6 +197,16 @@ def read_text(path: str) -> str:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}). Convert the file to UTF-8") from error
 
 
+def check_unicode(text: str) -> None:
+    """Raises InputError for a text that no file and no tokenizer can hold: JSON and argv can carry half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"not Unicode text: half a character, a lone surrogate (got {ascii(text[error.start])}). Write it again"
+        ) from error
+
+
 def read_lines(path: str) -> list[str]:
     """The lines of a UTF-8 file, or of stdin for "-", without line ends; InputError names a file that cannot be read.
 

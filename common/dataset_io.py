@@ -346,6 +346,10 @@ def _read_file(path: Path) -> Dataset:
             table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", **own)
             if not own and len(table.columns) == 1 and ";" in table.columns[0]:
                 raise InputError(f"{path}: its columns are separated by semicolons. Save it with commas")
+            if not isinstance(table.index, pandas.RangeIndex):  # pandas takes surplus first fields for names of rows
+                raise InputError(
+                    f"{path}: rows have more fields than its header. Put texts that hold commas into quotation marks"
+                )
             return Dataset.from_pandas(table, preserve_index=False)
         if path.suffix.lower() == ".parquet":
             return Dataset.from_parquet(str(path))

@@ -47,7 +47,9 @@ def read_keys(paths: list[str]) -> dict[ItemId, dict]:
     items = {}
     for path in paths:
         for number, row in read_rows(path):
-            if not row.keys() >= KEY_FIELDS or not isinstance(row["clips"], list) or len(row["clips"]) != len(SIDES):
+            named = all(isinstance(row.get(name), str) for name in ("page", "item"))
+            both = isinstance(row.get("clips"), list) and len(row["clips"]) == len(SIDES)
+            if not (row.keys() >= KEY_FIELDS and named and both):
                 raise InputError(
                     f"--pages {path}, line {number}: not the key of a page. Use the .key.jsonl file that was written "
                     "beside the page"
@@ -67,9 +69,9 @@ def read_answers(paths: list[str], items: dict[ItemId, dict]) -> Answers:
         for number, row in read_rows(path):
             where = f"--read {path}, line {number}"
             is_text = all(isinstance(row.get(name), str) for name in ("page", "item", "rater", "choice"))
-            if not is_text or row["choice"] not in CHOICES:
+            if not is_text or row["choice"] not in CHOICES or not row["rater"].strip():
                 raise InputError(
-                    f"{where}: no answer of a listening page. Expected page, item, rater, and a choice of "
+                    f"{where}: no answer of a listening page. Expected page, item, the rater's name, and a choice of "
                     f"{', '.join(CHOICES)} (got {str(row):.80})"
                 )
             item, rater = (row["page"], row["item"]), row["rater"].strip()

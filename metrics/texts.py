@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import InputError, read_lines
+from common.cli import InputError, check_unicode, read_lines
 from speech.error_rate import CER_LANGUAGES, check_reference_text, error_rate, language_code
 from speech.tokens import tts_prompt
 
@@ -62,6 +62,7 @@ def parse_json(line: str) -> dict:
         raise InputError(f"not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f'expected an object such as {{"text": "…"}} (got {line[:60]})')
+    check_unicode(json.dumps(fields, ensure_ascii=False))
     return fields
 
 

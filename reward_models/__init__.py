@@ -83,7 +83,10 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
         if name not in rewards:
             raise InputError(f"{path}: {unknown_key(name, rewards)}")
         _check_parameters(f"{path}: {name}", parameters, rewards[name])
-    return {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
+    weighted = {name: {"weight": 1.0, **parameters} for name, parameters in config.items()}
+    if not any(parameters["weight"] for parameters in weighted.values()):
+        raise InputError(f"{path}: the weight of every reward is 0, and so is their sum. Give one of them a weight")
+    return weighted
 
 
 def _check_parameters(where: str, parameters: dict, reward: type) -> None:

@@ -20,7 +20,7 @@ after it, so the opening of the assistant's turn travels with the user's message
 import re
 from dataclasses import dataclass
 
-from common.cli import InputError
+from common.cli import InputError, check_unicode
 from speech.confined_head import confine_head
 
 SAMPLE_RATE = 16_000  # Hz: the codec's and Whisper's
@@ -80,6 +80,7 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
     for name, value in (("text", text), ("ref_text", ref_text)):
         if value is None:
             continue
+        check_unicode(value)
         if not value.strip():
             raise InputError(
                 f"{name} is empty ({value!r}). Use a text with at least one word; clips without speech are for ASR"

@@ -113,6 +113,15 @@ def test_answers_become_pairs(page, folder, caplog):
     assert "preferred 4 of 7 times: a" in caplog.text and "7 pairs, without 1 ties" in caplog.text
 
 
+def test_answers_without_a_preference_are_an_exit_code(page, folder, caplog):
+    """The report is there, for the ties are a result; a file of pairs is not."""
+    ties = write_answers(page, "anna", lambda row: row["better"] or "none")
+    with pytest.raises(SystemExit) as stop:
+        run("--read", ties, "--pages", page.with_suffix(".key.jsonl"), "--output", folder / "out.jsonl")
+    assert stop.value.code == 1 and "no pairs were written" in caplog.text
+    assert json.loads((folder / "out.report.json").read_text())["ties"] == 4 and not (folder / "out.jsonl").exists()
+
+
 def test_clips_without_codes_are_encoded(folder, monkeypatch):
     rows = [{"text": "one", "audio_a": "0.wav", "audio_b": "1.wav", "codes_a": [7]}]
     page = folder / "page.html"

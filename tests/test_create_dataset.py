@@ -233,6 +233,10 @@ def test_a_language_is_that_of_the_rows_that_state_none(codec_dir, clips, tmp_pa
     assert dataset["language"][:] == ["en", "en", "en", "de"]
     (clips / "bare.csv").write_text("audio,text\nwavs/0.wav,Guten Tag.\n")
     assert create(codec_dir, clips / "bare.csv", tmp_path / "all", "--language=German")["language"][:] == ["German"]
+    assert "unknown language" not in caplog.text
+    (clips / "odd.csv").write_text("audio,text,language\nwavs/0.wav,Kiel vi fartas?,eo\n")
+    create(codec_dir, clips / "odd.csv", tmp_path / "odd")  # supervised training takes it
+    assert "GRPO and evaluation.py will refuse such rows: unknown language 'eo'" in caplog.text
     message = refusal(caplog, codec_dir, clips / "bare.csv", tmp_path / "none", "--language=klingon")
     assert "error: --language: unknown language 'klingon'" in message
     shards = [*("--language=de", "--num_shards=2")]

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import logging
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from train_preference_model import (
     read_rows,
     set_centre,
 )
+from training.loop import text_key
 
 SMALL = "--hidden_size 32 --num_layers 1 --num_heads 2 --dropout 0 --batch_size 8"
 
@@ -312,3 +315,17 @@ def test_codes_are_decoded_and_useless_pairs_are_left_out(melodies, whisper, tmp
     # Alone and in a batch, and so equal up to float16: a CPU may multiply the two in another order
     assert np.load(pair.chosen) == pytest.approx(expected.numpy(), rel=2e-3, abs=2e-3) and expected.shape == (20, 35)
     assert "3 of 4 pairs left out: 1 of equal clips, 2 with a clip that is unreadable or silent" in caplog.text
+
+
+def test_held_out_texts_are_left_out_before_any_feature_is_computed(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    rows = [{"text": text, "chosen_codes": [1], "rejected_codes": [2]} for text in ("So.", "so", "Hello there.")]
+    pairs = [write_rows(tmp_path / "rows.jsonl", rows)]
+    encoded = []
+    monkeypatch.setattr(train_preference_model, "encode_clips", lambda clips, *_: encoded.extend(clips) or set())
+    codec = SimpleNamespace(codebook_size=64)
+    assert len(read_pairs(pairs, None, codec, tmp_path / "f", frozenset({text_key("so")}))) == 1
+    assert len(encoded) == 2 and "2 of 3 pairs left out: their texts are held out" in caplog.text
+    with pytest.raises(InputError, match="--heldout_pairs: has every text"):
+        read_pairs(pairs, None, codec, tmp_path / "f", frozenset(map(text_key, ("so", "hello there"))))
+    assert len(encoded) == 2

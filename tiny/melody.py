@@ -1,8 +1,8 @@
-"""The melody of a text by a known rule, and whether a clip has it, without a model.
+"""The melody of a text by a known rule. Whether a clip has it, tiny/judge_melody.py tells.
 
 A neutral clip becomes a question by a rise of F0 at its end, and one of its words is emphasised by a higher F0, a
 longer duration and a higher level; both by Praat's overlap-add (Moulines & Charpentier 1990). A statement stays as it
-was spoken. `final_rise_st` and `emphasis_cues` measure the two in any clip.
+was spoken.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,10 @@ WOBBLE_RANGE_ST = (-5.0, 6.0)
 KNOT_S = 0.3
 F0_RANGE_HZ = (60.0, 450.0)
 
-# The measure
+# F0
 MIN_STRETCH_S, MAX_BELOW_DB = 0.05, 16.0  # a voiced stretch's length, and its loudest frame below the clip's
 FRAME_S = 0.01
 OCTAVE_JUMP_COST = 0.7  # twice Praat's default: joe's F0 sinks to the floor at the end of a sentence
-FINAL_S = 0.08  # voiced time at the end of a clip that `final_rise_st` takes the F0 of
-BEFORE_S = (0.5, 0.25)  # and the voiced time before the end that it compares with
-QUESTION_MIN_ST = 4.5  # a higher rise is a question's
-# F0 falls in the course of a sentence. Both fitted by least squares on 300 training clips; of 300 clips, 100 a voice,
-# 98 % are judged rightly: joe's 94 %, slt's and rms's 100 %.
-DECLINATION_ST_PER_S = 1.9
-EMPHASIS_MIN_ST = 3.1  # a word higher than this above the others is emphasised
 
 
 @dataclass(frozen=True)
@@ -48,21 +41,6 @@ class Word:
     text: str
     start_s: float
     end_s: float
-
-
-@dataclass(frozen=True)
-class Cues:
-    """A word beside the other words of its clip.
-
-    Attributes:
-        f0_st: its mean F0 minus theirs, semitones, corrected for declination; NaN where one of the two has no voice.
-        level_db: its RMS level over voiced frames minus theirs, dB; NaN as above.
-        length: its duration per letter divided by theirs.
-    """
-
-    f0_st: float
-    level_db: float
-    length: float
 
 
 def with_question(wav: np.ndarray) -> np.ndarray:
@@ -136,57 +114,8 @@ def f0_track(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return times[kept], 12 * np.log2(f0[kept])
 
 
-def final_rise_st(wav: np.ndarray) -> float:
-    """F0 of the last FINAL_S of voiced sound minus that BEFORE_S, in semitones; NaN without a voice there.
-
-    Medians. 100 Hz that end at 200 Hz are 12.
-    """
-    times, f0 = f0_track(wav)
-    if len(times) == 0:
-        return float("nan")
-    to_end = times[-1] - times
-    before = f0[(to_end <= BEFORE_S[0]) & (to_end >= BEFORE_S[1])]
-    if len(before) == 0:
-        return float("nan")
-    return float(np.median(f0[to_end < FINAL_S]) - np.median(before))
-
-
-def is_question(wav: np.ndarray) -> bool:
-    """Whether the clip ends with a question's rise."""
-    return final_rise_st(wav) > QUESTION_MIN_ST
-
-
-def emphasis_cues(wav: np.ndarray, words: list[Word], index: int) -> Cues:
-    """The word number `index` beside the other words of the clip.
-
-    Two words of as many letters, at 150 Hz for 0.2 s and then at 200 Hz for 0.3 s, with twice the RMS: 4.98 semitones
-    plus 0.25 s of declination, 6.02 dB and 1.5 for the second.
-    """
-    word = words[index]
-    times, f0 = f0_track(wav)
-    inside = (times >= word.start_s) & (times <= word.end_s)
-    if inside.all() or not inside.any():
-        f0_st = level_db = float("nan")
-    else:
-        level = np.array([frame_level_db(wav, time) for time in times])
-        later_s = times[inside].mean() - times[~inside].mean()
-        f0_st = f0[inside].mean() - f0[~inside].mean() + DECLINATION_ST_PER_S * later_s
-        level_db = level[inside].mean() - level[~inside].mean()
-    rest = [other for i, other in enumerate(words) if i != index]
-    return Cues(float(f0_st), float(level_db), per_letter_s([word]) / per_letter_s(rest))
-
-
-def is_emphasised(cues: Cues) -> bool:
-    """Whether the word is emphasised: by F0, which alone tells as well as with level and length."""
-    return cues.f0_st > EMPHASIS_MIN_ST
-
-
 def frame_level_db(wav: np.ndarray, time_s: float) -> float:
     """RMS level in dB of 25 ms around a time."""
     middle, half = int(time_s * SAMPLE_RATE), int(0.0125 * SAMPLE_RATE)
     frame = wav[max(0, middle - half) : middle + half]
     return 10 * np.log10(np.mean(frame**2) + 1e-12)
-
-
-def per_letter_s(words: list[Word]) -> float:
-    return sum(word.end_s - word.start_s for word in words) / sum(len(word.text) for word in words)

@@ -341,6 +341,7 @@ def fill_in_number_format(args: TrainingArguments) -> None:
 
 
 Recipe = GRPORecipe | SFTRecipe | DPORecipe
+TEXTS = ("model_name_or_path", "dataset", "output_dir")  # nothing else in a config file
 RECIPES = {"sft": SFTRecipe, "dpo": DPORecipe}  # of the other methods GRPORecipe
 Arguments = tuple[ScriptArguments, Recipe, ModelConfig]
 
@@ -469,18 +470,43 @@ def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
     """Raises InputError for a flag or a config key that does not exist, naming the nearest that does."""
     known = {name.lstrip("-").replace("-", "_") for action in parser._actions for name in action.option_strings}
     flags = [word.split("=")[0] for word in argv if word.startswith("--")]
-    for flag in flags:
-        name = flag.lstrip("-").replace("-", "_")
+    names = [flag.lstrip("-").replace("-", "_") for flag in flags]
+    for flag, name in zip(flags, names, strict=True):
         if name not in known | {"config"}:
-            raise InputError(f"unknown flag {flag}{did_you_mean(name, known) or '.'} See python train.py --help")
+            raise InputError(f"unknown flag {flag}{_instead(name, known)} See python train.py --help")
     path = argv[argv.index("--config") + 1] if config else None
     for key in config.keys() - known - {"env"}:
-        raise InputError(f"{path}: unknown key {key!r}{did_you_mean(key, known) or '.'} See python train.py --help")
-    for action in parser._actions:  # TrlParser takes the file's values unchecked
-        if action.choices and action.dest in config and config[action.dest] not in action.choices:
-            raise InputError(
-                f"{path}: {action.dest} must be one of {', '.join(action.choices)} (got {config[action.dest]!r})"
-            )
+        raise InputError(f"{path}: unknown key {key!r}{_instead(str(key), known)} See python train.py --help")
+    for action in parser._actions:
+        if action.dest in config:
+            _check_value(f"{path}: {action.dest}", action, config[action.dest])
+    if "num_train_epochs" in names and "max_steps" in config and "max_steps" not in names:
+        raise InputError(
+            f"--num_train_epochs: has no effect beside max_steps: {config['max_steps']} of {path}. Add --max_steps -1"
+        )
+
+
+def _instead(name: str, known: set[str]) -> str:
+    """What to use in place of a name that is none here: whose setting it is, or the nearest name."""
+    for recipe, method in ((GRPORecipe, "grpo"), (DPORecipe, "dpo"), (SFTRecipe, "sft")):
+        if name in {field.name for field in fields(recipe)}:
+            return f": it is a setting of --method {method}."
+    return did_you_mean(name, known) or "."
+
+
+def _check_value(where: str, action: argparse.Action, value: object) -> None:
+    """Raises InputError for a value of a config file that its flag does not take; TrlParser takes them unchecked."""
+    if action.choices and value not in action.choices:
+        raise InputError(f"{where} must be one of {', '.join(map(str, action.choices))} (got {value!r})")
+    if action.dest in TEXTS and not isinstance(value, str):
+        raise InputError(f"{where} must be text (got {value!r})")
+    if action.type not in (int, float) or action.nargs is not None or isinstance(value, str):  # argparse reads these
+        return
+    whole = action.type is int
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        if value is None and action.default is None:
+            return
+        raise InputError(f"{where} must be a {'whole ' if whole else ''}number (got {value!r})")
 
 
 def _print_help(parser: TrlParser, everything: bool) -> None:

@@ -93,6 +93,21 @@ def test_a_tsv_is_read_as_common_voice_writes_it(tmp_path):
     assert rows[0] == {"path": "a.mp3", "sentence": '"Oh, she said.', "id": "007"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("clips.csv", "text,audio\nYes, I did it.,a.wav\n"),
+        ("clips.csv", "text\nYes, I have it.\n"),
+        ("clips.tsv", "path\tsentence\na.mp3\tso\t\n"),
+    ],
+)
+def test_rows_with_more_fields_than_the_header_are_refused(name, content, tmp_path):
+    """pandas takes the first field for the row's name, and the text would lose its beginning."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="rows have more fields than its header. Put texts that hold commas"):
+        load_any_dataset(str(tmp_path / name))
+
+
 def test_a_csv_as_ljspeech_writes_it_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("LJ001-0001|Printing, in the only sense|Printing, in the only sense\n")
     with pytest.raises(InputError, match="separated by [|], as LJSpeech's. Save it with commas, and the header"):

@@ -62,6 +62,7 @@ def test_reads_the_meta_lst_of_seed_tts_eval(tmp_path):
         ("t.jsonl", '{"text": ""}', "line 1: text is empty"),
         ("t.jsonl", "[1]", "line 1: expected an object"),
         ("t.jsonl", "{", "line 1: not JSON: Expecting"),
+        ("t.jsonl", '{"text": "a \\ud83d"}', r"line 1: not Unicode text: half a character.*got '.ud83d'"),
         ("t.jsonl", '{"text": "a", "language": "xx"}', "line 1: unknown language 'xx'"),
         ("t.jsonl", '{"text": "a", "ref_text": "b"}', "line 1: a voice prompt needs both"),
         (

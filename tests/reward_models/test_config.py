@@ -41,6 +41,12 @@ def test_the_default_configs_ship():
         assert Path(path) in SHIPPED and load_config(path, task)
 
 
+def test_weights_that_are_all_zero_are_refused(tmp_path):
+    path = write(tmp_path / "reward.json", {"whisper": {"weight": 0}, "duration": {"weight": 0}})
+    with pytest.raises(InputError, match="the weight of every reward is 0"):
+        load_config(path)
+
+
 def test_weights_and_parameters(tmp_path):
     path = write(tmp_path / "reward.json", {"whisper": {"alpha_nll": 6}, "duration": {"weight": 0.5}})
     config = load_config(path)

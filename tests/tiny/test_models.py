@@ -18,7 +18,7 @@ from speech.tokens import SAMPLE_RATE, asr_prompt, tts_prompt
 from speech.whisper_scorer import WhisperScorer
 from tiny.build import ROLLOUT_TEXTS
 from tiny.corpus import sentences
-from tiny.melody import is_question
+from tiny.judge_melody import ends_as_question
 from tiny.speak import train_rows
 
 TINY = Path("tiny")
@@ -79,9 +79,9 @@ def test_reward_asr_on_natural_and_resynthesized_clips(whisper, codec, recording
 def test_the_codec_keeps_questions(codec, recordings, codes):
     asked = [i for i, row in enumerate(ROWS) if row["form"] == "question"]
     stated = [i for i, row in enumerate(ROWS) if row["form"] == "statement"]
-    assert np.mean([is_question(recordings[i]) for i in asked]) >= 0.95
+    assert np.mean([ends_as_question(recordings[i]) for i in asked]) >= 0.95
     resynthesized = codec.decode([codes[i] for i in asked + stated])
-    told = [is_question(wav) for wav in resynthesized]
+    told = [ends_as_question(wav) for wav in resynthesized]
     assert np.mean(told[: len(asked)]) >= 0.75 and np.mean(told[len(asked) :]) <= 0.15
 
 

@@ -10,7 +10,7 @@ from fake_vowel import falling
 
 from tiny import speak
 from tiny.corpus import emphasised_word, sentences, spoken_words
-from tiny.melody import is_question
+from tiny.judge_melody import ends_as_question
 
 
 def a_neutral_clip(text, speaker):
@@ -53,7 +53,7 @@ def test_record_writes_the_melody_that_the_row_asks_for(tmp_path, monkeypatch):
         longer = form == "emphasis" and melody == "right"
         assert written["duration_s"] == pytest.approx(neutral_s + longer * 0.3 * 0.25, abs=0.02)
         if form != "emphasis":
-            assert is_question(wav) is (form == "question" and melody == "right")
+            assert ends_as_question(wav) is (form == "question" and melody == "right")
         assert [word for word, _, _ in written["words"]] == spoken_words(row["text"]).split()
         if form == "emphasis":
             index = emphasised_word(row["text"])

@@ -138,6 +138,14 @@ def test_a_broken_config_file_is_named_whatever_else_is_given(tmp_path, caplog):
     [
         ("task: foo", "task must be one of tts, asr, both (got 'foo')"),
         ("method: sftt", "method must be one of grpo, diffro, grpo+diffro, sft, dpo (got 'sftt')"),
+        ("max_steps: 1.5", "max_steps must be a whole number (got 1.5)"),
+        ("learning_rate:", "learning_rate must be a number (got None)"),
+        ("learning_rate: [1.0e-5]", "learning_rate must be a number (got [1e-05])"),
+        ("beta: yes", "beta must be a number (got True)"),
+        ("1: 2", "unknown key 1"),
+        ("output_dir: 5", "output_dir must be text (got 5)"),
+        ("dataset: [a, b]", "dataset must be text (got ['a', 'b'])"),
+        ("method: sft\nnum_generations: 4", "unknown key 'num_generations': it is a setting of --method grpo."),
     ],
 )
 def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_path, caplog):
@@ -146,6 +154,25 @@ def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_
     with pytest.raises(SystemExit):
         train.parse_args(["--config", str(config)])
     assert f"{config}: {message}" in caplog.text
+
+
+def test_a_config_files_numbers_may_be_strings(tmp_path):
+    """YAML takes 1e-5 for one."""
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rate: 1e-5\nmax_steps: 3\nresume_from_checkpoint: true\nreport_to: [none]\n")
+    training_args = train.parse_args(["--config", str(config), "--use_cpu", "true"])[1]
+    assert (training_args.learning_rate, training_args.max_steps) == (1e-5, 3)
+
+
+def test_epochs_on_the_command_line_beside_steps_of_a_config(caplog):
+    """max_steps goes first in transformers, so they would do nothing."""
+    config = ["--config", "configs/tiny.yaml", "--use_cpu", "true"]
+    with pytest.raises(SystemExit):
+        train.parse_args([*config, "--num_train_epochs", "2"])
+    assert (
+        "--num_train_epochs: has no effect beside max_steps: 75 of configs/tiny.yaml. Add --max_steps -1" in caplog.text
+    )
+    assert train.parse_args([*config, "--num_train_epochs", "2", "--max_steps", "-1"])[1].num_train_epochs == 2
 
 
 @pytest.mark.parametrize(

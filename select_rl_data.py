@@ -54,12 +54,13 @@ from common.cli import (
     set_up_logging,
     write_whole,
 )
-from common.dataset_io import load_any_dataset
+from common.dataset_io import check_codes, check_texts, load_any_dataset
 from reward_models.asr_rules import find_keywords, keyword_index, repetition
 from speech.error_rate import CER_LANGUAGES, error_rate, language_code, normalize_text
 from speech.tokens import CODES_PER_SECOND
 
 KINDS = ("random", "hard", "long", "keywords", "non_speech")
+NUM_CODES = 65_536  # XCodec2's; the codec of the rows is not known here
 MIN_LONG_S = 20.0  # the paper's: such clips are rare in the data of supervised training
 RAREST_WORDS = 1000
 MIN_WORD_LENGTH = 3  # letters of a rare word: shorter ones are mostly abbreviations and slips
@@ -96,11 +97,12 @@ def open_corpus(args: argparse.Namespace) -> Corpus:
     """The dataset of --dataset, without the texts that no reward can score.
 
     Raises:
-        InputError: no such dataset, no text or codes, a column that would be overwritten, an unknown language.
+        InputError: no such dataset, no text or codes, values of a wrong type, a column that would be overwritten, an
+            unknown language.
     """
     rows = load_any_dataset(args.dataset, args.split)
     check_columns(rows, args)
-    texts, languages = list(rows["text"]), row_languages(rows, args.language)
+    texts, languages = list(rows["text"]), row_languages(rows, args.language, args.dataset)
     scorable = {i: text for i, text in enumerate(texts) if text and normalize_text(text, languages[i])}
     if not scorable:
         raise InputError(f"{args.dataset}: no row has a text with a word in it. Use a dataset with transcribed speech")
@@ -108,22 +110,23 @@ def open_corpus(args: argparse.Namespace) -> Corpus:
     num_ignored = len(texts) - len(scorable) - len(non_speech)
     if num_ignored:
         logger.info("ignored: %d of %d rows, whose text has no word", num_ignored, len(texts))
-    return Corpus(rows, scorable, non_speech, languages, row_durations(rows))
+    return Corpus(rows, scorable, non_speech, languages, row_durations(rows, args.dataset))
 
 
 def check_columns(rows: datasets.Dataset, args: argparse.Namespace) -> None:
-    """Raises InputError where a column is missing, is not text, or would be overwritten."""
+    """Raises InputError where a column is missing, is of a wrong type, or would be overwritten."""
     for column in ("text", "audio_codes"):
         if column not in rows.column_names:
             raise InputError(
                 f"{args.dataset}: no column {column!r} (got {', '.join(rows.column_names)}). Use a dataset from "
                 "create_dataset.py"
             )
-    if getattr(rows.features["text"], "dtype", None) not in ("string", "large_string"):
-        raise InputError(f"{args.dataset}: column 'text' is not text (got {rows.features['text']})")
     for column in added_columns(args.select):
         if column in rows.column_names:
             raise InputError(f"{args.dataset}: has a column {column!r} already, which would be overwritten. Remove it")
+    check_texts(rows, "text", args.dataset, optional=True)  # a null is ignored
+    check_texts(rows, "language", args.dataset, optional=True)
+    check_codes(rows, "audio_codes", NUM_CODES, args.dataset)
 
 
 def added_columns(kinds: list[str]) -> list[str]:
@@ -131,20 +134,38 @@ def added_columns(kinds: list[str]) -> list[str]:
     return ["selected_by", "why"] + (["keywords"] if "keywords" in kinds else [])
 
 
-def row_languages(rows: datasets.Dataset, default: str) -> list[str]:
-    """Whisper's code of each row's language; InputError for one that Whisper does not know."""
+def row_languages(rows: datasets.Dataset, default: str, name: str) -> list[str]:
+    """Whisper's code of each row's language; InputError, with the dataset's name, for one that Whisper lacks."""
     if "language" not in rows.column_names:
         return [language_code(default)] * len(rows)
     languages = [language or default for language in rows["language"]]
-    codes = {language: language_code(language) for language in set(languages)}
+    codes = {}
+    for i, language in enumerate(languages):
+        if language not in codes:
+            try:
+                codes[language] = language_code(language)
+            except InputError as error:
+                raise InputError(f"{name}, row {i}: {error}") from None
     return [codes[language] for language in languages]
 
 
-def row_durations(rows: datasets.Dataset) -> list[float]:
-    """Duration of each row in seconds, from its codes where the dataset has no durations."""
-    if "duration_s" in rows.column_names:
-        return [float(duration_s) for duration_s in rows["duration_s"]]
-    return [len(codes) / CODES_PER_SECOND for codes in rows["audio_codes"]]
+def row_durations(rows: datasets.Dataset, name: str) -> list[float]:
+    """Duration of each row in seconds, from its codes where the dataset has none, as after a join with another.
+
+    Raises:
+        InputError: a duration that is no number.
+    """
+    durations_s = list(rows["duration_s"]) if "duration_s" in rows.column_names else [None] * len(rows)
+    for i, duration_s in enumerate(durations_s):
+        if type(duration_s) not in (int, float, type(None)):
+            raise InputError(
+                f"{name}, row {i}: duration_s must be a number of seconds (got {duration_s!r:.60}). Correct the row, "
+                "or remove the column: the codes tell the durations too"
+            )
+    unknown = [i for i, duration_s in enumerate(durations_s) if duration_s is None or not 0 < duration_s < math.inf]
+    for i, codes in zip(unknown, rows.select(unknown)["audio_codes"], strict=True):
+        durations_s[i] = len(codes) / CODES_PER_SECOND
+    return durations_s
 
 
 def read_keywords(path: str) -> list[str]:
@@ -441,6 +462,8 @@ def check_args(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.suffix not in (".jsonl", ".parquet"):
         raise InputError(f"--output: must be a .jsonl or a .parquet file (got {output})")
+    if output.is_dir():
+        raise InputError(f"--output {output}: is a folder. Use another name, or remove the folder")
     if output.exists() and not args.overwrite:
         raise InputError(f"--output: {output} exists. --overwrite replaces it")
     check_writable(output.parent)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,17 @@ def test_without_durations_the_codes_count(corpus):
     rows = [{"text": text, "audio_codes": [0] * (50 * i + 25)} for i, text in enumerate(TEXTS[:3])]
     write_lines(corpus, rows)
     assert select(corpus, "--select", "long", "--min_long_s=2")["why"][:] == ["2.5 s, over 2 s"]
+
+
+def test_without_a_usable_duration_the_codes_count(corpus, caplog):
+    """As after a join of two datasets of which one has durations."""
+    caplog.set_level(logging.INFO)
+    codes = [0] * 150
+    rows = [{"text": "a", "audio_codes": codes, "duration_s": duration_s} for duration_s in (9.0, None, math.nan, -1.0)]
+    write_lines(corpus, rows)
+    selected = select(corpus, "--select", "long", "--min_long_s=1")
+    assert selected["why"][:] == ["9.0 s, over 1 s", "3.0 s, over 1 s", "3.0 s, over 1 s", "3.0 s, over 1 s"]
+    assert "4 rows, 4.5 s on average" in caplog.text
 
 
 def test_keywords_of_a_file(corpus):
@@ -272,14 +284,26 @@ def test_bad_transcripts(corpus, caplog, line, message):
     assert "in none of the 1 rows" in refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
 
 
+def test_the_faulty_row_is_named(corpus, caplog):
+    good = {"text": "a", "audio_codes": [1], "language": "en"}
+    write_lines(corpus, [good, good, good | {"language": "xx"}])
+    assert "corpus.jsonl, row 2: unknown language 'xx'" in refusal(caplog, corpus, "--select", "random")
+    write_lines(corpus, [good, good | {"audio_codes": None}])
+    assert "corpus.jsonl, row 1: audio_codes must be" in refusal(caplog, corpus, "--select", "random")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": "a"}, "no column 'audio_codes' (got text). Use a dataset from create_dataset.py"),
         ({"audio_codes": [1]}, "no column 'text'"),
-        ({"text": 7, "audio_codes": [1]}, "is not text"),
+        ({"text": 7, "audio_codes": [1]}, "corpus.jsonl, row 0: text must be text (got 7). Correct the row"),
         ({"text": "a", "audio_codes": [1], "why": "so"}, "has a column 'why' already, which would be overwritten"),
-        ({"text": "a", "audio_codes": [1], "language": "xx"}, "unknown language 'xx'"),
+        ({"text": "a", "audio_codes": [1], "language": "xx"}, "corpus.jsonl, row 0: unknown language 'xx'"),
+        ({"text": "a", "audio_codes": [1], "language": 5}, "row 0: language must be text (got 5)"),
+        ({"text": "a", "audio_codes": "114 632 81"}, "row 0: audio_codes must be a list of whole numbers from 0 to"),
+        ({"text": "a", "audio_codes": None}, "from 0 to 65535 (got None)"),
+        ({"text": "a", "audio_codes": [1], "duration_s": "2.0 s"}, "duration_s must be a number of seconds (got '2.0"),
     ],
 )
 def test_bad_data_sets(corpus, caplog, row, message):
@@ -289,12 +313,15 @@ def test_bad_data_sets(corpus, caplog, row, message):
 
 def test_output_is_checked_before_the_work(corpus, caplog, monkeypatch):
     monkeypatch.setattr(select_rl_data, "load_any_dataset", lambda *args: pytest.fail("too late"))
+    (corpus.parent / "folder.jsonl").mkdir()
     for output, message in (
         ("out.txt", "must be a .jsonl or a .parquet file"),
         ("corpus.jsonl", "--overwrite replaces"),
+        ("folder.jsonl", "folder.jsonl: is a folder. Use another name"),
     ):
+        overwrite = ["--overwrite"] if "folder" in output else []
         with pytest.raises(SystemExit) as end:
-            run(corpus, corpus.parent / output, "--select", "random")
+            run(corpus, corpus.parent / output, "--select", "random", *overwrite)
         assert end.value.code == 2 and message in caplog.records[-1].getMessage()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import set_seed
 
 from common.cli import InputError, bad_input_exits
-from common.dataset_io import AUDIO_COLUMNS, load_any_dataset
+from common.dataset_io import AUDIO_COLUMNS, check_codes, check_keywords, check_texts, load_any_dataset
 from common.run_record import content_digest, short_digest
 from metrics.bootstrap import interval, paired_change, resampled_sums
 from metrics.comparison import asr_comparison
@@ -27,7 +27,7 @@ from metrics.result_files import open_results
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from speech.audio import load_short_audio
 from speech.codec import SpeechCodec, decode_rollouts
-from speech.error_rate import ErrorRate, error_rate, normalize_text, sum_errors
+from speech.error_rate import ErrorRate, error_rate, language_code, normalize_text, sum_errors
 from speech.policy import DEFAULT_CODEC, Policy, Transcript, load_tokenizer, recorded
 from speech.tokens import CODES_PER_SECOND, asr_prompt
 
@@ -53,43 +53,53 @@ class Clip:
         return len(self.codes) / CODES_PER_SECOND
 
 
-def read_clips(path: str, split: str, language: str, codec: Callable[[], SpeechCodec], max_length: int) -> list[Clip]:
+def read_clips(
+    path: str, split: str, language: str, num_codes: int, codec: Callable[[], SpeechCodec], max_length: int
+) -> list[Clip]:
     """The clips of a dataset with codes, or with paths of audio.
 
     Args:
         language: of rows without one of their own.
+        num_codes: of the models; codes are in [0, num_codes).
         codec: called once if there are only recordings.
         max_length: of a recording in codes, at most.
     Raises:
-        InputError: no such dataset; no text, no codes and no audio; an unknown language.
+        InputError: no such dataset; no text, no codes and no audio; a value of a wrong type, or an unknown language,
+            with its row.
     """
+    language_code(language)  # raises for an unknown one
+    where = f"--clips {path}"
     rows = load_any_dataset(path, split)
     if "text" not in rows.column_names:
-        raise InputError(f"--clips {path}: no column 'text' (got {', '.join(rows.column_names)}). Add the transcripts")
+        raise InputError(f"{where}: no column 'text' (got {', '.join(rows.column_names)}). Add the transcripts")
+    check_texts(rows, "text", where)
+    check_texts(rows, "language", where, optional=True)
+    check_keywords(rows, "keywords", where)
+    nothing = [None] * len(rows)
+    ids, languages, keywords = (
+        list(rows[name]) if name in rows.column_names else nothing for name in ("id", "language", "keywords")
+    )
+    texts, languages = [text.strip() for text in rows["text"]], [own or language for own in languages]
+    for i, text in enumerate(texts):
+        check_text(text, languages[i], f"{where}, row {i}")
+    if not any(texts):
+        raise InputError(f"{where}: all clips are without speech. Add clips with a text")
     if "audio_codes" in rows.column_names:
+        check_codes(rows, "audio_codes", num_codes, where)
         codes = list(rows["audio_codes"])
     else:
         codes = codec().encode(_recordings(rows, path, max_length))
-    nothing = [None] * len(rows)
-    ids, languages, keywords = (
-        rows[name] if name in rows.column_names else nothing for name in ("id", "language", "keywords")
-    )
-    clips = []
-    for i, text in enumerate(rows["text"]):
-        clip = Clip(str(ids[i] or i), codes[i], (text or "").strip(), languages[i] or language, keywords[i] or [])
-        check_clip(clip, f"--clips {path}, row {i}")
-        clips.append(clip)
-    if not any(clip.text for clip in clips):
-        raise InputError(f"--clips {path}: all clips are without speech. Add clips with a text")
-    return clips
+    return [Clip(str(ids[i] or i), codes[i], text, languages[i], keywords[i] or []) for i, text in enumerate(texts)]
 
 
-def check_clip(clip: Clip, where: str) -> None:
-    """Raises InputError, beginning with `where`, for a clip without codes, or whose text has no word."""
-    if not clip.codes:
-        raise InputError(f"{where}: no audio_codes. Drop the row, or encode its audio with create_dataset.py")
-    if clip.text and not normalize_text(clip.text, clip.language):
-        raise InputError(f"{where}: the text has no word in it (got {clip.text!r}). Use '' for a clip without speech")
+def check_text(text: str, language: str, where: str) -> None:
+    """Raises InputError, beginning with `where`, for an unknown language, or a text without a word."""
+    try:
+        has_word = normalize_text(text, language)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if text and not has_word:
+        raise InputError(f"{where}: the text has no word in it (got {text!r}). Use '' for a clip without speech")
 
 
 def _recordings(rows, path: str, max_length: int) -> list[np.ndarray]:
@@ -214,10 +224,11 @@ def summarize(row: dict, first: dict, long_s: float) -> dict:
 def load_clips(args: argparse.Namespace, models: dict[str, str], codec: Callable[[], SpeechCodec]) -> list[Clip]:
     """The clips of --clips, each with the keywords of all; InputError for codes that a model's tokenizer lacks."""
     model_tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
-    clips = with_all_keywords(read_clips(args.clips, args.split, args.language, codec, args.max_length))
+    num_codes = min(tokens.num_codes for tokens in model_tokens)
+    clips = with_all_keywords(read_clips(args.clips, args.split, args.language, num_codes, codec, args.max_length))
     for tokens in model_tokens:
         for clip in clips:
-            tokens.ids(clip.codes)  # raises for the codes of another codec
+            tokens.ids(clip.codes)  # raises where recordings were encoded by another codec
     return clips
 
 
@@ -282,7 +293,8 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         if path != loaded:
             with bad_input_exits():
                 policy, loaded = Policy.from_pretrained(path, args.device, task="asr"), path
-                policy.encode([asr_prompt(clip.codes) for clip in clips], args.max_length)  # raises for one too long
+                names = [f"--clips {args.clips}, row {i}" for i in range(len(clips))]
+                policy.encode([asr_prompt(clip.codes) for clip in clips], args.max_length, names)  # raises if too long
         seeds = args.seeds if temperature > 0 else [None]  # greedy decoding is the same for all seeds
         label = f"{name} T={temperature:g}" if len(args.temperature) > 1 else name
         row = {"name": label, "model": path, "temperature": temperature, "seeds": seeds, "clips": []}

@@ -92,16 +92,21 @@ class Policy:
         prepare_model(self.model, self.tokenizer, self.tokens, task)
         self.task = task
 
-    def encode(self, prompts: list[list[dict[str, str]]], max_length: int = 2048) -> list[list[int]]:
+    def encode(
+        self, prompts: list[list[dict[str, str]]], max_length: int = 2048, names: list[str] | None = None
+    ) -> list[list[int]]:
         """Prompts to token ids.
 
+        Args:
+            names: of the prompts, for the message: clips cannot be told by their text.
         Raises:
             InputError: a prompt that leaves less than MIN_ROOM tokens of the context for its answer.
         """
         ids, limit = [prompt_ids(self.tokenizer, prompt) for prompt in prompts], self._limit(max_length)
-        for prompt, row in zip(prompts, ids, strict=True):
+        for i, row in enumerate(ids):
             if len(row) + MIN_ROOM > limit:
-                raise InputError(self._too_long(prompt, len(row), limit))
+                name = f"{names[i]}: " if names else ""
+                raise InputError(name + self._too_long(prompts[i], len(row), limit))
         return ids
 
     def _too_long(self, prompt: list[dict[str, str]], length: int, limit: int) -> str:

@@ -463,6 +463,28 @@ def test_bad_input_exits_2_before_a_policy_is_loaded(
     assert message in caplog.text
 
 
+def evaluate_clips(tmp_path, model, *rows, options=()):
+    """--task asr over rows of a .jsonl file."""
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--task", "asr", "--models", f"A={model}", "--clips", str(tmp_path / "clips.jsonl"), "--num_players", "0"]
+    argv += ["--max_length", "150", "--max_completion_length", "6", "--output_dir", str(tmp_path / "out"), *options]
+    return evaluation.main(evaluation.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"audio_codes": [NUM_CODES]}, "audio_codes must be a list of whole numbers from 0 to 63 (got 64 among them)"),
+        ({"audio_codes": [1] * 120}, "a clip is too long: its prompt takes"),
+    ],
+)
+def test_a_bad_clip_is_named(row, message, policy_paths, tmp_path, caplog):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_clips(tmp_path, policy_paths[0], {"text": "a", "audio_codes": [1]}, {"text": "b"} | row)
+    assert stop.value.code == 2
+    assert f"error: --clips {tmp_path}/clips.jsonl, row 1: {message}" in caplog.records[-1].message
+
+
 def test_text_too_long_and_another_codec_exit_2(policy_paths, fakes, tmp_path, monkeypatch, caplog):
     with pytest.raises(SystemExit) as exit:
         evaluate(tmp_path, [policy_paths[0]], texts="wordy " * 40)

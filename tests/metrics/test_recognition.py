@@ -13,6 +13,7 @@ from speech.policy import Policy, Transcript
 from speech.tokens import asr_prompt, tts_prompt
 
 MULTITASK_MODEL = "tiny/llasa_asr"
+NUM_CODES = 4096  # of tiny/codec
 
 
 def clip(text: str, seconds: float = 1.0, keywords: tuple[str, ...] = ("Zagreb", "Split")) -> Clip:
@@ -75,27 +76,37 @@ def test_a_keyword_of_another_clip_counts_against_precision():
 
 def test_clips_may_be_recordings(recordings, tmp_path):
     codec = SpeechCodec.from_pretrained("tiny/codec")
-    clips = read_clips(recordings, "train", "en", lambda: codec, 2048)
+    clips = read_clips(recordings, "train", "en", NUM_CODES, lambda: codec, 2048)
     assert len(clips) == 24 and clips[0].codes and clips[0].id == "heldout_057"
     (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
     with pytest.raises(ValueError, match="neither audio_codes nor audio"):
-        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: codec, 2048)
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", NUM_CODES, lambda: codec, 2048)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ('{"audio_codes": [1]}', "no column 'text' .got audio_codes."),
-        ('{"text": "a", "audio_codes": []}', "row 0: no audio_codes"),
+        ('{"text": "a", "audio_codes": []}', r"row 0: audio_codes must be .* from 0 to 4095 .got \[\]."),
         ('{"text": "?!", "audio_codes": [1]}', r"row 0: the text has no word in it .got '\?!'."),
         ('{"text": "", "audio_codes": [1]}', "all clips are without speech"),
-        ('{"text": "a", "audio_codes": [1], "language": "xx"}', "unknown language 'xx'"),
+        ('{"text": "a", "audio_codes": [1], "language": "xx"}', "--clips .*m.jsonl, row 0: unknown language 'xx'"),
+        ('{"text": "", "audio_codes": [1], "language": "xx"}', "row 0: unknown language 'xx'"),
+        ('{"text": "a", "audio_codes": [1], "language": 5}', "row 0: language must be text .got 5."),
+        ('{"text": 7, "audio_codes": [1]}', "--clips .*m.jsonl, row 0: text must be text .got 7."),
+        ('{"text": "a", "audio_codes": [1]}\n{"text": null, "audio_codes": [1]}', "row 1: text .* .got None."),
+        ('{"text": "a", "audio_codes": "596 293 346"}', "row 0: audio_codes must be .* .got '596 293 346'."),
+        ('{"text": "a", "audio_codes": null}', "row 0: audio_codes must be .* .got None."),
+        ('{"text": "a", "audio_codes": [596.5]}', "row 0: audio_codes must be .* .got 596.5 among them."),
+        ('{"text": "a", "audio_codes": [1]}\n{"text": "b", "audio_codes": [-1]}', "row 1: .* .got -1 among"),
+        ('{"text": "a", "audio_codes": [4096]}', "row 0: audio_codes must be .* .got 4096 among them."),
+        ('{"text": "a", "audio_codes": [1], "keywords": "hammer"}', "row 0: keywords must be a list of .* 'hammer'."),
     ],
 )
 def test_bad_clips_are_named(row, message, tmp_path):
     (tmp_path / "m.jsonl").write_text(row + "\n")
     with pytest.raises(ValueError, match=message):
-        read_clips(str(tmp_path / "m.jsonl"), "train", "en", lambda: pytest.fail("encoded"), 2048)
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", NUM_CODES, lambda: pytest.fail("encoded"), 2048)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +124,7 @@ def test_one_model_transcribes_and_then_synthesizes(recordings):
     """tiny/llasa_asr is a multitask model: ASR, and TTS again after that."""
     policy = Policy.from_pretrained(MULTITASK_MODEL, task="asr")
     codec = SpeechCodec.from_pretrained("tiny/codec")
-    clips = read_clips(recordings, "train", "en", lambda: codec, 2048)
+    clips = read_clips(recordings, "train", "en", NUM_CODES, lambda: codec, 2048)
     transcripts = policy.transcribe([asr_prompt(one.codes) for one in clips], batch_size=48, max_completion_length=40)
     row = row_of(list(zip(clips, transcripts, strict=True)))
     assert summarize(row, row, long_s=3.0)["all"]["wer"] <= 0.10  # clean recordings

@@ -68,6 +68,8 @@ def test_a_text_too_long_is_named_before_sampling(policy, monkeypatch):
     monkeypatch.setattr(policy.model, "generate", lambda **_: pytest.fail("sampled"))
     with pytest.raises(ValueError, match="wordy wordy.*too long.*256.*Shorten"):
         policy.sample([tts_prompt("short"), tts_prompt("wordy " * 40)])
+    with pytest.raises(ValueError, match="a.jsonl, row 1: the text 'wordy"):
+        policy.encode([tts_prompt("short"), tts_prompt("wordy " * 40)], names=["a.jsonl, row 0", "a.jsonl, row 1"])
 
 
 def test_an_adapter_folder_loads(policy_path, policy, tmp_path):

@@ -48,10 +48,11 @@ from speech.policy import (
     Policy,
     Sample,
     Transcript,
+    load_tokenizer,
     recorded_with_adapters,
     reward_parameters,
 )
-from speech.tokens import CODES_PER_SECOND, TASKS, asr_prompt, tts_prompt
+from speech.tokens import CODES_PER_SECOND, TASKS, SpeechTokens, asr_prompt, tts_prompt
 from speech.transcript_file import TranscriptFile
 
 # Arguments that do not change the transcripts: a resumed run may have other values of them
@@ -217,15 +218,23 @@ def synthesize(args: argparse.Namespace) -> None:
 # --- Speech to text ---------------------------------------------------------------------------------------
 
 
-def load_clips(args: argparse.Namespace, codec_id: str, device: str) -> tuple[list[dict], list[list[int]]]:
-    """The clips to transcribe: what identifies each in the output ("audio", or "index" and "id"), and its codes."""
+def load_clips(
+    args: argparse.Namespace, codec_id: str, device: str, tokens: SpeechTokens
+) -> tuple[list[dict], list[list[int]]]:
+    """The clips to transcribe: what identifies each in the output ("audio", or "index" and "id"), and its codes.
+
+    Raises:
+        InputError: no such clips, or codes that the policy's `tokens` lack.
+    """
     from speech.codec import SpeechCodec
 
     if args.audio is not None:
         wavs = [load_short_audio(path, args.max_length) for path in args.audio]
-        codec = SpeechCodec.from_pretrained(codec_id, device)
-        return [{"audio": path} for path in args.audio], codec.encode(wavs)
-    from common.dataset_io import load_any_dataset
+        codes = SpeechCodec.from_pretrained(codec_id, device).encode(wavs)
+        for clip_codes in codes:
+            tokens.ids(clip_codes)  # raises for the codes of another codec
+        return [{"audio": path} for path in args.audio], codes
+    from common.dataset_io import check_codes, load_any_dataset
 
     rows = load_any_dataset(args.dataset, args.split)
     if "audio_codes" not in rows.column_names:
@@ -233,6 +242,7 @@ def load_clips(args: argparse.Namespace, codec_id: str, device: str) -> tuple[li
             f"--dataset {args.dataset}: no column 'audio_codes' (got {', '.join(rows.column_names)}). "
             "Encode it with create_dataset.py, or use --audio"
         )
+    check_codes(rows, "audio_codes", tokens.num_codes, args.dataset)
     ids = [{"index": i} for i in range(len(rows))]
     if "id" in rows.column_names:
         ids = [{**clip, "id": row_id} for clip, row_id in zip(ids, rows["id"], strict=True)]
@@ -248,16 +258,16 @@ def transcribe(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         recorded = partial(recorded_with_adapters, args.model_name_or_path, adapters)
         codec_id = args.codec_id or recorded("codec_id", DEFAULT_CODEC)
-        ids, codes = load_clips(args, codec_id, device)
+        tokens = load_tokenizer(args.model_name_or_path, "asr")[1]
+        ids, codes = load_clips(args, codec_id, device, tokens)
         output = open_output(args, device, ids, codes) if args.output else None
         if output is not None and output.finished:
             logger.info("%s: complete already, nothing to do", output.path)
             return
         policy = Policy.from_pretrained(args.model_name_or_path, device, task="asr", adapters=adapters)
-        for clip_codes in codes:
-            policy.tokens.ids(clip_codes)  # raises for the codes of another codec
         prompts = [asr_prompt(clip_codes) for clip_codes in codes]
-        policy.encode(prompts, args.max_length)  # raises for a clip too long
+        names = args.audio or [f"{args.dataset}, row {i}" for i in range(len(ids))]
+        policy.encode(prompts, args.max_length, names)  # raises for a clip too long
 
     set_seed(args.seed)
     done = output.resume() if output is not None else []

@@ -331,6 +331,27 @@ def test_bad_input_of_asr_exits_2(argv, message, tmp_path, caplog):
     assert stop.value.code == 2 and message in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ("114 632 81", "audio_codes must be a list of whole numbers from 0 to 63 (got '114 632 81')"),
+        (None, "audio_codes must be a list of whole numbers from 0 to 63 (got None)"),
+        ([True, False], "audio_codes must be a list of whole numbers from 0 to 63 (got True among them)"),
+        ([64], "audio_codes must be a list of whole numbers from 0 to 63 (got 64 among them)"),
+        ([1] * 120, "a clip is too long: its prompt takes"),
+    ],
+)
+def test_a_bad_clip_of_a_dataset_is_named(codes, message, policy_path, tmp_path, monkeypatch, caplog):
+    if codes != [1] * 120:  # the model's context is known only with the model
+        monkeypatch.setattr(Policy, "from_pretrained", lambda *_, **__: pytest.fail("a policy was loaded"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"audio_codes": row}) + "\n" for row in ([1, 2], codes)))
+    with pytest.raises(SystemExit) as stop:
+        transcripts(policy_path, str(rows), tmp_path / "t.jsonl", "--max_length", "150")
+    assert stop.value.code == 2
+    assert caplog.records[-1].message.startswith(f"error: {rows}, row 1: {message}")
+
+
 # --- Bad input --------------------------------------------------------------------------------------------
 
 

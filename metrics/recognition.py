@@ -16,7 +16,15 @@ import numpy as np
 from transformers import set_seed
 
 from common.cli import InputError, bad_input_exits
-from common.dataset_io import AUDIO_COLUMNS, check_codes, check_keywords, check_texts, load_any_dataset
+from common.dataset_io import (
+    AUDIO_COLUMNS,
+    check_codes,
+    check_keywords,
+    check_texts,
+    load_any_dataset,
+    open_source,
+    path_and_bytes,
+)
 from common.run_record import content_digest, short_digest
 from metrics.bootstrap import interval, paired_change, resampled_sums
 from metrics.comparison import asr_comparison
@@ -56,7 +64,7 @@ class Clip:
 def read_clips(
     path: str, split: str, language: str, num_codes: int, codec: Callable[[], SpeechCodec], max_length: int
 ) -> list[Clip]:
-    """The clips of a dataset with codes, or with paths of audio.
+    """The clips of a dataset with codes, or with audio.
 
     Args:
         language: of rows without one of their own.
@@ -88,7 +96,7 @@ def read_clips(
         check_codes(rows, "audio_codes", num_codes, where)
         codes = list(rows["audio_codes"])
     else:
-        codes = codec().encode(_recordings(rows, path, max_length))
+        codes = codec().encode(_recordings(rows.column_names, path, split, max_length))
     return [Clip(str(ids[i] or i), codes[i], text, languages[i], keywords[i] or []) for i, text in enumerate(texts)]
 
 
@@ -102,15 +110,24 @@ def check_text(text: str, language: str, where: str) -> None:
         raise InputError(f"{where}: the text has no word in it (got {text!r}). Use '' for a clip without speech")
 
 
-def _recordings(rows, path: str, max_length: int) -> list[np.ndarray]:
-    names = [name for name in AUDIO_COLUMNS if name in rows.column_names]
+def _recordings(columns: list[str], path: str, split: str, max_length: int) -> list[np.ndarray]:
+    names = [name for name in AUDIO_COLUMNS if name in columns]
     if not names:
         raise InputError(
-            f"--clips {path}: neither audio_codes nor audio (got {', '.join(rows.column_names)}). "
+            f"--clips {path}: neither audio_codes nor audio (got {', '.join(columns)}). "
             f"Use a dataset of create_dataset.py, or name the audio {' or '.join(AUDIO_COLUMNS)}"
         )
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return [load_short_audio(str(folder / name), max_length) for name in rows[names[0]]]
+    source = open_source(path, split, text_column="text", audio_column=names[0])
+    wavs = []
+    for i, value in enumerate(source.rows[names[0]]):
+        file, data = path_and_bytes(value)
+        try:
+            if not (data or isinstance(file, str)):
+                raise InputError("neither a path nor bytes of audio. Correct the row, or drop it")
+            wavs.append(load_short_audio(data or str(source.folder / file), max_length))
+        except InputError as error:
+            raise InputError(f"--clips {path}, row {i}: {error}") from None
+    return wavs
 
 
 def with_all_keywords(clips: list[Clip]) -> list[Clip]:

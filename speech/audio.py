@@ -76,10 +76,10 @@ def load_audio(path_or_bytes: str | os.PathLike | bytes, max_duration_s: float =
     return wav.astype(np.float32)
 
 
-def load_short_audio(path: str, max_length: int) -> np.ndarray:
+def load_short_audio(path_or_bytes: str | bytes, max_length: int) -> np.ndarray:
     """A clip whose codes are at most `max_length` tokens; InputError for a longer one, of which no more is read."""
     try:
-        return load_audio(path, max_duration_s=max_length / CODES_PER_SECOND)
+        return load_audio(path_or_bytes, max_duration_s=max_length / CODES_PER_SECOND)
     except TooLongError as error:
         raise InputError(f"{error}, or raise --max_length {max_length} as far as the model's context goes") from error
 

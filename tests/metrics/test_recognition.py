@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Audio, Dataset
 
 from metrics.recognition import Clip, read_clips, summarize, transcript_entry, with_all_keywords
 from speech.codec import SpeechCodec
@@ -81,6 +83,32 @@ def test_clips_may_be_recordings(recordings, tmp_path):
     (tmp_path / "m.jsonl").write_text('{"text": "a b"}\n')
     with pytest.raises(ValueError, match="neither audio_codes nor audio"):
         read_clips(str(tmp_path / "m.jsonl"), "train", "en", NUM_CODES, lambda: codec, 2048)
+
+
+def test_recordings_may_lie_in_a_parquet_file(tmp_path):
+    """As datasets saves them: {"bytes", "path"}; with or without its note that this is audio."""
+    codec, clips = SpeechCodec.from_pretrained("tiny/codec"), tmp_path / "clips.parquet"
+    names = ["heldout_057.ogg", "heldout_103.ogg"]
+    audio = [{"bytes": (Path("tiny/heldout") / name).read_bytes(), "path": "gone.ogg"} for name in names]
+    shutil.copy(Path("tiny/heldout") / names[0], tmp_path)
+
+    def codes(rows: Dataset) -> list[list[int]]:
+        rows.to_parquet(clips)
+        return [clip.codes for clip in read_clips(str(clips), "train", "en", NUM_CODES, lambda: codec, 2048)]
+
+    first, second = codes(Dataset.from_dict({"text": ["a"] * 2, "audio": audio}).cast_column("audio", Audio()))
+    assert first != second
+    audio += [{"bytes": None, "path": names[0]}]
+    assert codes(Dataset.from_dict({"text": ["a"] * 3, "audio": audio})) == [first, second, first]
+    audio += [{"bytes": None, "path": None}]
+    with pytest.raises(ValueError, match="clips.parquet, row 3: neither a path nor bytes of audio"):
+        codes(Dataset.from_dict({"text": ["a"] * 4, "audio": audio}))
+
+
+def test_a_recording_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"text": "a", "audio": "no.wav"}\n')
+    with pytest.raises(ValueError, match=r"m.jsonl, row 0: .*no.wav: no such audio file"):
+        read_clips(str(tmp_path / "m.jsonl"), "train", "en", NUM_CODES, lambda: SimpleNamespace(encode=list), 2048)
 
 
 @pytest.mark.parametrize(

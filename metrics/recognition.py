@@ -97,7 +97,10 @@ def read_clips(
         codes = list(rows["audio_codes"])
     else:
         codes = codec().encode(_recordings(rows.column_names, path, split, max_length))
-    return [Clip(str(ids[i] or i), codes[i], text, languages[i], keywords[i] or []) for i, text in enumerate(texts)]
+    return [
+        Clip(str(i if ids[i] in (None, "") else ids[i]), codes[i], text, languages[i], keywords[i] or [])
+        for i, text in enumerate(texts)
+    ]
 
 
 def check_text(text: str, language: str, where: str) -> None:
@@ -297,9 +300,9 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
     with bad_input_exits():
         clips = load_clips(args, models, codec)
         results = open_results(Path(args.output_dir), vars(args), digests_of(models, codec_id, clips), args.overwrite)
-        listened = evenly_spaced(clips, args.num_players)
-        wavs = decode_rollouts(codec(), [clip.codes for clip in listened]) if listened else []
-    sounds = {clip.id: wav for clip, wav in zip(listened, wavs, strict=True)}
+        listened = evenly_spaced(list(range(len(clips))), args.num_players)
+        wavs = decode_rollouts(codec(), [clips[i].codes for i in listened]) if listened else []
+    sounds = dict(zip(listened, wavs, strict=True))  # by position: several clips may have one id
     rows = results.pop("rows")
     results |= {"models": models, "num_clips": len(clips), "rows": rows}
     for row in rows:

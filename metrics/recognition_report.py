@@ -63,11 +63,11 @@ def about(results: dict) -> str:
     return " · ".join([clips, results["date"], results["git_commit"]])
 
 
-def page(results: dict, sounds: dict[str, np.ndarray]) -> str:
+def page(results: dict, sounds: dict[int, np.ndarray]) -> str:
     """report.html.
 
     Args:
-        sounds: id -> waveform of each clip to listen to; the page has each row's first transcript of it.
+        sounds: position -> waveform of each clip to listen to; the page has each row's first transcript of it.
     """
     rows = results["rows"]
     rates = {row["name"]: (row["metrics"]["all"]["wer"], row["metrics"]["all"]["interval"]) for row in rows}
@@ -76,8 +76,8 @@ def page(results: dict, sounds: dict[str, np.ndarray]) -> str:
     if sounds:
         note = "As the codec decodes them. Marked: words of the transcript that differ from the reference text."
         parts.append(f"<h2>Clips</h2><p class=about>{note}</p>")
-    for clip_id, wav in sounds.items():
-        entries = {row["name"]: next(entry for entry in row["clips"] if entry["id"] == clip_id) for row in rows}
+    for position, wav in sounds.items():
+        entries = {row["name"]: row["clips"][position] for row in rows}  # the first seed's come first
         text = next(iter(entries.values()))["text"]
         reference = f"“{html.escape(text)}”" if text else "<i>non-speech</i>"
         cards = "".join(card(name, entry) for name, entry in entries.items())
@@ -97,6 +97,6 @@ def card(row_name: str, entry: dict) -> str:
     return f"<div class=card><b>{html.escape(row_name)}</b>{text}</div>"
 
 
-def write_reports(folder: Path, results: dict, sounds: dict[str, np.ndarray]) -> None:
+def write_reports(folder: Path, results: dict, sounds: dict[int, np.ndarray]) -> None:
     """Write results.json, results.md and report.html."""
     write_results(folder, results, about(results), table(results), page(results, sounds))

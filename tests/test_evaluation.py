@@ -1,7 +1,9 @@
 """evaluation.py: the rows, files and comparison that a run leaves, and the exit code of each bad input."""
 
+import base64
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ import evaluation
 from metrics import judges, recognition, synthesis
 from metrics.clip_measures import MEASUREMENTS
 from metrics.formatting import relative_change
-from speech.audio import audio_failure, save_audio
+from speech.audio import audio_failure, load_audio, save_audio
 from speech.dnsmos import MosScores
 from speech.policy import Policy
 
@@ -409,6 +411,28 @@ def test_reports_of_asr(tmp_path, monkeypatch, caplog):
     assert comparison[-1].endswith("report.html") and max(map(len, comparison[:-1])) <= 100
 
 
+def evaluate_clips(tmp_path, model, *rows, options=()):
+    """--task asr over rows of a .jsonl file."""
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--task", "asr", "--models", f"A={model}", "--clips", str(tmp_path / "clips.jsonl"), "--num_players", "0"]
+    argv += ["--max_length", "150", "--max_completion_length", "6", "--output_dir", str(tmp_path / "out"), *options]
+    return evaluation.main(evaluation.parse_args(argv))
+
+
+@pytest.mark.parametrize("ids", [["same"] * 3, ["1", None, None], [None, None, "1"]])
+def test_clips_with_equal_ids_are_heard_with_their_own_texts(ids, policy_paths, tmp_path, monkeypatch):
+    monkeypatch.setattr(recognition, "SpeechCodec", ToneCodec)
+    texts, lengths = ["one", "two", "three"], [3, 4, 5]
+    rows = zip(texts, lengths, ids, strict=True)
+    rows = [{"text": text, "audio_codes": [1] * length, "id": clip_id} for text, length, clip_id in rows]
+    options = ["--num_players", "3", "--temperature", "1", "--seeds", "0", "1"]
+    evaluate_clips(tmp_path, policy_paths[0], *rows, options=options)
+    page = (tmp_path / "out" / "report.html").read_text()
+    players = re.findall("<p class=reference>“(.*?)” <audio controls src='data:audio/wav;base64,(.*?)'", page)
+    assert [text for text, _ in players] == texts
+    assert [len(load_audio(base64.b64decode(wav))) // 320 for _, wav in players] == lengths
+
+
 # --- Bad input --------------------------------------------------------------------------------------------
 
 
@@ -461,14 +485,6 @@ def test_bad_input_exits_2_before_a_policy_is_loaded(
         evaluate(tmp_path, fill(models), *fill(options))
     assert exit.value.code == 2
     assert message in caplog.text
-
-
-def evaluate_clips(tmp_path, model, *rows, options=()):
-    """--task asr over rows of a .jsonl file."""
-    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    argv = ["--task", "asr", "--models", f"A={model}", "--clips", str(tmp_path / "clips.jsonl"), "--num_players", "0"]
-    argv += ["--max_length", "150", "--max_completion_length", "6", "--output_dir", str(tmp_path / "out"), *options]
-    return evaluation.main(evaluation.parse_args(argv))
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,11 @@ def speech_comparison(results: dict) -> list[str]:
 
 
 def asr_comparison(results: dict) -> list[str]:
-    """WER and hallucinations of `evaluation.py --task asr`."""
-    rows, long_s = results["rows"], results["arguments"]["long_s"]
+    """WER or CER, and hallucinations, of `evaluation.py --task asr`."""
+    rows, long_s, unit = results["rows"], results["arguments"]["long_s"], error_unit(results["units"])
     comparisons = []
-    for label, part in (("WER", "all"), (f"WER, up to {long_s:g} s", "short"), (f"WER, above {long_s:g} s", "long")):
+    parts = ((unit, "all"), (f"{unit}, up to {long_s:g} s", "short"), (f"{unit}, above {long_s:g} s", "long"))
+    for label, part in parts:
         by_row = [row["metrics"][part] for row in rows]
         values = [metrics and metrics["wer"] for metrics in by_row]
         comparisons.append(Comparison(label, values, relative_changes(by_row)))

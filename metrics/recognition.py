@@ -31,7 +31,9 @@ from metrics.comparison import asr_comparison
 from metrics.formatting import percent
 from metrics.html_page import evenly_spaced
 from metrics.recognition_report import write_reports
+from metrics.report import error_unit
 from metrics.result_files import open_results
+from metrics.texts import units_of
 from reward_models.asr_rules import find_keywords, hallucination, keyword_index
 from speech.audio import load_short_audio
 from speech.codec import SpeechCodec, decode_rollouts
@@ -73,7 +75,7 @@ def read_clips(
         max_length: of a recording in codes, at most.
     Raises:
         InputError: no such dataset; no text, no codes and no audio; a value of a wrong type, or an unknown language,
-            with its row.
+            with its row; texts of which some are scored by words and some by characters.
     """
     language_code(language)  # raises for an unknown one
     where = f"--clips {path}"
@@ -92,6 +94,7 @@ def read_clips(
         check_text(text, languages[i], f"{where}, row {i}")
     if not any(texts):
         raise InputError(f"{where}: all clips are without speech. Add clips with a text")
+    units_of((own for text, own in zip(texts, languages, strict=True) if text), where)  # raises if they are mixed
     if "audio_codes" in rows.column_names:
         check_codes(rows, "audio_codes", num_codes, where)
         codes = list(rows["audio_codes"])
@@ -143,7 +146,7 @@ def with_all_keywords(clips: list[Clip]) -> list[Clip]:
 
 
 def transcript_entry(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
-    """All measurements of one transcript, ready for JSON."""
+    """All measurements of one transcript, ready for JSON; "ref_length" and the errors in words or characters."""
     entry = {
         "id": clip.id,
         "seed": seed,
@@ -270,9 +273,10 @@ def transcribed_clips(
     return [transcript_entry(clip, transcript, seed) for clip, transcript in zip(clips, transcripts, strict=True)]
 
 
-def row_summary(row: dict) -> str:
+def row_summary(row: dict, units: str) -> str:
     """One line for the terminal."""
-    return f"{row['name']}: {len(row['clips'])} transcripts, WER {percent(row['metrics']['all']['wer'])}"
+    rate = percent(row["metrics"]["all"]["wer"])
+    return f"{row['name']}: {len(row['clips'])} transcripts, {error_unit(units)} {rate}"
 
 
 def digests_of(models: dict[str, str], codec_id: str, clips: list[Clip]) -> dict:
@@ -304,9 +308,10 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         wavs = decode_rollouts(codec(), [clips[i].codes for i in listened]) if listened else []
     sounds = dict(zip(listened, wavs, strict=True))  # by position: several clips may have one id
     rows = results.pop("rows")
-    results |= {"models": models, "num_clips": len(clips), "rows": rows}
+    units = units_of(clip.language for clip in clips if clip.text)
+    results |= {"models": models, "num_clips": len(clips), "units": units, "rows": rows}
     for row in rows:
-        logger.info("%s (done before)", row_summary(row))
+        logger.info("%s (done before)", row_summary(row, units))
     planned = [(name, path, temperature) for name, path in models.items() for temperature in args.temperature]
     policy, loaded = None, None
     for name, path, temperature in planned[len(rows) :]:
@@ -323,7 +328,7 @@ def evaluate(args: argparse.Namespace, models: dict[str, str]) -> dict:
         rows.append(row)
         row["metrics"] = summarize(row, rows[0], args.long_s)
         write_reports(Path(args.output_dir), results, sounds)
-        logger.info(row_summary(row))
+        logger.info(row_summary(row, units))
     for line in asr_comparison(results):
         logger.info(line)
     logger.info("Listen: %s", (Path(args.output_dir) / "report.html").resolve())

@@ -7,11 +7,10 @@ import numpy as np
 
 from metrics.formatting import percent, percent_interval
 from metrics.html_page import bars, document, explanation_list, marked, metrics_table, player, training_curves
+from metrics.report import error_unit
 from metrics.result_files import write_results
 
-HEADER = [
-    "",
-    "all: WER / ins / del, % [95 %]",
+COLUMNS = [  # behind the name and the error rate
     "short",
     "long",
     "hallucinations",
@@ -23,7 +22,7 @@ HEADER = [
 EXPLANATIONS = {
     "WER / ins / del": "Word error rate: substitutions, deletions and insertions over the words of the references, all "
     "clips and seeds together; and of these the insertions and the deletions. In brackets the WER's 95 % bootstrap "
-    "interval over clips.",
+    "interval over clips. CER: over the characters, for zh, ja, ko and the like.",
     "short, long": "Clips of up to --long_s seconds, and above.",
     "hallucinations": "Fraction of the clips with speech whose transcript breaks a rule of reward_models/asr_rules.py: "
     "it was truncated, is empty, loops, is in another script, is twice as long or half as long, has no word in common.",
@@ -35,7 +34,8 @@ EXPLANATIONS = {
 
 def table(results: dict) -> list[list[str]]:
     """Header and rows."""
-    return [HEADER, *(row_cells(row) for row in results["rows"])]
+    header = ["", f"all: {error_unit(results['units'])} / ins / del, % [95 %]", *COLUMNS]
+    return [header, *(row_cells(row) for row in results["rows"])]
 
 
 def row_cells(row: dict) -> list[str]:
@@ -72,7 +72,9 @@ def page(results: dict, sounds: dict[int, np.ndarray]) -> str:
     rows = results["rows"]
     rates = {row["name"]: (row["metrics"]["all"]["wer"], row["metrics"]["all"]["interval"]) for row in rows}
     header, *cells = table(results)
-    parts = [bars("Word error rate", rates), metrics_table(header, cells), *training_curves(results["models"])]
+    counted = results["units"].removesuffix("s")  # word or character
+    title = f"{counted.capitalize()} error rate"
+    parts = [bars(title, rates), metrics_table(header, cells), *training_curves(results["models"])]
     if sounds:
         note = "As the codec decodes them. Marked: words of the transcript that differ from the reference text."
         parts.append(f"<h2>Clips</h2><p class=about>{note}</p>")
@@ -80,17 +82,17 @@ def page(results: dict, sounds: dict[int, np.ndarray]) -> str:
         entries = {row["name"]: row["clips"][position] for row in rows}  # the first seed's come first
         text = next(iter(entries.values()))["text"]
         reference = f"“{html.escape(text)}”" if text else "<i>non-speech</i>"
-        cards = "".join(card(name, entry) for name, entry in entries.items())
+        cards = "".join(card(name, entry, counted) for name, entry in entries.items())
         parts.append(f"<p class=reference>{reference} {player(wav)}</p><div class=cards>{cards}</div>")
     return document(about(results), results["argv"], [*parts, explanation_list(EXPLANATIONS)])
 
 
-def card(row_name: str, entry: dict) -> str:
-    """One transcript."""
+def card(row_name: str, entry: dict, counted: str) -> str:
+    """One transcript; its errors are `counted` in words or characters."""
     notes = [entry.get("hallucination")]
     if entry["text"]:
         edits = sum(entry[kind] for kind in ("substitutions", "deletions", "insertions"))
-        notes.append(f"{edits} word errors in {entry['ref_length']} words")
+        notes.append(f"{edits} {counted} errors in {entry['ref_length']} {counted}s")
     note = " · ".join(note.replace("_", "-") for note in notes if note)
     transcript = marked(entry["text"], entry["hyp_text"]) or "<i>empty transcript</i>"
     text = f"<p class=transcript>{transcript}<br><small>{note}</small></p>"

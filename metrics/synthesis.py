@@ -102,7 +102,7 @@ def load_texts(args: argparse.Namespace) -> EvaluationTexts:
         if item.audio is None:
             raise InputError(f"--references {args.references}: no audio for {item.id!r}. Add a natural reading of it")
     natural_wavs = [load_audio(item.audio) for item in references]
-    return EvaluationTexts(items, references, natural_wavs, units_of(items + references))
+    return EvaluationTexts(items, references, natural_wavs, units_of(item.language for item in items + references))
 
 
 def adapter_rows(args: argparse.Namespace, models: dict[str, str]) -> dict[str, list[Adapter]]:

@@ -1,6 +1,7 @@
 """Held-out texts to synthesize, from .txt, .jsonl and seed-tts-eval's .lst files."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +105,20 @@ def check_item(item: Item) -> None:
     check_reference_text(item.text, item.language)
 
 
-def units_of(items: list[Item]) -> str:
-    """ "words" or "characters": what the error rate of these texts counts."""
-    by_characters = {language_code(item.language) in CER_LANGUAGES for item in items}
+def units_of(languages: Iterable[str], source: str = "--texts") -> str:
+    """ "words" or "characters": what the error rate of texts in these languages counts.
+
+    Args:
+        source: of the texts, for the message.
+    Raises:
+        InputError: languages of both kinds.
+    """
+    codes = sorted({language_code(language) for language in languages})
+    by_characters = {code in CER_LANGUAGES for code in codes}
     if len(by_characters) > 1:
         raise InputError(
-            "--texts: languages scored by words and by characters are mixed. Evaluate them in separate runs"
+            f"{source}: languages scored by words and by characters are mixed (got {', '.join(codes)}). Evaluate them "
+            "in separate runs"
         )
     return "characters" if by_characters.pop() else "words"
 

@@ -419,6 +419,18 @@ def evaluate_clips(tmp_path, model, *rows, options=()):
     return evaluation.main(evaluation.parse_args(argv))
 
 
+def test_characters_are_counted_and_named(policy_paths, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(recognition, "SpeechCodec", ToneCodec)
+    caplog.set_level(logging.INFO, logger="metrics")
+    row = {"text": "今天天气", "audio_codes": [1] * 5, "language": "zh"}
+    results = evaluate_clips(tmp_path, policy_paths[0], row, options=["--num_players", "1"])
+    assert results["units"] == "characters" and results["rows"][0]["clips"][0]["ref_length"] == 4
+    table, page = ((tmp_path / "out" / name).read_text() for name in ("results.md", "report.html"))
+    assert "| all: CER / ins / del, % [95 %] |" in table and "WER" not in table
+    assert "<h2>Character error rate</h2>" in page and "character errors in 4 characters" in page
+    assert terminal(caplog)[0].startswith("A: 1 transcripts, CER ") and terminal(caplog)[2].startswith("  CER ")
+
+
 @pytest.mark.parametrize("ids", [["same"] * 3, ["1", None, None], [None, None, "1"]])
 def test_clips_with_equal_ids_are_heard_with_their_own_texts(ids, policy_paths, tmp_path, monkeypatch):
     monkeypatch.setattr(recognition, "SpeechCodec", ToneCodec)

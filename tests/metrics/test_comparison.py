@@ -87,12 +87,14 @@ def test_asr_rows_have_wer_by_length_and_hallucinations():
         }
 
     rows = [row("SFT", 0.743, None), row("RL", 0.542, CHANGES[1])]
-    assert asr_comparison({"rows": rows, "arguments": {"long_s": 3.0}, "num_clips": 500}) == [
+    results = {"rows": rows, "arguments": {"long_s": 3.0}, "num_clips": 500, "units": "words"}
+    assert asr_comparison(results) == [
         "500 clips            SFT      RL  change",
         "  WER             74.3 %  54.2 %  −16 % [−21, −10]",
         "  WER, up to 3 s  74.3 %  54.2 %  −16 % [−21, −10]",
         "  hallucinations   6.7 %   6.7 %  –",
     ]
+    assert asr_comparison(results | {"units": "characters"})[1] == "  CER             74.3 %  54.2 %  −16 % [−21, −10]"
 
 
 def test_a_long_name_keeps_its_end():

@@ -137,6 +137,20 @@ def test_bad_clips_are_named(row, message, tmp_path):
         read_clips(str(tmp_path / "m.jsonl"), "train", "en", NUM_CODES, lambda: pytest.fail("encoded"), 2048)
 
 
+def test_words_and_characters_are_not_mixed(tmp_path):
+    rows = [("今天天气很好", "zh"), ("red hats", "en"), ("", "en")]
+    rows = [{"text": text, "language": language, "audio_codes": [1]} for text, language in rows]
+
+    def languages(*chosen: dict) -> list[str]:
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        path = str(tmp_path / "m.jsonl")
+        return [clip.language for clip in read_clips(path, "train", "en", NUM_CODES, lambda: pytest.fail("encoded"), 9)]
+
+    with pytest.raises(ValueError, match=r"--clips .*m.jsonl: languages .* mixed .got en, zh.. Evaluate them in sep"):
+        languages(*rows)
+    assert languages(rows[0], rows[2]) == ["zh", "en"]  # a clip without speech has no error rate
+
+
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory) -> str:
     """The first 24 held-out ones, as a folder of audio."""

@@ -81,10 +81,9 @@ def test_bad_texts_name_the_line(tmp_path, name, content, message):
 
 
 def test_words_and_characters_do_not_mix():
-    english, chinese = Item("1", "a", "en"), Item("2", "你好", "zh")
-    assert units_of([english]) == "words" and units_of([chinese]) == "characters"
-    with pytest.raises(ValueError, match="Evaluate them in separate runs"):
-        units_of([english, chinese])
+    assert units_of(["en", "German"]) == "words" and units_of(["zh", "zh-TW"]) == "characters"
+    with pytest.raises(ValueError, match=r"--texts: .* mixed .got en, zh.. Evaluate them in separate runs"):
+        units_of(["zh-CN", "en"])
 
 
 def test_units_are_words_as_written_or_characters():

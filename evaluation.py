@@ -13,8 +13,8 @@ where the texts have *marked* words or questions, how many are emphasised or ris
 and the diversity of the codes. An ASR that no reward of these checkpoints has used is held-out; prefer it to the
 reward's own, whose score training optimises.
 
---task asr transcribes --clips. It measures the corpus WER with its insertions and deletions, for short and long clips
-apart, hallucinations (on non-speech too), truncated transcripts, and keyword recall and precision.
+--task asr transcribes --clips. It measures the corpus WER (CER) with its insertions and deletions, for short and long
+clips apart, hallucinations (on non-speech too), truncated transcripts, and keyword recall and precision.
 
 Error rates and means have 95 % bootstrap intervals; changes from the first row are paired by text. Writes results.json
 (every clip), results.md (the table), report.html (one file, players and F0 contours included) and, of several
@@ -38,6 +38,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_flags_of_tasks,
     check_ranges,
     check_sampling,
     check_seed,
@@ -50,6 +51,21 @@ from common.cli import (
 from metrics import recognition, synthesis
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, MAX_COMPLETION_LENGTH
 from speech.tokens import TASKS
+
+FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults; --cycle reads --max_completion_length
+    "tts": {
+        "judge": None,
+        "whisper": None,
+        "references": None,
+        "best_of": 1,
+        "adapters": None,
+        "cycle": False,
+        "speaker_encoder": None,
+        "dnsmos": False,
+        "token2text": None,
+    },
+    "asr": {"split": "train", "long_s": 20.0},
+}
 
 
 def named_models(models: list[str]) -> dict[str, str]:
@@ -73,8 +89,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_seed(seed)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
         raise InputError("--task tts needs --texts (and no --clips), --task asr needs --clips (and no --texts)")
-    if args.adapters and args.task == "asr":
-        raise InputError("--adapters: for --task tts only (got --task asr)")
+    check_flags_of_tasks(args, FLAGS_OF_TASKS)
     for name in ("seeds", "temperature", "judge"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):

@@ -28,6 +28,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_flags_of_tasks,
     check_sampling,
     check_seed,
     check_writable,
@@ -55,6 +56,10 @@ from speech.policy import (
 from speech.tokens import CODES_PER_SECOND, TASKS, SpeechTokens, asr_prompt, tts_prompt
 from speech.transcript_file import TranscriptFile
 
+FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults
+    "tts": {"ref_audio": None, "ref_text": None, "best_of": 1, "language": "en", "whisper": None},
+    "asr": {"split": "train", "max_completion_length": MAX_COMPLETION_LENGTH},
+}
 # Arguments that do not change the transcripts: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
 
@@ -334,6 +339,7 @@ def check_args(args: argparse.Namespace) -> None:
     if has_text != (args.task == "tts"):
         flags = "--text or --text_file" if has_text else "--audio or --dataset"
         raise InputError(f"{flags} is for --task {'tts' if has_text else 'asr'} (got --task {args.task})")
+    check_flags_of_tasks(args, FLAGS_OF_TASKS)
     if (args.ref_audio is None) != (args.ref_text is None):
         missing = "--ref_text" if args.ref_text is None else "--ref_audio"
         raise InputError(f"a voice prompt needs both --ref_audio and --ref_text, its transcript. Add {missing}")

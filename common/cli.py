@@ -152,6 +152,18 @@ def check_ranges(values: object, ranges: dict[str, Range]) -> None:
             raise InputError(f"--{name}: must be in {interval} (got {value})")
 
 
+def check_flags_of_tasks(args: argparse.Namespace, flags: dict[str, dict[str, object]]) -> None:
+    """Raises InputError for a flag of another task than --task that has another value than its default.
+
+    Args:
+        flags: task -> its own flags, each with its default.
+    """
+    for task, defaults in flags.items():
+        for name, default in defaults.items():
+            if task != args.task and getattr(args, name) != default:
+                raise InputError(f"--{name}: is for --task {task} (got --task {args.task}). Leave it out")
+
+
 def check_seed(seed: int) -> None:
     """Raises InputError for a seed that numpy does not take."""
     if not 0 <= seed < 2**32:

@@ -467,6 +467,8 @@ def test_clips_with_equal_ids_are_heard_with_their_own_texts(ids, policy_paths, 
             "short.wav: silent, or sh",
         ),
         (["{good}"], ["--dnsmos"], "pip install -r requirements-dnsmos.txt"),
+        (["{good}"], ["--split", "test"], "--split: is for --task asr (got --task tts). Leave it out"),
+        (["{good}"], ["--long_s", "3"], "--long_s: is for --task asr"),
         (["{good}"], ["--best_of", "0"], "--best_of: must be >= 1 (got 0)"),
         (["{good}"], ["--temperature", "-1"], "--temperature: must be finite and >= 0"),
         (["{good}"], ["--seeds", "1", "1"], "--seeds: a value is given twice (got 1 1)"),
@@ -511,6 +513,22 @@ def test_a_bad_clip_is_named(row, message, policy_paths, tmp_path, caplog):
         evaluate_clips(tmp_path, policy_paths[0], {"text": "a", "audio_codes": [1]}, {"text": "b"} | row)
     assert stop.value.code == 2
     assert f"error: --clips {tmp_path}/clips.jsonl, row 1: {message}" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize(
+    "options", [["--judge", "large-v3"], ["--best_of", "4"], ["--dnsmos"], ["--adapters", "x"], ["--references", "x"]]
+)
+def test_asr_refuses_the_flags_of_tts(options, tmp_path, caplog):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_clips(tmp_path, "x", {"text": "a", "audio_codes": [1]}, options=options)
+    message = f"error: {options[0]}: is for --task tts (got --task asr). Leave it out"
+    assert stop.value.code == 2 and caplog.records[-1].message == message
+
+
+def test_the_defaults_of_the_flags_of_each_task():
+    args = evaluation.parse_args(["--models", "x"])
+    for defaults in evaluation.FLAGS_OF_TASKS.values():
+        assert {name: getattr(args, name) for name in defaults} == defaults
 
 
 def test_text_too_long_and_another_codec_exit_2(policy_paths, fakes, tmp_path, monkeypatch, caplog):

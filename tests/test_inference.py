@@ -317,6 +317,9 @@ def test_transcripts_of_another_run_are_not_overwritten(policy_path, clips, tmp_
     ("argv", "message"),
     [
         (["--text", "hello"], "--text or --text_file is for --task tts"),
+        (["--audio", "a.wav", "--ref_audio", "b.wav"], "--ref_audio: is for --task tts (got --task asr). Leave it out"),
+        (["--audio", "a.wav", "--best_of", "4"], "--best_of: is for --task tts (got --task asr)"),
+        (["--audio", "a.wav", "--language", "de"], "--language: is for --task tts (got --task asr)"),
         (["--dataset", "tiny/asr/heldout.parquet"], "Add --output with a .jsonl file"),
         (["--audio", "nowhere.wav"], "nowhere.wav"),
         (["--audio", "tiny/heldout/heldout_103.ogg", "--output", "a.wav"], "--output a.wav: not a .jsonl file"),
@@ -367,6 +370,8 @@ def test_a_bad_clip_of_a_dataset_is_named(codes, message, policy_path, tmp_path,
         (["--text", "a", "--ref_text", "b"], "needs both.*Add --ref_audio"),
         (["--text", "a", "--ref_audio", "{tmp}/no.wav", "--ref_text", "b"], "no.wav: no such audio"),
         (["--text", "a", "--ref_audio", "{tmp}/blank.txt", "--ref_text", "b"], "blank.txt: cannot read as audio"),
+        (["--text", "a", "--split", "test"], "--split: is for --task asr .got --task tts.. Leave it out"),
+        (["--text", "a", "--max_completion_length", "9"], "--max_completion_length: is for --task asr"),
         (["--text", "a", "--best_of", "0"], "--best_of: must be >= 1 .got 0"),
         (["--text", "...", "--best_of", "2"], "reference text '...' is empty"),
         (["--text", "a", "--best_of", "2", "--language", "xx"], "unknown language 'xx'"),
@@ -421,6 +426,12 @@ def test_of_three_hours_less_than_a_minute_is_read(task, policy_path, tmp_path, 
     assert stop.value.code == 2
     assert sum(frames_read) < 60_000
     assert "long.flac: 10800.00 s is over 40.96 s. Use a shorter recording, or raise --max_length 2048" in caplog.text
+
+
+def test_the_defaults_of_the_flags_of_each_task():
+    args = inference.parse_args(["--model_name_or_path", "x", "--text", "a"])
+    for defaults in inference.FLAGS_OF_TASKS.values():
+        assert {name: getattr(args, name) for name in defaults} == defaults
 
 
 def test_text_too_long_exits_2(policy_path, codec, tmp_path, caplog):

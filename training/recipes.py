@@ -1,4 +1,4 @@
-"""The flags of train.py: what is ours, TRL's configs with every value of the experiment stated, and their parsing."""
+"""The flags of train.py: what is ours, TRL's configs with the values of the experiment, and their parsing."""
 
 import argparse
 import importlib.util
@@ -172,7 +172,11 @@ class ScriptArguments:
 
 @dataclass
 class GRPORecipe(GRPOConfig):
-    """TRL's GRPOConfig, with every value that shapes the experiment stated here."""
+    """TRL's GRPOConfig. Stated here: the paper's values, ours, and those of TRL's that the experiment hangs on.
+
+    The rest, AdamW's numbers and the asymmetric clip among them, has TRL's and transformers' defaults; run.json records
+    all of them.
+    """
 
     output_dir: str = "llasa-grpo"
     # arXiv 2509.18798, §4: G = 8, β = 0.1, lr 1e-5 fixed, the loss a mean per sequence; k3 KL, not bias-corrected
@@ -221,6 +225,7 @@ class GRPORecipe(GRPOConfig):
     num_train_epochs: float = 1.0
     disable_dropout: bool = True  # LoRA's 0.05 would make sampling and scoring two different models
     mask_truncated_completions: bool = False  # a truncated rollout earns 0, and is learnt from
+    gradient_checkpointing: bool = True  # docs/memory.md counts on it
     # Held-out rows (held_out.py): each is sampled once, so many at a time
     num_generations_eval: int = 1
     per_device_eval_batch_size: int = 64
@@ -277,7 +282,7 @@ class SFTRecipe(SFTConfig):
 
 @dataclass
 class DPORecipe(DPOConfig):
-    """TRL's DPOConfig, with every value that shapes the experiment stated here."""
+    """TRL's DPOConfig. Stated here: the paper's values, ours, and those of TRL's that the experiment hangs on."""
 
     output_dir: str = "llasa-dpo"
     # DPO (arXiv 2305.18290): β = 0.1, the sigmoid loss on log-probs summed over an answer, no label smoothing

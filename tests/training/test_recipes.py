@@ -62,6 +62,87 @@ def test_grpo_has_a_fixed_learning_rate_and_warms_up_to_it_where_asked():
         assert factors == expected
 
 
+# Written out a second time, from the sources named: a changed default is another experiment
+GRPO_VALUES = {
+    # arXiv 2509.18798, §4; its loss is a mean per sequence with the plain k3 KL, its learning rate fixed
+    "num_generations": 8,
+    "beta": 0.1,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0,
+    "loss_type": "grpo",
+    "use_bias_correction_kl": False,
+    # Sampled and trained with one distribution, the model's own
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "disable_dropout": True,
+    # Ours: 8 prompts of 8 rollouts a step, each used once, the truncated ones too
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 8,
+    "num_iterations": 1,
+    "epsilon": 0.2,
+    "scale_rewards": "group",
+    "mask_truncated_completions": False,
+    "multi_objective_aggregation": "sum_then_normalize",
+    "credit": "rollout",
+    "max_length": 2048,
+    "max_completion_length": 1500,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "num_train_epochs": 1.0,
+    "gradient_checkpointing": True,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "seed": 0,
+}
+SFT_VALUES = {
+    # Llasa, arXiv 2502.04128
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "max_length": 2048,
+    # Ours
+    "completion_only_loss": True,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "weight_decay": 0.01,
+    "num_train_epochs": 1.0,
+    "train_sampling_strategy": "random",
+    "seed": 0,
+}
+DPO_VALUES = {
+    # arXiv 2305.18290
+    "beta": 0.1,
+    "loss_type": ["sigmoid"],
+    "label_smoothing": 0.0,
+    # Ours, for rounds of a few hundred pairs
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4,
+    "num_train_epochs": 1.0,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "max_length": 2048,
+    "disable_dropout": True,
+    "precompute_ref_log_probs": False,
+    "sync_ref_model": False,
+    "gradient_checkpointing": True,
+    "train_sampling_strategy": "random",
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize("method", ["grpo", "sft", "dpo"])
+def test_the_values_of_a_recipe(method):
+    expected = {"grpo": GRPO_VALUES, "sft": SFT_VALUES, "dpo": DPO_VALUES}[method]
+    args = train.parse_args(["--method", method])[1]
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine with a GPU, as far as the flags can tell."""

@@ -19,8 +19,9 @@ def test_rate_reward_by_hand():
 
 
 def test_target_is_the_median_of_the_group_that_was_spoken():
-    # Lengths 50, 50, 75 and two failures: the median rate is that of 50 codes, and 75 are 1.5 times slower.
-    batch = [ids([30] * 50), ids([30] * 50), ids([30] * 75), ids([30] * 9, truncated=True), ids([])]
+    # Lengths 50, 50, 75 and two failures: the median rate is that of 50 codes, and 75 are 1.5 times slower. The failure
+    # of 50 codes would earn 1, were it spoken.
+    batch = [ids([30] * 50), ids([30] * 50), ids([30] * 75), ids([30] * 50, truncated=True), ids([])]
     assert call(RateReward(speech_scorer(5)), batch) == pytest.approx([1, 1, 0.5199, 0, 0], abs=1e-4)
 
 

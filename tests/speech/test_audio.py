@@ -13,6 +13,12 @@ from speech.audio import TooLongError, audio_failure, load_audio, save_audio, sp
 from speech.tokens import SAMPLE_RATE
 
 
+def level(dbfs: float) -> np.ndarray:
+    """A second of a tone with that RMS, about an offset which does not count."""
+    tone = np.sin(2 * np.pi * 100 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    return (0.1 + 10 ** (dbfs / 20) * np.sqrt(2) * tone).astype(np.float32)
+
+
 @pytest.mark.parametrize(
     ("wav", "failure"),
     [
@@ -20,6 +26,8 @@ from speech.tokens import SAMPLE_RATE
         (np.zeros(16_000, np.float32), "silent"),
         (np.full(16_000, 0.5, np.float32), "silent"),
         (babble(1, 0, level=1e-4), "silent"),
+        (level(-61), "silent"),
+        (level(-59), None),
         (np.array([0.1, np.nan], np.float32), "non_finite"),
         (np.array([0.1, -np.inf], np.float32), "non_finite"),
         (babble(1, 0, level=0.01), None),

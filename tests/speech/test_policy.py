@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from fake_policy import CONTEXT, NUM_CODES, save_policy
-from transformers import LlamaForCausalLM, set_seed
+from transformers import GenerationConfig, LlamaForCausalLM, set_seed
 
 from speech.policy import Policy, recorded
 from speech.tokens import prompt_ids, tts_prompt
@@ -13,7 +13,11 @@ from speech.tokens import prompt_ids, tts_prompt
 
 @pytest.fixture(scope="module")
 def policy_path(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
+    folder = tmp_path_factory.mktemp("policy")
+    save_policy(folder)
+    # What a checkpoint says of sampling must not mix with what it is sampled with.
+    GenerationConfig(do_sample=True, repetition_penalty=5.0, min_p=0.5).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ def test_the_front_by_hand():
     a, b, c, d = point("a", 20, 3), point("b", 30, 5), point("c", 40, 4), point("d", 30, 2)
     assert pareto_front([c, d, b, a]) == [a, b]
     assert pareto_front([a, point("e", 20, 3)]) == [a]
+    assert pareto_front([d, b]) == pareto_front([b, d]) == [b]  # of equal errors the better one alone
     assert pareto_front([]) == []
 
 

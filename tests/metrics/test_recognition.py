@@ -63,6 +63,11 @@ def test_change_from_the_first_row():
     assert metrics["long"]["change"] == {"relative": 0.0, "interval": [0.0, 0.0]}
 
 
+def test_a_clip_of_the_limit_is_a_short_one():
+    row = row_of([(clip("red hats", 3.0), Transcript("red hats", False))])
+    assert summarize(row, row, long_s=3.0)["short"] is not None and summarize(row, row, long_s=2.99)["short"] is None
+
+
 def test_a_row_without_long_clips_or_non_speech_has_no_such_metrics():
     row = row_of([(clip("red hats"), Transcript("red hats", False))])
     metrics = summarize(row, row, long_s=3.0)

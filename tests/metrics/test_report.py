@@ -28,6 +28,14 @@ def test_metrics_of_a_row():
     assert summarize(first, first)["asr"]["base"]["change"] is None
 
 
+def test_clips_that_are_not_finite_count_as_silent():
+    one = row("first", [0, 2, 2, 2])
+    for clip, failure in zip(one["clips"], (None, "silent", "non_finite", "empty"), strict=True):
+        clip["failure"] = failure
+    metrics = summarize(one, one)
+    assert (metrics["silent"], metrics["empty"]) == (0.5, 0.25)
+
+
 def test_rows_with_other_columns_share_a_header():
     rows = [row("before", [2, 0]), row("natural", [0, 0], synthesized=False, nll=1.5)]
     for one in rows:

@@ -179,6 +179,8 @@ def test_length_by_hand():
     assert not wrong_length("a b c d e", "a b c d e f g h i", "de")
     assert not wrong_length("a b c d e", "a b", "de")
     assert wrong_length("a b c d e", "a", "de")
+    assert not wrong_length("a b c d e f g h", "a b c d", "de")  # exactly half
+    assert wrong_length("a b c d e f g h i", "a b c d", "de")  # 4 / 9
     assert not wrong_length("a", "a b c d", "de")  # four times as long, by three words
     assert wrong_length("a", "a b c d e", "de")
     assert not wrong_length("天气", "天气天气天气天气", "zh")  # 6 characters too many: three words

@@ -31,6 +31,7 @@ def test_worked_numbers():
     assert doctest.testmod(preference).failed == 0 and doctest.testmod(preference).attempted >= 2
     # sigmoid(−1) = 1 / (1 + e) = 0.2689, and bounds
     assert preference_reward(-1.0, wer=0.5) == pytest.approx(0.2689, abs=1e-4)
+    assert preference_reward(-1.0, wer=0.51) == 0.0
     assert preference_reward(-1e6, wer=0.0) == 0.0 and preference_reward(1e6, wer=0.0) == 1.0
     assert preference_reward(3.0, wer=0.4, max_wer=0.3) == 0.0
 
@@ -65,6 +66,16 @@ def test_a_higher_voice_has_the_same_melody():
     voiced = (low[:, 1] * high[:, 1]).bool()  # a low voice is told two frames later than a high one
     assert voiced.sum() > 20 and low[voiced, 2].tolist() == pytest.approx(high[voiced, 2].tolist(), abs=0.2)
     assert low[voiced, 2][0] > 0.5 > -0.5 > low[voiced, 2][-1]
+
+
+def test_the_last_place_is_1_however_long_the_item_is():
+    """The slowest wave is half a one over the whole: its cosine is 1 at the start and -1 at the end."""
+    model = small_model()
+    there = torch.tensor([[True, True, True, True, True], [True, True, True, False, False]])
+    slowest = model._place(there)[..., model.config["hidden_size"] // 2]
+    half = 0.5**0.5
+    assert slowest[0].tolist() == pytest.approx([1, half, 0, -half, -1], abs=1e-6)
+    assert slowest[1, :3].tolist() == pytest.approx([1, 0, -1], abs=1e-6)
 
 
 def test_text_and_speech_both_matter():

@@ -15,7 +15,7 @@ import train
 from common.cli import InputError
 from reward_models import build_rewards, load_config, speaker_similarity
 from reward_models.rollouts import SpeechRolloutScorer
-from reward_models.speaker_similarity import SpeakerSimilarityReward
+from reward_models.speaker_similarity import SpeakerSimilarityReward, similarity_reward
 from speech.speaker_encoder import MIN_SECONDS, SpeakerEncoder
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_scorer import Score
@@ -59,6 +59,7 @@ def voice_scorer(**options):
 def test_worked_numbers():
     assert doctest.testmod(speaker_similarity).failed == 0
     assert doctest.testmod(speaker_similarity).attempted >= 2
+    assert similarity_reward(0.8, wer=0.5) == 0.8 and similarity_reward(0.8, wer=0.51) == 0.0
 
 
 def test_the_voice_of_the_prompt_earns_most():

@@ -106,6 +106,11 @@ def test_reward_needs_neither_codec_nor_whisper(model):
         Token2TextReward(scorer, alpha=0)
 
 
+def test_a_hopeless_clip_scores_as_none(model, monkeypatch):
+    monkeypatch.setattr(model, "log_prob", lambda codes, *_: torch.tensor([-1e3, -19.5]))
+    assert model.score([[1, 2, 3], [4, 5]], ["hello"] * 2) == [-19.5, -MAX_NLL]  # the shorter one comes first
+
+
 # --- The shipped model -------------------------------------------------------------------------------------------
 
 ROWS = [json.loads(line) for line in Path("tiny/heldout/metadata.jsonl").read_text().splitlines()[:60]]

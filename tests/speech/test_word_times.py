@@ -154,5 +154,6 @@ def test_alignment_heads_of_openais_sizes(tmp_path):
 def test_openais_sizes(layers, width, n_vocab, n_mels, size):
     dims = ModelDimensions(n_mels, 1500, width, 6, layers, n_vocab, 448, width, 6, layers)
     assert openai_size(dims) == size
+    assert attention_lag_s(dims) == (0.06 if size == "tiny.en" else 0)
     if size is not None:
         assert size in whisper._ALIGNMENT_HEADS

@@ -98,6 +98,12 @@ def test_words_are_heard_in_their_places():
     assert (parts[1].start_s, parts[1].end_s) == pytest.approx((0.24, 0.66))
 
 
+def test_half_of_the_whisper_reward_stays_on_the_whole_rollout():
+    """Its words have the other half; nothing stays there of a reward whose parts are all that it is about."""
+    shares = [getattr(reward, "whole_share", 0.0) for reward in (WhisperReward, EmphasisReward, QuestionReward)]
+    assert shares == [0.5, 0.0, 0.0]
+
+
 def test_without_times_of_words_there_are_no_parts():
     without_times = Score("tom", 0.5, 0.1, 1, 4)
     for fields in ({"failures": "truncated"}, {"scores": without_times}):

@@ -99,8 +99,29 @@ def test_the_loss_takes_what_was_estimated(checkpointing):
 
     args = arguments(per_device_train_batch_size=rows, gradient_checkpointing=checkpointing)
     parts = memory.estimate(model, None, [], 0, memory.shapes_of(model, args, length))
-    named = ("policy", "gradients", "optimizer", "loss")
-    assert sum(parts[name] for name in named) == pytest.approx(measured, rel=0.15)
+    held = sum(parts[name] for name in ("policy", "gradients", "optimizer"))
+    assert parts["loss"] == pytest.approx(measured - held, rel=0.25)  # the CPU's tile is the rough part of it
+
+
+def test_a_layer_keeps_what_was_estimated():
+    """To 1 %: beside it are two numbers a token of the norms, and one a head of the attention."""
+    rows, length = 4, 200
+    model = small_llama(19_999)
+    hidden = torch.randn(rows, length, 512, requires_grad=True)
+    rotary = model.model.rotary_emb(hidden, torch.arange(length)[None])
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *rotary)}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.model.layers[0](hidden, attention_mask=None, position_embeddings=rotary)
+    assert output.requires_grad  # and what it keeps is there until here
+    measured = sum(size for storage, size in kept.items() if storage not in known)
+    shapes = memory.shapes_of(model, arguments(per_device_train_batch_size=rows), length)
+    assert rows * length * memory.layer_bytes(shapes) == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])

@@ -76,6 +76,10 @@ def test_sft_mask_covers_codes_and_end():
     assert len(examples) == 1  # the second one is too long, and a warning counts it
     ids = [i for i, kept in zip(examples[0]["input_ids"], examples[0]["completion_mask"], strict=True) if kept]
     assert ids == [tokens.first_code_id + 1, tokens.first_code_id + 2, tokens.end_id]
+    length = len(examples[0]["input_ids"])
+    assert len(sft_rows(rows, "rows", tokenizer, tokens, max_length=length)) == 1  # it just fits
+    with pytest.raises(InputError, match=f"none of the 2 rows fits into --max_length {length - 1} tokens"):
+        sft_rows(rows, "rows", tokenizer, tokens, max_length=length - 1)
 
 
 def test_rows_of_rl_for_asr(llasa):

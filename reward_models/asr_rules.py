@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from common.cli import InputError
-from speech.error_rate import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text
+from speech.error_rate import CER_LANGUAGES, ErrorRate, error_rate, language_code, normalize_text, text_units
 from speech.measures import longest_periodic_stretch
 
 RULES = ("truncated", "non_speech", "empty", "script", "repetition", "length", "no_overlap")
@@ -50,7 +50,7 @@ def transcript_errors(ref: str, hyp: str, language: str) -> ErrorRate:
     """`error_rate`, also for clips without speech (ref ""): each word is an insertion there, and the rate is 0 or 1."""
     if ref.strip():
         return error_rate(ref, hyp, language)
-    insertions = len(_units(hyp, language))
+    insertions = len(text_units(hyp, language))
     return ErrorRate(float(insertions > 0), 0, 0, insertions, 0)
 
 
@@ -158,7 +158,7 @@ def wrong_length(ref: str, hyp: str, language: str) -> bool:
     The ratio is one of characters, so that it does not depend on a normaliser that makes one word of
     'five five one two' and three of 'five five won two'.
     """
-    ref_units, hyp_units = _units(ref, language), _units(hyp, language)
+    ref_units, hyp_units = text_units(ref, language), text_units(hyp, language)
     if abs(len(hyp_units) - len(ref_units)) <= _in_units(ORDINARY_EDITS, language):
         return False
     ratio = len("".join(hyp_units)) / len("".join(ref_units))
@@ -174,7 +174,7 @@ def no_overlap(ref: str, hyp: str, language: str) -> bool:
     'Der Zug nach Hamburg fährt heute von Gleis sieben ab' as 'the train to Hamburg leaves from platform seven
     today': 1 of 10. Of six to nine words none may be there.
     """
-    ref_units, hyp_units = _units(ref, language), _units(hyp, language)
+    ref_units, hyp_units = text_units(ref, language), text_units(hyp, language)
     shared = (Counter(ref_units) & Counter(hyp_units)).total()
     enough = len(ref_units) >= _in_units(OVERLAP_MIN_WORDS, language)
     return enough and shared <= NEGLIGIBLE_OVERLAP * len(ref_units)
@@ -183,12 +183,6 @@ def no_overlap(ref: str, hyp: str, language: str) -> bool:
 def _in_units(words: int, language: str) -> int:
     """A number of words in the units of the language's error rate: words, or characters."""
     return words * CHARACTERS_PER_WORD if language_code(language) in CER_LANGUAGES else words
-
-
-def _units(text: str, language: str) -> list[str]:
-    """The units of the error rate: normalised words, or characters for CER_LANGUAGES."""
-    words = normalize_text(text, language).split()
-    return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
 
 
 def _written_units(text: str, language: str) -> list[str]:
@@ -244,14 +238,14 @@ def keyword_index(keywords: list[str], language: str) -> dict[tuple[str, ...], s
     """The keywords by their normalised words (characters for CER_LANGUAGES), each once."""
     index = {}
     for keyword in keywords:
-        index.setdefault(tuple(_units(keyword, language)), keyword)
+        index.setdefault(tuple(text_units(keyword, language)), keyword)
     index.pop((), None)
     return index
 
 
 def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -> Counter[str]:
     """How often each keyword of a `keyword_index` occurs in the text, as whole words (or characters)."""
-    units = _units(text, language)
+    units = text_units(text, language)
     occurrences = Counter()
     for length in {len(words) for words in index}:
         for start in range(len(units) - length + 1):

@@ -123,12 +123,12 @@ def heard_words(text: str, hyp: str, language: str) -> list[bool]:
     'ten dollars' as '$10', are heard together or not at all.
     """
     units, spans = _units_of_words(text, language)
-    [alignment] = jiwer.process_words(" ".join(units), " ".join(_units(hyp, language))).alignments
+    [alignment] = jiwer.process_words(" ".join(units), " ".join(text_units(hyp, language))).alignments
     equal = {place for op in alignment if op.type == "equal" for place in range(op.ref_start_idx, op.ref_end_idx)}
     return [all(place in equal for place in range(*span)) for span in spans]
 
 
-def _units(text: str, language: str) -> list[str]:
+def text_units(text: str, language: str) -> list[str]:
     """What an error rate compares: the words of the normalised text, or its characters for CER_LANGUAGES."""
     words = normalize_text(text, language).split()
     return list("".join(words)) if language_code(language) in CER_LANGUAGES else words
@@ -136,7 +136,7 @@ def _units(text: str, language: str) -> list[str]:
 
 @lru_cache(maxsize=1024)  # a reference text is compared with all rollouts of its group
 def _units_of_words(text: str, language: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The `_units` of a text, and for each word of `text.split()` the first of them that is its own and the one behind.
+    """A text's `text_units`, and for each word of `text.split()` the first of them that is its own and the one behind.
 
     The normaliser sees the text whole, as it does for the error rate. Between two words is a boundary where the text
     before and the text behind, each normalised alone, are the whole; words without one between them share their units.
@@ -144,10 +144,10 @@ def _units_of_words(text: str, language: str) -> tuple[list[str], list[tuple[int
     >>> _units_of_words("It cost ten dollars.", "en")
     (['it', 'cost', '$10'], [(0, 1), (1, 2), (2, 3), (2, 3)])
     """
-    units, words = _units(text, language), text.split()
+    units, words = text_units(text, language), text.split()
     boundaries = [(0, 0)]  # numbers of words and of units before it
     for count in range(1, len(words)):
-        before, behind = _units(" ".join(words[:count]), language), _units(" ".join(words[count:]), language)
+        before, behind = text_units(" ".join(words[:count]), language), text_units(" ".join(words[count:]), language)
         if before + behind == units:
             boundaries.append((count, len(before)))
     spans = []

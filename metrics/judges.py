@@ -21,7 +21,7 @@ from speech.error_rate import SPACELESS_LANGUAGES, error_rate, language_code
 from speech.policy import recorded
 from speech.tokens import SAMPLE_RATE
 from speech.whisper_checkpoint import weights_digest
-from speech.whisper_scorer import Score, WhisperScorer
+from speech.whisper_scorer import Score, WhisperScorer, transcript_limit
 
 FASTER_WHISPER = "faster-whisper:"  # before a name, a folder or a hub id
 HELD_OUT = "held-out"
@@ -142,8 +142,8 @@ class FasterWhisperScorer:
 
     def score_clip(self, wav: np.ndarray, text: str, language: str) -> Score:
         failure = audio_failure(wav)
-        max_tokens = 2 * len(self.model.hf_tokenizer.encode(text, add_special_tokens=False).ids) + 8
-        hyp_text = "" if failure else self.transcribe(wav, language_code(language), max_tokens)
+        text_ids = self.model.hf_tokenizer.encode(text, add_special_tokens=False).ids
+        hyp_text = "" if failure else self.transcribe(wav, language_code(language), transcript_limit(len(text_ids)))
         return transcript_score(text, hyp_text, language, failure)
 
     def transcribe(self, wav: np.ndarray, language: str, max_tokens: int = MAX_TOKENS) -> str:

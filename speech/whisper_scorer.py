@@ -53,6 +53,11 @@ class Score:
     features: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
+def transcript_limit(text_tokens: int) -> int:
+    """Tokens at which the transcript of a clip of a text of so many is cut off: no loop can hold up the run."""
+    return 2 * text_tokens + 8
+
+
 def load_model(model_id_or_path: str | os.PathLike, device: torch.device, dtype: torch.dtype) -> whisper.Whisper:
     """`load_whisper`'s model, ready to score on a device."""
     model = load_whisper(model_id_or_path)
@@ -148,11 +153,10 @@ class WhisperScorer:
     ) -> list[Score]:
         """Score each waveform against its reference text.
 
-        A transcript is truncated at 2 * (tokens of the text) + 8 tokens per window, so that a loop cannot hold up the
-        run. The NLL is that of the text as written, with case and punctuation: the kind of text that Whisper was
-        trained on; marks of emphasis (`*so*`) are taken off first. A clip longer than the window is cut at pauses; each
-        piece is scored against the stretch of the text that aligns with its transcript, followed by an end-of-text of
-        its own.
+        A transcript has at most `transcript_limit` tokens per window. The NLL is that of the text as written, with case
+        and punctuation: the kind of text that Whisper was trained on; marks of emphasis (`*so*`) are taken off first. A
+        clip longer than the window is cut at pauses; each piece is scored against the stretch of the text that aligns
+        with its transcript, followed by an end-of-text of its own.
 
         Args:
             wavs: float mono at 16 kHz, shape (n_samples,) each. Empty, silent and non-finite ones are the
@@ -178,7 +182,7 @@ class WhisperScorer:
             for failure, errors in zip(failures, all_deleted, strict=True)
         ]
         text_ids = [self._text_ids(*item) for item in zip(texts, languages, strict=True)]
-        max_tokens = [2 * len(ids) + 8 for ids in text_ids]
+        max_tokens = [transcript_limit(len(ids)) for ids in text_ids]
         for i, windows, readings in self._readings(wavs, failures, languages, text_ids, max_tokens, word_times):
             language, drafts, stretches = languages[i], [text_ids[i]], [texts[i]]
             hyps = self._transcripts(readings, language)

@@ -29,11 +29,14 @@ from metrics.judges import asr_label
 from metrics.pareto import Point, pareto_png
 from metrics.pass_at_k import MAX_ERROR_RATE, pass_metrics
 from metrics.result_files import write_results
+from speech.audio import SILENCE_DBFS
 from speech.dnsmos import MosScores
-from speech.melody import EMPHASISED, MIN_RISE_ST
+from speech.measures import REPEATED_SPAN_S
+from speech.melody import EMPHASISED, F0_RANGE_PERCENTILES, MIN_RISE_ST
 from speech.pauses import MIN_PAUSE_S
 from speech.pitch import pitch_track
 from speech.text_marks import marked_words
+from speech.whisper_scorer import MAX_NLL
 
 # Means of a value of the clips: its key there, and its title and digits in the table; None is a fraction, in percent
 MELODY: dict[str, tuple[str, int | None]] = {
@@ -108,7 +111,8 @@ EXPLANATIONS = {
     "round trip": "The checkpoint's own ASR of its own speech codes (--cycle).",
     "vs first": "Relative change of the error rate from the first row, with its 95 % interval paired by text: "
     "an interval below 0 is an improvement.",
-    "NLL": "Negative log-likelihood of the text given the clip, by that ASR, in nats per token; a failed clip has 20.",
+    "NLL": "Negative log-likelihood of the text given the clip, by that ASR, in nats per token; a failed clip has "
+    f"{MAX_NLL:g}.",
     "speaker similarity": "Cosine of the speaker embeddings (--speaker_encoder) of a clip and of the recording of its "
     "voice prompt: 1 is the same voice. Mean over the clips that have a voice, with its 95 % interval over texts.",
     "DNSMOS": "Opinions of listeners from 1 to 5 as DNSMOS P.835 predicts them (--dnsmos): overall (OVRL), of the "
@@ -121,7 +125,8 @@ EXPLANATIONS = {
     f"the like), how many end with a rise of F0 by more than {MIN_RISE_ST:g} semitones.",
     "statements that rise": "The same of texts that end with a full stop; fewer are better. A checkpoint that rises "
     "everywhere shows here. Shown where there are questions as well.",
-    "F0 movement": "From the 5th to the 95th percentile of F0 over a clip's voiced frames, in semitones.",
+    "F0 movement": f"From the {F0_RANGE_PERCENTILES[0]}th to the {F0_RANGE_PERCENTILES[1]}th percentile of F0 over a "
+    "clip's voiced frames, in semitones.",
     "pauses": f"Silences of {MIN_PAUSE_S} s and more inside a clip; and F1 of the words that they follow and of those "
     "that the punctuation has them after, in texts with punctuation inside.",
     "vs first, of a percentage": "Difference from the first row in percentage points, with its 95 % interval paired "
@@ -138,8 +143,8 @@ EXPLANATIONS = {
     "monotonous.",
     "truncated": "Fraction of rollouts cut off before END, by the context; scored as they sound.",
     "empty": "Fraction of clips without a speech code.",
-    "silent": "Fraction of clips below −60 dBFS, or not finite.",
-    "repetitive": "Fraction of clips with half a second or more of one repeated pattern of codes.",
+    "silent": f"Fraction of clips below −{-SILENCE_DBFS:g} dBFS, or not finite.",
+    "repetitive": f"Fraction of clips with {REPEATED_SPAN_S} s or more of one repeated pattern of codes.",
     "real-time factor": "Seconds of computing (sampling, decoding, and the ranking of best-of-N) per second of audible "
     "speech, on the device in the heading. Below 1 is faster than real time.",
 }

@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.cli import InputError
-from training.checkpoints import check_same_shapes, find_checkpoint, last_complete_checkpoint
+from training.checkpoints import check_continues, check_same_shapes, find_checkpoint, last_complete_checkpoint
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
@@ -44,6 +45,23 @@ def test_other_processes_than_before_are_warned_of(files, processes, named, tmp_
         args = SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), world_size=world_size)
         assert find_checkpoint(args) == str(checkpoint)
         assert (f"written by {len(files)} processes, and {processes} resume it" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warned"),
+    [("cosine", True), ("linear", True), ("constant", False), ("constant_with_warmup", False)],
+)
+def test_more_steps_than_before_are_warned_of_where_they_change_the_schedule(schedule, warned, tmp_path, caplog):
+    def record(steps: int) -> dict:
+        recipe = {"max_steps": steps, "lr_scheduler_type": schedule, "per_device_train_batch_size": 2}
+        model = {"use_peft": False, "model_name_or_path": "llasa"}
+        return {"script": {"method": "sft", "task": "tts"}, "recipe": recipe, "model": model, "reward": None}
+
+    (tmp_path / "run.json").write_text(json.dumps(record(2)))
+    checkpoint = str(tmp_path / "checkpoint-1")
+    assert check_continues(checkpoint, record(2)) == record(2) and caplog.text == ""
+    assert check_continues(checkpoint, record(3)) == record(2)
+    assert (f"With 3 the {schedule} schedule of the learning rate is another" in caplog.text) == warned
 
 
 def small_llama(size: int, lora_rank: int | None = None):

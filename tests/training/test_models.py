@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 import train
 from common.cli import InputError
+from reward_models import load_config
 from speech import weights
 from speech.policy import Policy, load_tokenizer
 from training import models
@@ -137,6 +138,15 @@ def test_the_revision_is_that_of_policy_tokenizer_and_reference(tmp_path, monkey
     monkeypatch.setattr(grpo_trainer, "create_model_from_path", reference)
     trained(tmp_path, "--model_revision", "v1", "--beta", "0.1")
     assert asked == {"tokenizer": "v1", "policy": "v1", "reference": "v1"}
+
+
+def test_a_language_that_whisper_does_not_know_is_refused_before_training():
+    script_args, training_args, _ = train.parse_args(SHORT)
+    rewards, llasa = load_config("reward_models/whisper.json"), load_tokenizer("tiny/llasa")
+    scorer = models.load_rollout_scorer(script_args, training_args, rewards, {"en"}, *llasa)
+    assert scorer.whisper is not None
+    with pytest.raises(InputError, match="this Whisper does not know the language 'yue'"):
+        models.load_rollout_scorer(script_args, training_args, rewards, {"en", "yue"}, *llasa)
 
 
 def models_tokenizer():

@@ -12,7 +12,7 @@ MIN_VOICED_FRAMES = 10  # of 10 ms
 MIN_SECONDS = 3 / PITCH_FLOOR  # Praat's window; a shorter clip has no pitch to speak of
 
 REPEATED_SPAN_S = 0.5  # longer than any held vowel or pause inside a sentence
-LONGEST_PERIOD = 8  # codes: 0.16 s
+LONGEST_PERIOD = 8  # codes: 0.16 s; three times in REPEATED_SPAN_S, so that what fills it is a pattern
 
 
 def log_f0_std(wav: np.ndarray) -> float:
@@ -54,7 +54,6 @@ def is_repetitive(codes: list[int]) -> bool:
     """
     span = int(REPEATED_SPAN_S * CODES_PER_SECOND)
     for period in range(1, LONGEST_PERIOD + 1):
-        longest = longest_periodic_stretch(codes, period)
-        if longest + period >= span and longest >= 2 * period:
+        if longest_periodic_stretch(codes, period) + period >= span:
             return True
     return False

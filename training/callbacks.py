@@ -75,7 +75,7 @@ class ConsoleLog(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, bar_format="{bar:10} {desc}", leave=True)
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not state.is_world_process_zero or "train_runtime" in (logs or {}):
+        if not state.is_world_process_zero or "train_runtime" in logs:
             return
         if any(name.startswith("eval_") for name in logs):
             held_out = held_out_line(logs, state.global_step, state.max_steps)

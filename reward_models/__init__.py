@@ -55,11 +55,12 @@ def load_config(path: str | Path, task: str = "tts") -> RewardConfig:
     """Read and check a reward config.
 
     Args:
-        task: a key of REWARDS; a reward of another task is an unknown one.
+        task: a key of REWARDS.
     Returns:
         {reward: {"weight": …, parameter: …}}, weights filled in with 1.
     Raises:
-        InputError: no such file, not JSON, an unknown reward or parameter, a value out of range.
+        InputError: no such file, not JSON, an unknown reward or one of another task, an unknown parameter, a value out
+            of range.
     """
     path, rewards = Path(path), REWARDS[task]
     in_project = Path(__file__).parent.parent / path  # from another working directory

@@ -56,7 +56,7 @@ def confine_head(model, allowed_ids: list[int]) -> None:
     Args:
         model: a causal LM (or a PEFT model around one) whose head has no trained bias.
     Raises:
-        ValueError: the head has a bias of its own.
+        InputError: the head has a bias of its own.
     """
     head = model.get_output_embeddings()
     if head._parameters.get("bias") is not None:

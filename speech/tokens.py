@@ -69,7 +69,7 @@ def tts_prompt(text: str, ref_text: str | None = None, ref_codes: list[int] | No
     Returns:
         One user message. `opening` is read by the chat template that `prepare_tokenizer` sets.
     Raises:
-        ValueError: an empty text, a text with a `<|…|>` marker in it, or half a voice prompt.
+        InputError: an empty text, a text with a `<|…|>` marker in it, or half a voice prompt.
     """
     if (ref_text is None) != (ref_codes is None):
         raise InputError(
@@ -96,7 +96,7 @@ def asr_prompt(codes: list[int]) -> list[dict[str, str]]:
     """The conversation that asks for the transcript of `codes`; one user message, as from `tts_prompt`.
 
     Raises:
-        ValueError: no codes.
+        InputError: no codes.
     """
     if not codes:
         raise InputError("there is no speech to read: the list of codes is empty")
@@ -126,7 +126,7 @@ class SpeechTokens:
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "SpeechTokens":
-        """Read the ids; raises ValueError where the tokenizer has no (contiguous) speech codes."""
+        """Read the ids; raises InputError where the tokenizer has no (contiguous) speech codes."""
         vocab = tokenizer.get_added_vocab()
         codes = {
             int(match[1]): token_id
@@ -174,7 +174,7 @@ class SpeechTokens:
         return self.text_end_id if task == "asr" else self.end_id
 
     def ids(self, codes: list[int]) -> list[int]:
-        """Codes to token ids; raises ValueError for a code outside the codebook."""
+        """Codes to token ids; raises InputError for a code outside the codebook."""
         bad = [code for code in codes if not 0 <= code < self.num_codes]
         if bad:
             raise InputError(
@@ -212,7 +212,7 @@ def prepare_tokenizer(tokenizer, task: str = "tts") -> SpeechTokens:
     - the padding token is another one than EOS, else the end would be masked as padding.
 
     Raises:
-        ValueError: no speech tokens, no chat template, or one that does not render a prompt as this module has it.
+        InputError: no speech tokens, no chat template, or one that does not render a prompt as this module has it.
     """
     tokens = SpeechTokens.from_tokenizer(tokenizer)
     if task != "tts" and min(tokenizer.get_added_vocab().values()) < tokens.num_text_ids:  # text would not be one run

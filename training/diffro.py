@@ -180,7 +180,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
         diffro_reward (mean R of the rollouts kept), diffro_frac_kept, gumbel_temperature; for "diffro" also
         entropy and, with a β, kl, in nats per token, of the rollouts kept.
     Raises:
-        ValueError: an unknown method or filter, a number out of its range, a token-to-text model of another codebook
+        InputError: an unknown method or filter, a number out of its range, a token-to-text model of another codebook
             or without a head for a label, ZeRO-3 or cast_lm_head_to_fp32.
     """
 

@@ -400,7 +400,7 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
     Args:
         max_length: tokens of prompt and speech; vLLM would reserve memory for Llama-3.2's 131,072 otherwise.
     Raises:
-        ValueError: truncated sampling, or an importance ratio over whole sequences. TRL multiplies the loss by
+        InputError: truncated sampling, or an importance ratio over whole sequences. TRL multiplies the loss by
             exp(Σ (train − sample)) of the log-probs; over 1,000 codes a mean difference of 0.05 makes that e^−50.
             Or a server without a GPU here.
     """

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fake_llasa import TEXT, batch
 
+from common.cli import InputError
 from speech.confined_head import ConfinedHead, confine_head
 from speech.tokens import prepare_model, prepare_tokenizer
 from tiny.llasa import new_model, new_tokenizer
@@ -71,5 +72,5 @@ def test_weights_rounded_without_the_bias(model, tokenizer, tokens):
 
 def test_confine_refuses_a_trained_bias(model):
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size))
-    with pytest.raises(ValueError, match="bias of its own"):
+    with pytest.raises(InputError, match="bias of its own"):
         confine_head(model, [1, 2])

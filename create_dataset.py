@@ -61,6 +61,7 @@ from common.dataset_io import (
 from speech.audio import SILENCE_DBFS, TooLongError, audio_failure, load_audio
 from speech.codec import EncoderInputs, SpeechCodec, encoder_inputs
 from speech.error_rate import language_code
+from speech.policy import DEFAULT_CODEC
 from speech.tokens import CODES_PER_SECOND, SAMPLE_RATE, tts_prompt
 
 MAX_DURATION_S = 30.0  # Whisper's window; 1,500 of Llasa's 2,048 tokens, which leaves room for the text
@@ -493,7 +494,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", choices=("arrow", "json", "parquet"), default="arrow", help="arrow is datasets' save_to_disk")
     add("--overwrite", action="store_true", help="replace a finished dataset, or discard another unfinished run")
     add("--push_to_hub", metavar="REPO", help="also push the dataset to this hub repository, private if it is new")
-    add("--codec_id", default="HKUSTAudio/xcodec2", help="hub id or folder of the XCodec2 codec")
+    add("--codec_id", default=DEFAULT_CODEC, help="hub id or folder of the XCodec2 codec")
     add("--sampling_rate", type=int, default=SAMPLE_RATE, help="sampling rate of the codec in Hz; no other is accepted")
     add("--device", default="auto", help="where the codec runs: auto (a GPU where there is one), cpu, cuda or cuda:1")
     add(

@@ -49,8 +49,8 @@ from common.cli import (
     set_up_logging,
 )
 from metrics import recognition, synthesis
-from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, MAX_COMPLETION_LENGTH
-from speech.tokens import TASKS
+from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER
+from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH, TASKS
 
 FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults; --cycle reads --max_completion_length
     "tts": {
@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
     )
-    add("--max_length", type=int, default=2048, help="maximum number of tokens of prompt and answer together")
+    add("--max_length", type=int, default=MAX_LENGTH, help="maximum number of tokens of prompt and answer together")
     add("--batch_size", type=int, default=16, help="number of rollouts sampled at a time")
     add("--num_players", type=int, default=8, help="number of texts, or clips, to listen to on the page")
     add("--language", default="en", help="language of texts without one of their own, Whisper's code or name")
@@ -200,7 +200,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     asr.add_argument(
         "--max_completion_length",
         type=int,
-        default=MAX_COMPLETION_LENGTH,
+        default=MAX_COMPLETION_LENGTH["asr"],
         help="maximum number of tokens of a transcript",
     )
     args = parse_strictly(parser, argv)

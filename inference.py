@@ -45,7 +45,6 @@ from speech.audio import load_short_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
     DEFAULT_WHISPER,
-    MAX_COMPLETION_LENGTH,
     Policy,
     Sample,
     Transcript,
@@ -53,12 +52,20 @@ from speech.policy import (
     recorded_with_adapters,
     reward_parameters,
 )
-from speech.tokens import CODES_PER_SECOND, TASKS, SpeechTokens, asr_prompt, tts_prompt
+from speech.tokens import (
+    CODES_PER_SECOND,
+    MAX_COMPLETION_LENGTH,
+    MAX_LENGTH,
+    TASKS,
+    SpeechTokens,
+    asr_prompt,
+    tts_prompt,
+)
 from speech.transcript_file import TranscriptFile
 
 FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults
     "tts": {"ref_audio": None, "ref_text": None, "best_of": 1, "language": "en", "whisper": None},
-    "asr": {"split": "train", "max_completion_length": MAX_COMPLETION_LENGTH},
+    "asr": {"split": "train", "max_completion_length": MAX_COMPLETION_LENGTH["asr"]},
 }
 # Arguments that do not change the transcripts: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
@@ -401,11 +408,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
     )
-    add("--max_length", type=int, default=2048, help="maximum number of tokens of prompt and answer together")
+    add("--max_length", type=int, default=MAX_LENGTH, help="maximum number of tokens of prompt and answer together")
     add(
         "--max_completion_length",
         type=int,
-        default=MAX_COMPLETION_LENGTH,
+        default=MAX_COMPLETION_LENGTH["asr"],
         help="asr: maximum number of tokens of a transcript",
     )
     add("--seed", type=int, default=0, help="sampling seed")

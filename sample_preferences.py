@@ -44,6 +44,7 @@ from common.cli import (
     run_script,
     set_up_logging,
 )
+from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
 
 # Arguments that do not change the pairs: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
@@ -291,8 +292,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
     )
-    add("--max_length", type=int, default=2048, help="tokens of prompt and speech together")
-    add("--max_completion_length", type=int, default=1500, help="speech codes of a rollout, 50 a second")
+    add("--max_length", type=int, default=MAX_LENGTH, help="tokens of prompt and speech together")
+    add(
+        "--max_completion_length",
+        type=int,
+        default=MAX_COMPLETION_LENGTH["tts"],
+        help="speech codes of a rollout, 50 a second",
+    )
     add("--batch_size", type=int, default=64, help="number of rollouts sampled at once; another one samples others")
     add("--codec_id", help="XCodec2, hub id or folder (default: the policy's run.json, else the hub's)")
     add("--whisper", help="Whisper of the reward (default: the policy's run.json, else large-v3)")

@@ -16,6 +16,7 @@ from speech.adapters import Adapter, add_adapters, check_base
 from speech.checkpoint_files import UNREADABLE, read_json
 from speech.tokens import (
     CODES_PER_SECOND,
+    MAX_LENGTH,
     TEXT_UNDERSTANDING_END,
     TEXT_UNDERSTANDING_START,
     SpeechTokens,
@@ -28,8 +29,6 @@ from speech.weights import load_causal_lm
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2"
 DEFAULT_WHISPER = "large-v3"
-# Tokens of a transcript: 30 s of fast speech are some 150 words
-MAX_COMPLETION_LENGTH = 256
 MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech, or as many tokens of text
 
 
@@ -93,7 +92,7 @@ class Policy:
         self.task = task
 
     def encode(
-        self, prompts: list[list[dict[str, str]]], max_length: int = 2048, names: list[str] | None = None
+        self, prompts: list[list[dict[str, str]]], max_length: int = MAX_LENGTH, names: list[str] | None = None
     ) -> list[list[int]]:
         """Prompts to token ids.
 
@@ -161,7 +160,7 @@ class Policy:
         *,
         temperature: float,
         top_p: float = 1.0,
-        max_length: int = 2048,
+        max_length: int = MAX_LENGTH,
         max_completion_length: int | None = None,
         batch_size: int = 16,
         progress: str | None = None,

@@ -47,6 +47,9 @@ SPECIAL_TOKENS = (
     SPEECH_UNDERSTANDING_END,
 )
 TASKS = ("tts", "asr")
+MAX_LENGTH = 2_048  # tokens of prompt and answer together, Llasa's context
+# Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s, some 150 words
+MAX_COMPLETION_LENGTH = {"tts": 1_500, "asr": 256}
 
 # Llama-3.2's own template writes today's date into the system turn unless it is given one: a policy
 # trained in May would see another prompt in June.

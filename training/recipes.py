@@ -25,6 +25,7 @@ from common.cli import (
 )
 from reward_models import DEFAULT_CONFIG
 from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
+from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
 from training.diffro import FILTERS, METHODS
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]  # TRL's
@@ -79,8 +80,6 @@ SCRIPT_RANGES = {
     "eval_temperature": NOT_NEGATIVE,  # 0 is greedy
 }
 LORA_RANGES = {"lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": FRACTION}
-# Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s
-MAX_COMPLETION_LENGTH = {"tts": 1500, "asr": 256}
 
 
 @dataclass
@@ -218,7 +217,9 @@ class GRPORecipe(GRPOConfig):
     gradient_accumulation_steps: int = 8
     num_iterations: int = 1
     epsilon: float = 0.2
-    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer together, Llasa's context"})
+    max_length: int = field(
+        default=MAX_LENGTH, metadata={"help": "tokens of prompt and answer together, Llasa's context"}
+    )
     max_completion_length: int | None = None  # filled in: MAX_COMPLETION_LENGTH of the task
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -258,7 +259,7 @@ class SFTRecipe(SFTConfig):
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
-    max_length: int = 2048
+    max_length: int = MAX_LENGTH
     completion_only_loss: bool = True
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -301,7 +302,9 @@ class DPORecipe(DPOConfig):
     num_train_epochs: float = 1.0
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer together, Llasa's context"})
+    max_length: int = field(
+        default=MAX_LENGTH, metadata={"help": "tokens of prompt and answer together, Llasa's context"}
+    )
     disable_dropout: bool = True  # policy and reference are one model at the start
     precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False
@@ -362,7 +365,9 @@ COMMON_FLAGS = {
     "gradient_accumulation_steps": "forwards per optimizer step",
     "num_generations": "rollouts per prompt, the group size G",
     "max_length": "tokens of prompt and answer together",
-    "max_completion_length": "tokens of an answer (default: 1500 for tts, 30 s; 256 for asr)",
+    "max_completion_length": "tokens of an answer (default: {tts} for tts, 30 s; {asr} for asr)".format(
+        **MAX_COMPLETION_LENGTH
+    ),
     "temperature": "sampling temperature of the rollouts",
     "multi_objective_aggregation": "normalize_then_sum: each reward is normalised in its group before the sum (GDPO)",
     "credit": "time: a reward moves the codes of the words it is about, not the whole rollout (docs/rewards.md)",

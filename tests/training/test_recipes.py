@@ -8,7 +8,8 @@ from transformers import TrainingArguments, get_scheduler, training_args
 
 import train
 from common.cli import InputError
-from training.recipes import MAX_COMPLETION_LENGTH, DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
+from speech.tokens import MAX_COMPLETION_LENGTH
+from training.recipes import DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
 
 
 def shown(capsys, *flags: str) -> str:

@@ -408,7 +408,7 @@ def discard(partial: Path) -> None:
     shutil.rmtree(discarded, ignore_errors=True)
 
 
-def check_arguments(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     if args.sampling_rate != SAMPLE_RATE:
         raise InputError(
             f"--sampling_rate: XCodec2 works at {SAMPLE_RATE} Hz only, with {CODES_PER_SECOND} codes per second (got "
@@ -450,7 +450,7 @@ def claim_hub_repo(name: str) -> None:
 
 
 def create(args: argparse.Namespace) -> None:
-    check_arguments(args)
+    check_args(args)
     device = None if args.merge else pick_device(args.device)
     if args.num_workers is None and device is not None:
         args.num_workers = default_workers(device)

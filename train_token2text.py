@@ -36,6 +36,7 @@ from common.cli import (
     InputError,
     bad_input_exits,
     check_at_least,
+    check_ranges,
     check_seed,
     check_writable,
     give_usual_mode,
@@ -284,7 +285,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_strictly(parser, argv)
 
 
-def check(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace) -> None:
     """Raises InputError for arguments out of range."""
     layers = {"num_heads": 1, "encoder_layers": 1, "decoder_layers": 1}
     check_at_least(args, num_codes=1, vocab_size=258, hidden_size=1, **layers)
@@ -292,18 +293,18 @@ def check(args: argparse.Namespace) -> None:
     check_at_least(args, steps=1, batch_size=1, logging_steps=1, save_steps=1)
     if args.hidden_size % args.num_heads:
         raise InputError(f"--hidden_size: must be a multiple of --num_heads {args.num_heads} (got {args.hidden_size})")
-    for name in ("dropout", "label_smoothing", "code_noise"):
-        value = getattr(args, name)
-        if not 0 <= value < 1:
-            raise InputError(f"--{name}: must be in [0, 1) (got {value})")
-    for name in ("embedding_noise", "ctc_weight", "label_weight"):
-        value = getattr(args, name)
-        if not 0 <= value < math.inf:
-            raise InputError(f"--{name}: must be finite and >= 0 (got {value})")
-    if not 0 < args.heldout_frac < 1:
-        raise InputError(f"--heldout_frac: must be in (0, 1) (got {args.heldout_frac})")
-    if not 0 < args.learning_rate < math.inf:
-        raise InputError(f"--learning_rate: must be finite and > 0 (got {args.learning_rate})")
+    fraction, not_negative = (0, True, 1, False), (0, True, math.inf, False)
+    ranges = {
+        "dropout": fraction,
+        "label_smoothing": fraction,
+        "code_noise": fraction,
+        "embedding_noise": not_negative,
+        "ctc_weight": not_negative,
+        "label_weight": not_negative,
+        "heldout_frac": (0, False, 1, False),
+        "learning_rate": (0, False, math.inf, False),
+    }
+    check_ranges(args, ranges)
 
 
 def check_rows(model: Token2Text, rows: datasets.Dataset, labels: list[str]) -> None:
@@ -318,7 +319,7 @@ def main(args: argparse.Namespace) -> None:
     set_up_logging("train_token2text", timestamps=True)
     set_up_arithmetic()
     with bad_input_exits():
-        check(args)
+        check_args(args)
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
         check_resumable(args, WEIGHTS_FILE)

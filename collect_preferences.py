@@ -113,6 +113,7 @@ def read_back(args: argparse.Namespace) -> dict:
     write_report(Path(args.output), report)
     log_report(report, raters, args)
     if not preferred:
+        Path(args.output).unlink(missing_ok=True)  # with --overwrite: of other answers than the report
         logger.error("no pairs were written: no rater that is kept has preferred a clip")
         sys.exit(1)
     write_json_lines(Path(args.output), pair_rows(preferred, codes, source="human"))

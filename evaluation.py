@@ -52,19 +52,12 @@ from metrics import recognition, synthesis
 from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH, TASKS
 
-FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults; --cycle reads --max_completion_length
-    "tts": {
-        "judge": None,
-        "whisper": None,
-        "references": None,
-        "best_of": 1,
-        "adapters": None,
-        "cycle": False,
-        "speaker_encoder": None,
-        "dnsmos": False,
-        "token2text": None,
-    },
-    "asr": {"split": "train", "long_s": 20.0},
+FLAGS_OF_TASKS = {  # which the other task would ignore; --cycle of tts reads --max_completion_length
+    "tts": (
+        *("judge", "whisper", "references", "best_of", "adapters", "cycle"),
+        *("speaker_encoder", "dnsmos", "token2text"),
+    ),
+    "asr": ("split", "long_s"),
 }
 
 
@@ -89,7 +82,6 @@ def check_args(args: argparse.Namespace) -> None:
         check_seed(seed)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):
         raise InputError("--task tts needs --texts (and no --clips), --task asr needs --clips (and no --texts)")
-    check_flags_of_tasks(args, FLAGS_OF_TASKS)
     for name in ("seeds", "temperature", "judge"):
         values = getattr(args, name) or []
         if len(set(values)) < len(values):
@@ -204,6 +196,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="maximum number of tokens of a transcript",
     )
     args = parse_strictly(parser, argv)
+    with bad_input_exits():
+        check_flags_of_tasks(parser, args, FLAGS_OF_TASKS)
     args.temperature = args.temperature or [0.0 if args.task == "asr" else 1.0]
     return args
 

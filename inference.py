@@ -63,9 +63,9 @@ from speech.tokens import (
 )
 from speech.transcript_file import TranscriptFile
 
-FLAGS_OF_TASKS = {  # which the other task would ignore, and their defaults
-    "tts": {"ref_audio": None, "ref_text": None, "best_of": 1, "language": "en", "whisper": None},
-    "asr": {"split": "train", "max_completion_length": MAX_COMPLETION_LENGTH["asr"]},
+FLAGS_OF_TASKS = {  # which the other task would ignore
+    "tts": ("ref_audio", "ref_text", "best_of", "language", "whisper"),
+    "asr": ("split", "max_completion_length"),
 }
 # Arguments that do not change the transcripts: a resumed run may have other values of them
 FREE_ARGUMENTS = ("output", "overwrite", "debug")
@@ -346,7 +346,6 @@ def check_args(args: argparse.Namespace) -> None:
     if has_text != (args.task == "tts"):
         flags = "--text or --text_file" if has_text else "--audio or --dataset"
         raise InputError(f"{flags} is for --task {'tts' if has_text else 'asr'} (got --task {args.task})")
-    check_flags_of_tasks(args, FLAGS_OF_TASKS)
     if (args.ref_audio is None) != (args.ref_text is None):
         missing = "--ref_text" if args.ref_text is None else "--ref_audio"
         raise InputError(f"a voice prompt needs both --ref_audio and --ref_text, its transcript. Add {missing}")
@@ -424,6 +423,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--whisper", help=f"tts: Whisper of --best_of; default: the one in the model's run.json, else {DEFAULT_WHISPER}"
     )
     args = parse_strictly(parser, argv)
+    with bad_input_exits():
+        check_flags_of_tasks(parser, args, FLAGS_OF_TASKS)
     if args.temperature is None:
         args.temperature = 0.0 if args.task == "asr" else 0.8
     return args

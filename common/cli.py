@@ -152,15 +152,17 @@ def check_ranges(values: object, ranges: dict[str, Range]) -> None:
             raise InputError(f"--{name}: must be in {interval} (got {value})")
 
 
-def check_flags_of_tasks(args: argparse.Namespace, flags: dict[str, dict[str, object]]) -> None:
+def check_flags_of_tasks(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, flags: dict[str, tuple[str, ...]]
+) -> None:
     """Raises InputError for a flag of another task than --task that has another value than its default.
 
     Args:
-        flags: task -> its own flags, each with its default.
+        flags: task -> names of its own flags.
     """
-    for task, defaults in flags.items():
-        for name, default in defaults.items():
-            if task != args.task and getattr(args, name) != default:
+    for task, names in flags.items():
+        for name in names:
+            if task != args.task and getattr(args, name) != parser.get_default(name):
                 raise InputError(f"--{name}: is for --task {task} (got --task {args.task}). Leave it out")
 
 

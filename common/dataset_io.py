@@ -19,7 +19,7 @@ from common.cli import InputError, library_errors_are_input
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
-SHARD_SUFFIXES = {".parquet", ".arrow"}  # of a dataset that has its texts inside
+SHARD_SUFFIXES = {".arrow", ".tar"}  # these may hold texts too
 ACCEPTED = (
     "Accepted: a hub id such as 'owner/name', a folder saved by datasets' save_to_disk, a folder of audio with a "
     "metadata.csv or .jsonl, or a .json, .jsonl, .csv, .tsv or .parquet file"
@@ -347,9 +347,8 @@ def _read_file(path: Path) -> Dataset:
             if not own and len(table.columns) == 1 and ";" in table.columns[0]:
                 raise InputError(f"{path}: its columns are separated by semicolons. Save it with commas")
             if not isinstance(table.index, pandas.RangeIndex):  # pandas takes surplus first fields for names of rows
-                raise InputError(
-                    f"{path}: rows have more fields than its header. Put texts that hold commas into quotation marks"
-                )
+                advice = "Take the surplus tabs out" if own else "Put texts that hold commas into quotation marks"
+                raise InputError(f"{path}: rows have more fields than its header. {advice}")
             return Dataset.from_pandas(table, preserve_index=False)
         if path.suffix.lower() == ".parquet":
             return Dataset.from_parquet(str(path))
@@ -399,7 +398,7 @@ def _load_folder(path: Path, split: str) -> Dataset:
         splits = ["train" if file.parent == path else file.parent.name for file in metadata]
         _check_split(str(path), split, sorted(splits))
     suffixes = {file.suffix.lower() for file in path.glob("**/*")}
-    if not metadata and suffixes & AUDIO_SUFFIXES and not suffixes & SHARD_SUFFIXES:  # datasets wants torchcodec
+    if suffixes & AUDIO_SUFFIXES and not suffixes & {*FILE_SUFFIXES, *SHARD_SUFFIXES}:  # datasets wants torchcodec
         raise InputError(
             f"{path}: a folder of audio without a metadata file. Name the file with the texts itself, or write a "
             "metadata.csv into the folder: the header file_name,text and a line for each clip"

@@ -525,12 +525,6 @@ def test_asr_refuses_the_flags_of_tts(options, tmp_path, caplog):
     assert stop.value.code == 2 and caplog.records[-1].message == message
 
 
-def test_the_defaults_of_the_flags_of_each_task():
-    args = evaluation.parse_args(["--models", "x"])
-    for defaults in evaluation.FLAGS_OF_TASKS.values():
-        assert {name: getattr(args, name) for name in defaults} == defaults
-
-
 def test_text_too_long_and_another_codec_exit_2(policy_paths, fakes, tmp_path, monkeypatch, caplog):
     with pytest.raises(SystemExit) as exit:
         evaluate(tmp_path, [policy_paths[0]], texts="wordy " * 40)

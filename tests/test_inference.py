@@ -428,12 +428,6 @@ def test_of_three_hours_less_than_a_minute_is_read(task, policy_path, tmp_path, 
     assert "long.flac: 10800.00 s is over 40.96 s. Use a shorter recording, or raise --max_length 2048" in caplog.text
 
 
-def test_the_defaults_of_the_flags_of_each_task():
-    args = inference.parse_args(["--model_name_or_path", "x", "--text", "a"])
-    for defaults in inference.FLAGS_OF_TASKS.values():
-        assert {name: getattr(args, name) for name in defaults} == defaults
-
-
 def test_text_too_long_exits_2(policy_path, codec, tmp_path, caplog):
     with pytest.raises(SystemExit) as exit:
         run(policy_path, "--output", tmp_path / "a.wav", text="wordy " * 40)

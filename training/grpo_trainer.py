@@ -207,9 +207,8 @@ def whole_rows(head: ConfinedHead) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 def score_confined(model, temperature: float, outputs: tuple[str, ...] = ("log_probs", "entropy")) -> None:
     """Have TRL's trainers score completions over the head's rows alone, and at the completions' positions alone.
 
-    `model(..., labels=, fused_lm_head=True)` is how GRPOTrainer and DPOTrainer ask for log-probs and entropies; TRL's
-    own answer takes every row of the head and, on a CPU, every position of the prompt. Call it after the trainer is
-    built.
+    `model(..., labels=, fused_lm_head=True)` is how TRL's trainers ask for log-probs and entropies; TRL's own answer
+    takes every row of the head and, on a CPU, every position of the prompt. Call it after the trainer is built.
     With `from_head=` the output has `from_head` = from_head(hidden, weight, bias), of the same pass: hidden
     (batch, time − 1, width), which predicts the tokens from the second on, and the head's `whole_rows`.
 

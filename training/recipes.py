@@ -349,7 +349,7 @@ def fill_in_number_format(args: TrainingArguments) -> None:
 
 
 Recipe = GRPORecipe | SFTRecipe | DPORecipe
-TEXTS = ("model_name_or_path", "dataset", "output_dir")  # nothing else in a config file
+TEXTS = ("model_name_or_path", "dataset", "eval_dataset", "output_dir", "reward_config", "codec_id", "whisper")
 RECIPES = {"sft": SFTRecipe, "dpo": DPORecipe}  # of the other methods GRPORecipe
 Arguments = tuple[ScriptArguments, Recipe, ModelConfig]
 
@@ -490,10 +490,9 @@ def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
     for action in parser._actions:
         if action.dest in config:
             _check_value(f"{path}: {action.dest}", action, config[action.dest])
-    if "num_train_epochs" in names and "max_steps" in config and "max_steps" not in names:
-        raise InputError(
-            f"--num_train_epochs: has no effect beside max_steps: {config['max_steps']} of {path}. Add --max_steps -1"
-        )
+    stated = str(config.get("max_steps", -1))
+    if "num_train_epochs" in names and stated != "-1" and "max_steps" not in names:
+        raise InputError(f"--num_train_epochs: has no effect beside max_steps: {stated} of {path}. Add --max_steps -1")
 
 
 def _instead(name: str, known: set[str]) -> str:
@@ -569,7 +568,8 @@ def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
             "--precompute_ref_log_probs: not under FSDP, where TRL computes them before the reference is confined to "
             "speech codes, and so over other tokens than the policy's. Leave it out, or use DDP"
         )
-    several_machines = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    several_machines = num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if several_machines and getattr(training_args, "precompute_ref_log_probs", False):
         raise InputError(
             "--precompute_ref_log_probs: not on several machines: TRL writes them on the first one alone. Leave it out"

@@ -246,7 +246,7 @@ def test_a_config_files_numbers_may_be_strings(tmp_path):
     assert (training_args.learning_rate, training_args.max_steps) == (1e-5, 3)
 
 
-def test_epochs_on_the_command_line_beside_steps_of_a_config(caplog):
+def test_epochs_on_the_command_line_beside_steps_of_a_config(tmp_path, caplog):
     """max_steps goes first in transformers, so they would do nothing."""
     config = ["--config", "configs/tiny.yaml", "--use_cpu", "true"]
     with pytest.raises(SystemExit):
@@ -255,6 +255,9 @@ def test_epochs_on_the_command_line_beside_steps_of_a_config(caplog):
         "--num_train_epochs: has no effect beside max_steps: 75 of configs/tiny.yaml. Add --max_steps -1" in caplog.text
     )
     assert train.parse_args([*config, "--num_train_epochs", "2", "--max_steps", "-1"])[1].num_train_epochs == 2
+    (tmp_path / "epochs.yaml").write_text("max_steps: -1\n")
+    by_epochs = ["--config", str(tmp_path / "epochs.yaml"), "--use_cpu", "true", "--num_train_epochs", "2"]
+    assert train.parse_args(by_epochs)[1].num_train_epochs == 2
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_reward_asr_on_natural_and_resynthesized_clips(whisper, codec, recording
 def test_the_codec_keeps_questions(codec, recordings, codes):
     asked = [i for i, row in enumerate(ROWS) if row["form"] == "question"]
     stated = [i for i, row in enumerate(ROWS) if row["form"] == "statement"]
-    assert np.mean([ends_as_question(recordings[i]) for i in asked]) >= 0.95
+    assert np.mean([ends_as_question(recordings[i]) for i in asked]) >= 0.9
     resynthesized = codec.decode([codes[i] for i in asked + stated])
     told = [ends_as_question(wav) for wav in resynthesized]
     assert np.mean(told[: len(asked)]) >= 0.75 and np.mean(told[len(asked) :]) <= 0.15

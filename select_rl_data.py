@@ -57,10 +57,9 @@ from common.cli import (
 from common.dataset_io import check_codes, check_texts, load_any_dataset
 from reward_models.asr_rules import find_keywords, keyword_index, repetition
 from speech.error_rate import CER_LANGUAGES, error_rate, language_code, normalize_text
-from speech.tokens import CODES_PER_SECOND
+from speech.tokens import CODES_PER_SECOND, XCODEC2_CODES
 
 KINDS = ("random", "hard", "long", "keywords", "non_speech")
-NUM_CODES = 65_536  # XCodec2's; the codec of the rows is not known here
 MIN_LONG_S = 20.0  # the paper's: such clips are rare in the data of supervised training
 RAREST_WORDS = 1000
 MIN_WORD_LENGTH = 3  # letters of a rare word: shorter ones are mostly abbreviations and slips
@@ -126,7 +125,7 @@ def check_columns(rows: datasets.Dataset, args: argparse.Namespace) -> None:
             raise InputError(f"{args.dataset}: has a column {column!r} already, which would be overwritten. Remove it")
     check_texts(rows, "text", args.dataset, optional=True)  # a null is ignored
     check_texts(rows, "language", args.dataset, optional=True)
-    check_codes(rows, "audio_codes", NUM_CODES, args.dataset)
+    check_codes(rows, "audio_codes", XCODEC2_CODES, args.dataset)  # the codec of the rows is not known here
 
 
 def added_columns(kinds: list[str]) -> list[str]:

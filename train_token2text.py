@@ -49,6 +49,7 @@ from common.dataset_io import load_any_dataset
 from common.run_record import short_digest, write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
+from speech.tokens import XCODEC2_CODES
 from training.loop import CHECKPOINT, check_resumable, check_same_rows, drawn_texts, text_key, train
 
 logger = logging.getLogger("train_token2text")
@@ -257,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--heldout_frac", type=float, default=0.02, help="fraction of the distinct texts of --dataset to hold out")
     add("--labels", nargs="*", default=[], help="columns that get a classifier head each, such as speaker")
     add("--output_dir", required=True, help="folder of the trained model")
-    add("--num_codes", type=int, default=65_536, help="size of the codec's codebook")
+    add("--num_codes", type=int, default=XCODEC2_CODES, help="size of the codec's codebook")
     add("--vocab_size", type=int, default=1_000, help="size of the text's byte-level BPE vocabulary, at least 258")
     add("--hidden_size", type=int, default=512, help="width of the model")
     add("--num_heads", type=int, default=8, help="number of attention heads")

@@ -46,6 +46,7 @@ SPECIAL_TOKENS = (
     SPEECH_UNDERSTANDING_START,
     SPEECH_UNDERSTANDING_END,
 )
+XCODEC2_CODES = 65_536  # its codebook: 4**8
 TASKS = ("tts", "asr")
 MAX_LENGTH = 2_048  # tokens of prompt and answer together, Llasa's context
 # Tokens of an answer: speech of up to 30 s, Whisper's window; a transcript of 30 s, some 150 words

@@ -217,9 +217,7 @@ class GRPORecipe(GRPOConfig):
     gradient_accumulation_steps: int = 8
     num_iterations: int = 1
     epsilon: float = 0.2
-    max_length: int = field(
-        default=MAX_LENGTH, metadata={"help": "tokens of prompt and answer together, Llasa's context"}
-    )
+    max_length: int = MAX_LENGTH
     max_completion_length: int | None = None  # filled in: MAX_COMPLETION_LENGTH of the task
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -302,9 +300,7 @@ class DPORecipe(DPOConfig):
     num_train_epochs: float = 1.0
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    max_length: int = field(
-        default=MAX_LENGTH, metadata={"help": "tokens of prompt and answer together, Llasa's context"}
-    )
+    max_length: int = MAX_LENGTH
     disable_dropout: bool = True  # policy and reference are one model at the start
     precompute_ref_log_probs: bool = False
     sync_ref_model: bool = False
@@ -507,14 +503,14 @@ def _check_value(where: str, action: argparse.Action, value: object) -> None:
     """Raises InputError for a value of a config file that its flag does not take; TrlParser takes them unchecked."""
     if action.choices and value not in action.choices:
         raise InputError(f"{where} must be one of {', '.join(map(str, action.choices))} (got {value!r})")
+    if value is None and action.default is None:  # as if it were left out
+        return
     if action.dest in TEXTS and not isinstance(value, str):
         raise InputError(f"{where} must be text (got {value!r})")
     if action.type not in (int, float) or action.nargs is not None or isinstance(value, str):  # argparse reads these
         return
     whole = action.type is int
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        if value is None and action.default is None:
-            return
         raise InputError(f"{where} must be a {'whole ' if whole else ''}number (got {value!r})")
 
 

@@ -241,7 +241,7 @@ def test_values_of_a_config_file_are_checked_as_flags_are(content, message, tmp_
 def test_a_config_files_numbers_may_be_strings(tmp_path):
     """YAML takes 1e-5 for one."""
     config = tmp_path / "config.yaml"
-    config.write_text("learning_rate: 1e-5\nmax_steps: 3\nresume_from_checkpoint: true\nreport_to: [none]\n")
+    config.write_text("learning_rate: 1e-5\nmax_steps: 3\nresume_from_checkpoint: true\nreport_to: [none]\nwhisper:\n")
     training_args = train.parse_args(["--config", str(config), "--use_cpu", "true"])[1]
     assert (training_args.learning_rate, training_args.max_steps) == (1e-5, 3)
 

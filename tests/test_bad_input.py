@@ -67,8 +67,8 @@ NUMBERS = {
         "lora_dropout": ("nan", "1"),
     },
     ("train",): {
-        **dict.fromkeys(("beta", "gumbel_temperature", "diffro_weight"), NAN),
-        **dict.fromkeys(("temperature", "repetition_penalty"), ("0", *NAN)),
+        **dict.fromkeys(("beta", "gumbel_temperature"), NAN),
+        **dict.fromkeys(("temperature", "repetition_penalty", "diffro_weight"), ("0", *NAN)),
         **dict.fromkeys(("num_iterations", "max_completion_length", "gumbel_draws"), ("0", "-1")),
         "num_generations": ("0", "1"),
         "epsilon": ("0", *NAN),

@@ -33,7 +33,7 @@ from speech.measures import is_repetitive
 from speech.tokens import SpeechTokens
 from training.grpo_trainer import SpeechGRPOTrainer
 
-METHODS = ("grpo", "diffro", "grpo+diffro")
+METHODS = ("diffro", "grpo+diffro")
 FILTERS = ("none", "positive", "clean")
 
 # Logits that exist at once: 128 MiB in float32 for each of the half dozen copies of a backward pass, which are 512
@@ -161,7 +161,7 @@ def sample_filter(name: str, advantages: list[float], codes: list[list[int]], tr
 
 
 class DiffROTrainer(SpeechGRPOTrainer):
-    """GRPO, DiffRO, or both on the same rollouts; see the module's docstring.
+    """DiffRO, alone or beside GRPO on the same rollouts; see the module's docstring.
 
     The rows of the data set need `text`, may have `language` (Whisper's code; English if not), and have the columns
     of `label_columns`.
@@ -169,8 +169,8 @@ class DiffROTrainer(SpeechGRPOTrainer):
     Args:
         tokens: of the policy's tokenizer.
         token2text: the frozen reward model; it is moved to the policy's device.
-        method: "grpo", "diffro" (GRPO's loss is not computed, rewards serve the log and the filter), "grpo+diffro".
-        diffro_weight: λ, from 0 on; only for "grpo+diffro".
+        method: "diffro" (GRPO's loss is not computed, rewards serve the log and the filter) or "grpo+diffro".
+        diffro_weight: λ, above 0; only for "grpo+diffro".
         filter: "none", "positive" or "clean"; see `sample_filter`.
         gumbel_temperature: at the first step; and, if `gumbel_temperature_end` is given, linear to that at the last.
         gumbel_hard: straight-through, as the paper; False reads mixtures of codes.
@@ -202,10 +202,13 @@ class DiffROTrainer(SpeechGRPOTrainer):
         for name, value, known in (("method", method, METHODS), ("filter", filter, FILTERS)):
             if value not in known:
                 raise InputError(f"{name} {value!r} is none of {', '.join(known)}")
-        if not 0 <= diffro_weight < math.inf:
-            raise InputError(f"diffro_weight must be 0 or more, got {diffro_weight}")
         end = gumbel_temperature if gumbel_temperature_end is None else gumbel_temperature_end
-        for name, value in (("gumbel_temperature", gumbel_temperature), ("gumbel_temperature_end", end)):
+        numbers = {
+            "diffro_weight": diffro_weight,
+            "gumbel_temperature": gumbel_temperature,
+            "gumbel_temperature_end": end,
+        }
+        for name, value in numbers.items():
             if not 0 < value < math.inf:
                 raise InputError(f"{name} must be above 0, got {value}")
         if gumbel_draws < 1:
@@ -220,7 +223,7 @@ class DiffROTrainer(SpeechGRPOTrainer):
                 "cast_lm_head_to_fp32 allows; use DDP, ZeRO-2 or FSDP2, and leave cast_lm_head_to_fp32 off"
             )
         self.tokens, self.method, self.filter, self.label_columns = tokens, method, filter, label_columns
-        self.diffro_weight = {"grpo": 0.0, "diffro": 1.0}.get(method, diffro_weight)
+        self.diffro_weight = diffro_weight
         self.gumbel_temperatures, self.gumbel_hard = (gumbel_temperature, end), gumbel_hard
         self.gumbel_draws = gumbel_draws
         self.token2text = token2text.to(self.accelerator.device)
@@ -243,8 +246,6 @@ class DiffROTrainer(SpeechGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """TRL's batch, and what DiffRO needs of each row; TRL shuffles and divides both in the same way."""
         output = super()._generate_and_score_completions(inputs)
-        if not self.diffro_weight:
-            return output
         masks = output["completion_mask"].bool()
         completions = [ids[mask].tolist() for ids, mask in zip(output["completion_ids"], masks, strict=True)]
         codes, truncated = zip(*map(self.tokens.codes, completions), strict=True)
@@ -259,8 +260,6 @@ class DiffROTrainer(SpeechGRPOTrainer):
     # --- Loss ---------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
-        if not self.diffro_weight:
-            return super()._compute_loss(model, inputs)
         if self.method == "diffro":
             return self._diffro_loss(model, inputs)
         rows = inputs["diffro_kept"].nonzero()[:, 0]

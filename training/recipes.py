@@ -71,7 +71,7 @@ GRPO_RANGES = TRAINING_RANGES | {
 }
 DPO_RANGES = TRAINING_RANGES | {"beta": POSITIVE, "label_smoothing": (0, True, 0.5, False)}
 SCRIPT_RANGES = {
-    "diffro_weight": NOT_NEGATIVE,
+    "diffro_weight": POSITIVE,
     "gumbel_temperature": POSITIVE,
     "gumbel_temperature_end": POSITIVE,
     "gumbel_draws": COUNT,
@@ -104,7 +104,7 @@ class ScriptArguments:
         metadata={
             "help": "training method; diffro is the differentiable reward, sft supervised training, dpo learns from "
             "pairs of preferences",
-            "choices": [*METHODS, "sft", "dpo"],
+            "choices": ["grpo", *METHODS, "sft", "dpo"],
         },
     )
     task: str = field(

@@ -419,9 +419,7 @@ def check_args(args: argparse.Namespace) -> None:
             language_code(args.language)
         except InputError as error:
             raise InputError(f"--language: {error}") from error
-    check_at_least(args, batch_size=1, chunk_size=1, num_shards=1)
-    if args.num_workers is not None:
-        check_at_least(args, num_workers=0)
+    check_at_least(args, batch_size=1, chunk_size=1, num_shards=1, num_workers=0)
     if not 0 <= args.min_duration_s < args.max_duration_s:
         raise InputError(
             f"--min_duration_s, --max_duration_s: must have 0 <= min < max (got {args.min_duration_s} and "

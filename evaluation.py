@@ -29,11 +29,11 @@ Formats of --texts:
 """
 
 import argparse
-import math
 from pathlib import Path
 
 from common.arithmetic import set_up_arithmetic
 from common.cli import (
+    NOT_NEGATIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
@@ -77,7 +77,7 @@ def named_models(models: list[str]) -> dict[str, str]:
 def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, best_of=1, batch_size=1, max_length=1, max_completion_length=1, num_players=0)
     check_sampling(args.temperature, args.top_p)
-    check_ranges(args, {"long_s": (0, True, math.inf, False)})
+    check_ranges(args, {"long_s": NOT_NEGATIVE})
     for seed in args.seeds:
         check_seed(seed)
     if (args.clips is None) == (args.task == "asr") or (args.texts is None) == (args.task == "tts"):

@@ -345,10 +345,8 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, rounds=1)
+    check_at_least(args, rounds=1, num_texts=1)
     check_ranges(args, {"min_planted": (0, True, 1, True)})
-    if args.num_texts is not None:
-        check_at_least(args, num_texts=1)
     check_seed(args.seed)
     check_seed(args.seed + args.rounds - 1)
 

@@ -20,7 +20,6 @@ the input was wrong, or the judge refuses it.
 
 import argparse
 import logging
-import math
 import os
 import random
 import re
@@ -35,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import (
+    NOT_NEGATIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
@@ -259,11 +259,8 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_planted=0, num_workers=1, max_tokens=1)
-    if args.num_pairs is not None:
-        check_at_least(args, num_pairs=1)
-    price = (0, True, math.inf, False)
-    check_ranges(args, {"price_per_million_input": price, "price_per_million_output": price})
+    check_at_least(args, num_planted=0, num_workers=1, max_tokens=1, num_pairs=1)
+    check_ranges(args, {"price_per_million_input": NOT_NEGATIVE, "price_per_million_output": NOT_NEGATIVE})
     check_ranges(args, {"timeout_s": (0, False, MAX_TIMEOUT_S, True)})
     check_seed(args.seed)
     if args.clips is not None and len(args.clips) > 2:

@@ -28,7 +28,6 @@ same to the last byte. Exit codes: 0 pairs were written; 1 there are none; 2 the
 import argparse
 import functools
 import logging
-import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,11 +36,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import (
+    NOT_NEGATIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
     check_at_least,
     check_pairs_file,
+    check_ranges,
     check_seed,
     check_writable,
     parse_strictly,
@@ -235,10 +236,8 @@ def write_pairs(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    if args.num_recordings is not None:
-        check_at_least(args, num_recordings=1)
-    if not 0 <= args.min_change < math.inf:
-        raise InputError(f"--min_change: must be finite and >= 0 (got {args.min_change})")
+    check_at_least(args, num_recordings=1)
+    check_ranges(args, {"min_change": NOT_NEGATIVE})
     check_seed(args.seed)
     check_pairs_file(args.output)
     check_writable(Path(args.output).parent)

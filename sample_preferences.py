@@ -31,11 +31,13 @@ from tqdm import tqdm
 from common.arithmetic import set_up_arithmetic
 from common.averages import mean_of_known
 from common.cli import (
+    NOT_NEGATIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
     check_at_least,
     check_pairs_file,
+    check_ranges,
     check_sampling,
     check_seed,
     check_writable,
@@ -190,16 +192,11 @@ def load_rewards(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_samples=2, batch_size=1, max_length=1, max_completion_length=1)
-    if args.num_texts is not None:
-        check_at_least(args, num_texts=1)
+    check_at_least(args, num_samples=2, batch_size=1, max_length=1, max_completion_length=1, num_texts=1)
     check_sampling([args.temperature], args.top_p)
     if args.temperature == 0:
         raise InputError("--temperature: must be above 0, or all rollouts of a text are the same (got 0)")
-    if not 0 <= args.min_margin < math.inf:
-        raise InputError(f"--min_margin: must be finite and >= 0 (got {args.min_margin})")
-    if args.max_wer is not None and not args.max_wer >= 0:
-        raise InputError(f"--max_wer: must be >= 0 (got {args.max_wer})")
+    check_ranges(args, {"min_margin": NOT_NEGATIVE, "max_wer": NOT_NEGATIVE})
     check_seed(args.seed)
     check_pairs_file(args.output)
 

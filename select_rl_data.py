@@ -43,10 +43,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common.cli import (
+    NOT_NEGATIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
     check_at_least,
+    check_ranges,
+    check_seed,
     check_writable,
     parse_strictly,
     read_lines,
@@ -438,9 +441,8 @@ def select(
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num=1, seed=0)
-    if args.rarest_words is not None:
-        check_at_least(args, rarest_words=1)
+    check_at_least(args, num=1, rarest_words=1)
+    check_seed(args.seed)
     for flags, kind in (
         (("transcripts",), "hard"),
         (("min_long_s", "longest_frac"), "long"),
@@ -453,10 +455,7 @@ def check_args(args: argparse.Namespace) -> None:
                 )
     if "hard" in args.select and not args.transcripts:
         raise InputError("--select hard: needs --transcripts to compare. See --help for the format of the files")
-    if args.longest_frac is not None and not 0 < args.longest_frac <= 1:
-        raise InputError(f"--longest_frac: must be in (0, 1] (got {args.longest_frac:g})")
-    if args.min_long_s is not None and not 0 <= args.min_long_s < math.inf:
-        raise InputError(f"--min_long_s: must be finite and >= 0 (got {args.min_long_s:g})")
+    check_ranges(args, {"longest_frac": (0, False, 1, True), "min_long_s": NOT_NEGATIVE})
     language_code(args.language)  # raises for an unknown one
     output = Path(args.output)
     if output.suffix not in (".jsonl", ".parquet"):

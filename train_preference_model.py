@@ -30,7 +30,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +42,9 @@ from tqdm.auto import tqdm
 
 from common.arithmetic import set_up_arithmetic
 from common.cli import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
@@ -396,12 +398,12 @@ def check_args(args: argparse.Namespace) -> None:
             f"--hidden_size: must be even and a multiple of --num_heads {args.num_heads} (got {args.hidden_size})"
         )
     ranges = {
-        "dropout": (0, True, 1, False),
+        "dropout": FRACTION,
         "label_smoothing": (0, True, 0.5, False),
-        "mixup": (0, True, math.inf, False),
-        "speaker_weight": (0, True, math.inf, False),
+        "mixup": NOT_NEGATIVE,
+        "speaker_weight": NOT_NEGATIVE,
         "heldout_frac": (0, False, 1, False),
-        "learning_rate": (0, False, math.inf, False),
+        "learning_rate": POSITIVE,
     }
     check_ranges(args, ranges)
 

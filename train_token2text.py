@@ -32,6 +32,9 @@ import torch.nn.functional as F
 
 from common.arithmetic import set_up_arithmetic
 from common.cli import (
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
     HelpFormatter,
     InputError,
     bad_input_exits,
@@ -294,16 +297,15 @@ def check_args(args: argparse.Namespace) -> None:
     check_at_least(args, steps=1, batch_size=1, logging_steps=1, save_steps=1)
     if args.hidden_size % args.num_heads:
         raise InputError(f"--hidden_size: must be a multiple of --num_heads {args.num_heads} (got {args.hidden_size})")
-    fraction, not_negative = (0, True, 1, False), (0, True, math.inf, False)
     ranges = {
-        "dropout": fraction,
-        "label_smoothing": fraction,
-        "code_noise": fraction,
-        "embedding_noise": not_negative,
-        "ctc_weight": not_negative,
-        "label_weight": not_negative,
+        "dropout": FRACTION,
+        "label_smoothing": FRACTION,
+        "code_noise": FRACTION,
+        "embedding_noise": NOT_NEGATIVE,
+        "ctc_weight": NOT_NEGATIVE,
+        "label_weight": NOT_NEGATIVE,
         "heldout_frac": (0, False, 1, False),
-        "learning_rate": (0, False, math.inf, False),
+        "learning_rate": POSITIVE,
     }
     check_ranges(args, ranges)
 

@@ -45,7 +45,7 @@ from benchmarks.harness import (
     synchronize,
     write_results,
 )
-from common.cli import InputError, bad_input_exits, check_at_least, parse_strictly
+from common.cli import POSITIVE, InputError, bad_input_exits, check_at_least, check_ranges, parse_strictly
 from common.tables import markdown_table
 from speech.audio import load_audio
 from speech.codec import SpeechCodec, encoder_inputs
@@ -173,8 +173,7 @@ def main(args: argparse.Namespace) -> None:
     with bad_input_exits():
         device = set_up(args)
         check_at_least(args, num_workers=1)
-        if not args.hours > 0:
-            raise InputError(f"--hours: must be > 0 (got {args.hours})")
+        check_ranges(args, {"hours": POSITIVE})
         if args.size == "real" and device.type == "cpu":
             raise InputError("--size real: needs a GPU. On a CPU use --size tiny")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that are started

@@ -126,13 +126,16 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def check_at_least(args: argparse.Namespace, **least: int) -> None:
-    """Raises InputError where a whole number of the arguments is below its least."""
+    """Raises InputError where a whole number of the arguments is below its least; None is no number, and passes."""
     for name, number in least.items():
-        if getattr(args, name) < number:
-            raise InputError(f"--{name}: must be >= {number} (got {getattr(args, name)})")
+        value = getattr(args, name)
+        if value is not None and value < number:
+            raise InputError(f"--{name}: must be >= {number} (got {value})")
 
 
 Range = tuple[float, bool, float, bool]  # least, whether it is allowed, most, whether it is allowed
+POSITIVE, NOT_NEGATIVE, COUNT = (0, False, math.inf, False), (0, True, math.inf, False), (1, True, math.inf, False)
+FRACTION = (0, True, 1, False)
 
 
 def check_ranges(values: object, ranges: dict[str, Range]) -> None:

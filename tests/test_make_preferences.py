@@ -147,7 +147,7 @@ def test_a_resumed_run_writes_the_same_file(recordings, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         ("--output {folder}/pairs.txt", "not a .jsonl file"),
-        ("--min_change nan", "--min_change: must be finite and >= 0 (got nan)"),
+        ("--min_change nan", "--min_change: must be in [0, inf) (got nan)"),
         ("--num_recordings 0", "--num_recordings: must be >= 1 (got 0)"),
         ("--seed -1", "--seed: must be in [0"),
         ("--dataset {folder}/gone.jsonl", "gone.jsonl"),

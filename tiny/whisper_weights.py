@@ -31,6 +31,7 @@ from common.cli import (
     HelpFormatter,
     InputError,
     bad_input_exits,
+    check_ranges,
     check_writable,
     parse_strictly,
     run_script,
@@ -183,8 +184,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     with bad_input_exits():
         check_writable(folder)
-        if args.window_s is not None and not 0 < args.window_s <= 30:
-            raise InputError(f"--window_s: must be above 0 and at most 30 (got {args.window_s:g})")
+        check_ranges(args, {"window_s": (0, False, 30, True)})
         new = fetch(MODELS[args.model], folder, REQUIREMENTS)
         logger.info("Whisper %s %s %s", args.model, "is in" if new else "was already in", folder)
         if args.window_s is not None:

@@ -16,6 +16,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from common.cli import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
     InputError,
     bad_input_exits,
     check_ranges,
@@ -35,8 +39,6 @@ DPO_LOSSES += ["aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmo
 # Of the held-out metrics; of all others lower is better
 HIGHER_IS_BETTER = ("text_log_prob", "log_f0_std", "frac_exact", "dnsmos_ovrl", "dnsmos_sig", "dnsmos_bak")
 # Ranges of numbers that transformers and TRL take unchecked: a NaN among them trains to NaN weights without a word
-POSITIVE, NOT_NEGATIVE, COUNT = (0, False, math.inf, False), (0, True, math.inf, False), (1, True, math.inf, False)
-FRACTION = (0, True, 1, False)
 TRAINING_RANGES = {
     "learning_rate": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,

@@ -69,8 +69,8 @@ def test_time_and_memory_of_a_command():
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (["--hours", "0"], "--hours: must be > 0 (got 0.0)"),
-        (["--hours", "nan"], "--hours: must be > 0 (got nan)"),
+        (["--hours", "0"], "--hours: must be in (0, inf) (got 0.0)"),
+        (["--hours", "nan"], "--hours: must be in (0, inf) (got nan)"),
         (["--num_workers", "0"], "--num_workers: must be >= 1 (got 0)"),
         (["--size", "real"], "--size real: needs a GPU"),
     ],

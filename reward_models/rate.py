@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from common.averages import mean_of_known
 from common.cli import InputError
 from speech.syllables import syllables
 from speech.text_marks import plain_text
@@ -63,6 +64,8 @@ class RateReward:
         for i, codes in enumerate(rollouts.codes):
             if rollouts.failures[i] is None:
                 rates[i] = syllables(plain_text(text[i])) * CODES_PER_SECOND / len(codes)
+        if log_metric is not None:
+            log_metric("syllable_rate", mean_of_known(rates))
         rewards = []
         for first in range(0, len(text), rollouts.group_size):
             group = rates[first : first + rollouts.group_size]

@@ -433,6 +433,11 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
                     f"--credit time: for --method grpo --task tts only (got {script_args.method}, {script_args.task}). "
                     "Give --credit rollout, also where a config sets it"
                 )
+            if training_args.credit == "time" and training_args.scale_rewards != "group":
+                raise InputError(
+                    f"--scale_rewards {training_args.scale_rewards}: --credit time normalises each reward by its "
+                    "group's deviation. Use group, or --credit rollout"
+                )
             longest = training_args.max_completion_length or MAX_COMPLETION_LENGTH[script_args.task]
             training_args.max_completion_length = longest
     return script_args, training_args, model_args

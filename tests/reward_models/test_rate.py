@@ -36,7 +36,9 @@ def test_target_is_the_voice_prompts():
 def test_a_target_of_its_own():
     # "hello" (2) in 50 codes: 2 syllables/s; the target is neither the group's nor the prompt's
     batch = [ids([30] * 50), ids([30] * 75), ids([])]
-    assert call(RateReward(speech_scorer(3), target=2), batch) == pytest.approx([1, 0.5199, 0], abs=1e-4)
+    metrics = {}
+    assert call(RateReward(speech_scorer(3), target=2), batch, metrics) == pytest.approx([1, 0.5199, 0], abs=1e-4)
+    assert metrics["syllable_rate"] == pytest.approx((2 + 2 / 1.5) / 2)
     prompt = {"ref_text": ["one two"] * 3, "ref_codes": [[1] * 25] * 3}
     assert call(RateReward(speech_scorer(3), target=2), batch, **prompt)[0] == 1
 

@@ -166,3 +166,9 @@ def test_it_is_for_grpo_of_speech(flags, caplog):
     with pytest.raises(SystemExit):
         train.parse_args([*FLAGS.split(), "--credit", "time", "--output_dir", "x", *flags.split()])
     assert "--credit time: for --method grpo --task tts only" in caplog.text
+
+
+def test_it_has_a_scale_of_its_own(caplog):
+    with pytest.raises(SystemExit):
+        train.parse_args([*FLAGS.split(), "--credit", "time", "--scale_rewards", "batch", "--output_dir", "x"])
+    assert "--scale_rewards batch: --credit time normalises each reward by its group's deviation" in caplog.text

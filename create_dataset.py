@@ -480,7 +480,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--dataset", required=True, help="hub id, saved folder, audiofolder, or .json/.jsonl/.csv/.tsv/.parquet file")
     add("--dataset_config", help="configuration of a hub dataset that has several, e.g. a language")

@@ -48,6 +48,8 @@ from common.cli import (
     show_tracebacks,
     write_whole_text,
 )
+from metrics.preference_answers import report_path
+from speech.adapters import ADAPTER_CONFIG
 
 ROOT = Path(__file__).parent
 # Arguments that do not change what a round is: a resumed run may have other values of them
@@ -153,7 +155,7 @@ def flags_of(args: argparse.Namespace, step: Step) -> list[str]:
         raise InputError(f"--{step.flag}: the loop sets {taken[0]} of {step.script} itself. Leave it out (see --help)")
     if step.flag == "train":
         start = step.flags[step.flags.index("--model_name_or_path") + 1]
-        if Path(start, "adapter_config.json").is_file():
+        if Path(start, ADAPTER_CONFIG).is_file():
             words += ["--use_peft", "false"]  # from the second round on: the adapter is there, and is trained further
     return [*step.flags, *words]
 
@@ -242,7 +244,7 @@ def last_epoch(log: list[dict]) -> dict:
 
 def judge_facts(pairs: Path, min_planted: float) -> dict:
     """Raises InputError for a judge whose pairs are not to be trained on unheard."""
-    report = json.loads(pairs.with_suffix(".report.json").read_text(encoding="utf-8"))
+    report = json.loads(report_path(pairs).read_text(encoding="utf-8"))
     facts = {name: report[name] for name in ("consistency", "planted", "planted_right", "cost")}
     if facts["planted_right"] < min_planted * facts["planted"]:
         raise InputError(

@@ -258,6 +258,7 @@ def main(args: argparse.Namespace) -> None:
         indices = drawn_rows(len(recordings.texts), args.num_recordings, args.seed)
         run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
         run |= {"recordings": recordings.source.fingerprint()}
+        run |= {"neutral_recordings": neutral.source.fingerprint() if neutral else None}
         output = ResumableFile(Path(args.output), run, "pairs", args.overwrite)
         if output.finished:
             logger.info("%s: complete already, nothing to do", output.path)

@@ -161,6 +161,21 @@ def make_pairs(
 # --- The script -------------------------------------------------------------------------------------------
 
 
+def reward_model_paths(args: argparse.Namespace) -> dict[str, str | None]:
+    """Hub id or folder of each model that rewards may need, by the name of its flag."""
+    from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
+    from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
+
+    policy = args.model_name_or_path
+    return {
+        "codec_id": args.codec_id or recorded(policy, "codec_id", DEFAULT_CODEC),
+        "whisper": args.whisper or recorded(policy, "whisper", DEFAULT_WHISPER),
+        "token2text": args.token2text,
+        "speaker_encoder": args.speaker_encoder or DEFAULT_SPEAKER_ENCODER,
+        "preference_model": args.preference_model,
+    }
+
+
 def load_rewards(
     args: argparse.Namespace, config: dict, rows: list[dict], policy, device: str
 ) -> tuple[list, list[float], object]:
@@ -170,19 +185,10 @@ def load_rewards(
         InputError: an unusable model, or --max_wer where no reward transcribes the rollouts.
     """
     from reward_models import build_rewards
-    from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
-    from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
     from training.models import load_rollout_scorer
     from training.recipes import ScriptArguments
 
-    models = ScriptArguments(
-        reward_config=args.reward_config,
-        codec_id=args.codec_id or recorded(args.model_name_or_path, "codec_id", DEFAULT_CODEC),
-        whisper=args.whisper or recorded(args.model_name_or_path, "whisper", DEFAULT_WHISPER),
-        token2text=args.token2text,
-        speaker_encoder=args.speaker_encoder or DEFAULT_SPEAKER_ENCODER,
-        preference_model=args.preference_model,
-    )
+    models = ScriptArguments(reward_config=args.reward_config, **reward_model_paths(args))
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
     languages = {row["rewarded"]["language"] for row in rows}
     scorer = load_rollout_scorer(models, sampling, config, languages, policy.tokenizer, policy.tokens)
@@ -221,8 +227,8 @@ def main(args: argparse.Namespace) -> None:
         rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
         run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
-        if args.preference_model:
-            run["preference_weights"] = content_digest(args.preference_model)
+        paths = reward_model_paths(args)
+        run["reward_weights"] = {name: content_digest(path) for name, path in paths.items() if path}
         output = ResumableFile(Path(args.output), run | {"texts": short_digest(rows)}, "pairs", args.overwrite)
         if output.finished:
             logger.info("%s: complete already, nothing to do", output.path)

@@ -68,7 +68,7 @@ from speech.codec import SpeechCodec
 from speech.pitch import pitch_track
 from speech.policy import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
-from training.loop import CHECKPOINT, check_resumable, check_same_rows, drawn_texts, text_key, train
+from training.loop import CHECKPOINT, check_same_rows, checkpoint_to_resume, drawn_texts, text_key, train
 
 logger = logging.getLogger("train_preference_model")
 
@@ -415,7 +415,7 @@ def main(args: argparse.Namespace) -> None:
         check_args(args)
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
-        check_resumable(args, WEIGHTS_FILE)
+        checkpoint = checkpoint_to_resume(args, WEIGHTS_FILE)
         for name in [*args.pairs, *(args.heldout_pairs or [])]:
             if not Path(name).is_file():
                 raise InputError(f"{name}: no such file of pairs. Make one with make_preferences.py")
@@ -434,7 +434,7 @@ def main(args: argparse.Namespace) -> None:
         rows_digest = short_digest(
             [pair.text, pair.speaker, pair.chosen.name, pair.rejected.name] for pair in [*pairs, *heldout]
         )
-        check_same_rows(args, rows_digest)
+        check_same_rows(args, checkpoint, rows_digest)
         model = new_model(pairs, whisper, args)
     whisper_record = {"whisper": args.whisper, "fingerprint": whisper.fingerprint()}
     del whisper, codec  # room for the training
@@ -450,6 +450,7 @@ def main(args: argparse.Namespace) -> None:
         device,
         logger,
         rows_digest,
+        checkpoint,
         lambda: shown(evaluate(model, heldout, args)),
     )
     set_centre(model, pairs)

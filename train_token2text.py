@@ -48,12 +48,12 @@ from common.cli import (
     run_script,
     set_up_logging,
 )
-from common.dataset_io import load_any_dataset
+from common.dataset_io import check_codes, check_texts, load_any_dataset
 from common.run_record import short_digest, write_run
 from reward_models.token2text import BATCH_SIZE, IGNORED, PAD, WEIGHTS_FILE, Token2Text, new_text_tokenizer
 from speech.error_rate import error_rate, language_code, normalize_text, sum_errors
 from speech.tokens import XCODEC2_CODES
-from training.loop import CHECKPOINT, check_resumable, check_same_rows, drawn_texts, text_key, train
+from training.loop import CHECKPOINT, check_same_rows, checkpoint_to_resume, drawn_texts, text_key, train
 
 logger = logging.getLogger("train_token2text")
 
@@ -66,12 +66,12 @@ OWN_STD = 0.1  # of what an embedding starts with besides, its codes' levels hav
 # --- The data ---------------------------------------------------------------------------------------------
 
 
-def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
+def open_rows(name: str, split: str, labels: list[str], num_codes: int) -> datasets.Dataset:
     """The rows with a word in their text, with the columns text, language, audio_codes and the labels.
 
     Raises:
-        InputError: no such dataset, a missing column, a row without codes or a label, an unknown language, or no row
-            with a word.
+        InputError: no such dataset, a missing column, codes that are none of `num_codes`, a row without a label, an
+            unknown language, or no row with a word.
     """
     rows = load_any_dataset(name, split)
     for column in ("text", CODES_COLUMN, *labels):
@@ -80,13 +80,16 @@ def open_rows(name: str, split: str, labels: list[str]) -> datasets.Dataset:
                 f"{name}: no column {column!r} (got {', '.join(rows.column_names)}). create_dataset.py writes text and "
                 f"{CODES_COLUMN}; --labels must be columns of the dataset"
             )
-    if "language" not in rows.column_names:
-        rows = rows.add_column("language", ["en"] * len(rows))
-    rows = rows.select_columns(["text", "language", CODES_COLUMN, *labels])
+    check_texts(rows, "text", name, optional=True)
+    check_texts(rows, "language", name, optional=True)
+    check_codes(rows, CODES_COLUMN, num_codes, name)
+    languages = ["en"] * len(rows)
+    if "language" in rows.column_names:
+        languages = [language or "en" for language in rows["language"]]
+        rows = rows.remove_columns("language")
+    rows = rows.add_column("language", languages).select_columns(["text", "language", CODES_COLUMN, *labels])
     scorable = []
-    for index, row in enumerate(rows):
-        if not row[CODES_COLUMN]:
-            raise InputError(f"{name}, row {index}: no {CODES_COLUMN}. Drop the row or encode it again")
+    for index, row in enumerate(rows.remove_columns(CODES_COLUMN)):
         for column in labels:
             if row[column] is None:
                 raise InputError(f"{name}, row {index}: no {column}. Fill it in or leave {column} out of --labels")
@@ -310,14 +313,6 @@ def check_args(args: argparse.Namespace) -> None:
     check_ranges(args, ranges)
 
 
-def check_rows(model: Token2Text, rows: datasets.Dataset, labels: list[str]) -> None:
-    """Raises InputError for codes of another codec, or a label that is not in the training rows."""
-    for codes in rows[CODES_COLUMN]:
-        model.pad([codes])
-    for column in labels:
-        model.label_ids(column, rows[column])
-
-
 def main(args: argparse.Namespace) -> None:
     set_up_logging("train_token2text", timestamps=True)
     set_up_arithmetic()
@@ -325,10 +320,10 @@ def main(args: argparse.Namespace) -> None:
         check_args(args)
         device = pick_device(args.device)
         check_writable(Path(args.output_dir))
-        check_resumable(args, WEIGHTS_FILE)
-        rows = open_rows(args.dataset, args.split, args.labels)
+        checkpoint = checkpoint_to_resume(args, WEIGHTS_FILE)
+        rows = open_rows(args.dataset, args.split, args.labels, args.num_codes)
         if args.heldout_dataset:
-            heldout = open_rows(args.heldout_dataset, args.split, args.labels)
+            heldout = open_rows(args.heldout_dataset, args.split, args.labels, args.num_codes)
             heldout_texts = {text_key(text) for text in heldout["text"]}
             rows = rows.select([i for i, text in enumerate(rows["text"]) if text_key(text) not in heldout_texts])
             if len(rows) == 0:
@@ -338,10 +333,10 @@ def main(args: argparse.Namespace) -> None:
         else:
             rows, heldout = split_by_text(rows, args.heldout_frac, args.seed)
         rows_digest = short_digest(row for part in (rows, heldout) for row in part)
-        check_same_rows(args, rows_digest)
+        check_same_rows(args, checkpoint, rows_digest)
         model = new_token2text(rows, args.num_codes, args)
-        check_rows(model, rows, args.labels)
-        check_rows(model, heldout, args.labels)
+        for column in args.labels:
+            model.label_ids(column, heldout[column])  # raises for one that is not in the training rows
     num_weights = sum(weights.numel() for weights in model.parameters())
     logger.info("%d clips to train on, %d held out; %.1f M weights", len(rows), len(heldout), num_weights / 1e6)
     train_losses = train(
@@ -354,6 +349,7 @@ def main(args: argparse.Namespace) -> None:
         device,
         logger,
         rows_digest,
+        checkpoint,
     )
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))

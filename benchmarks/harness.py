@@ -153,7 +153,7 @@ def benchmark_parser(doc: str, slow_repeats: int | None = None) -> argparse.Argu
     Args:
         slow_repeats: --repeats for the real size on a CPU, if not 5; the flag's default is None then.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     add = parser.add_argument
     size_help = "tiny: the models of tiny/; real: the published sizes with random weights"
     add("--size", choices=("tiny", "real"), default="tiny", help=size_help)

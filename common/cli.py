@@ -97,7 +97,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def parse_strictly(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """What `parser` makes of `argv`, --debug included; for an unknown flag the error names the nearest one."""
+    """What `parser` makes of `argv`, --debug included; for an unknown flag the error names the nearest one.
+
+    A flag cut short is unknown too: iterate_preferences.py compares names.
+    """
+    parser.allow_abbrev = False
     parser.add_argument("--debug", action="store_true", help="show the traceback of an input error")
     args, unknown = parser.parse_known_args(argv)
     if unknown:

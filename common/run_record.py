@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from common.cli import write_whole_text
+
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai-whisper", "jiwer")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "model.bin")  # of a model's folder
 # What the reward curve shows where it was logged: (log key, label)
@@ -63,9 +65,8 @@ def provenance() -> dict:
 
 def write_run(output_dir: str, **facts) -> None:
     """Write output_dir/run.json: provenance and `facts` (which must be JSON, or paths)."""
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n")
+    text = json.dumps({**provenance(), **facts}, indent=2, default=str) + "\n"
+    write_whole_text(Path(output_dir) / "run.json", text)
 
 
 def content_digest(name_or_path: str) -> str | None:

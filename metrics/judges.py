@@ -5,6 +5,7 @@ has used is held-out. `faster-whisper:base` is a real Whisper by code that no re
 wheel with an acoustic model of human English, is limited here to the words of the texts.
 """
 
+import functools
 import math
 import os
 import re
@@ -52,6 +53,7 @@ def asr_roles(names: list[str], reward_whisper: str, models: list[str]) -> dict[
     return dict(sorted(roles.items(), key=lambda entry: entry[1] != HELD_OUT))
 
 
+@functools.cache
 def _canonical(whisper: str) -> str:
     """One spelling for the same Whisper: a digest of its weights, or the name of a model that is not on this disk.
 

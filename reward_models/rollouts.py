@@ -5,6 +5,8 @@ model, or those of them that the rewards need; `Rollouts` computes each quantity
 metric asks for it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -216,6 +218,15 @@ class SpeechRolloutScorer:
         if offload:
             self._move(torch.device("cpu"), codec, whisper, speaker_encoder)
 
+    @contextlib.contextmanager
+    def _on_device(self, *scorers) -> Iterator[None]:
+        """Within it the scorers are on the device; offloaded ones are on the CPU before and after."""
+        if self.offload:
+            self._move(self.device, *scorers)
+        yield
+        if self.offload:
+            self._move(torch.device("cpu"), *scorers)
+
     def _move(self, device: torch.device, *scorers) -> None:
         for scorer in scorers:
             if scorer is not None:
@@ -253,12 +264,8 @@ class SpeechRolloutScorer:
         self, completion_ids, text: list[str], language: list[str] | None, group_size: int
     ) -> tuple[Rollouts, dict[str, float]]:
         rollouts = Rollouts(self, completion_ids, text, language or ["en"] * len(text), group_size)
-        if self.offload:
-            self._move(self.device, self.codec, self.whisper)
-        metrics = rollouts.metrics()  # runs codec and Whisper
-        if self.offload:
-            self._move(torch.device("cpu"), self.codec, self.whisper)
-        return rollouts, metrics
+        with self._on_device(self.codec, self.whisper):
+            return rollouts, rollouts.metrics()  # runs codec and Whisper
 
     def speaker_similarities(self, rollouts: Rollouts, ref_codes: list[list[int]]) -> list[float]:
         """Cosine of the speaker embeddings of each rollout and its voice prompt, both as the codec decodes them.
@@ -271,11 +278,8 @@ class SpeechRolloutScorer:
             In [−1, 1]; NaN where rollout or prompt has no voice to tell (`SpeakerEncoder.embed`).
         """
         prompt_wavs = self._decode_prompts(ref_codes)
-        if self.offload:
-            self._move(self.device, self.speaker_encoder)
-        embeddings = self.speaker_encoder.embed(rollouts.wavs + list(prompt_wavs.values()))
-        if self.offload:
-            self._move(torch.device("cpu"), self.speaker_encoder)
+        with self._on_device(self.speaker_encoder):
+            embeddings = self.speaker_encoder.embed(rollouts.wavs + list(prompt_wavs.values()))
         number_of = {codes: len(rollouts.wavs) + i for i, codes in enumerate(prompt_wavs)}
         references = embeddings[[number_of[tuple(codes)] for codes in ref_codes]]
         return cosines(embeddings[: len(rollouts.wavs)], references)
@@ -292,11 +296,8 @@ class SpeechRolloutScorer:
     def _decode_prompts(self, ref_codes: list[list[int]]) -> dict[tuple[int, ...], np.ndarray]:
         """The waveforms of the different voice prompts by their codes, in the order of their first rollouts."""
         prompts = list(dict.fromkeys(map(tuple, ref_codes)))
-        if self.offload:
-            self._move(self.device, self.codec)
-        wavs = decode_rollouts(self.codec, [list(codes) for codes in prompts])
-        if self.offload:
-            self._move(torch.device("cpu"), self.codec)
+        with self._on_device(self.codec):
+            wavs = decode_rollouts(self.codec, [list(codes) for codes in prompts])
         return dict(zip(prompts, wavs, strict=True))
 
     def last_samples(self, count: int) -> list[tuple[dict, np.ndarray | None]]:

@@ -267,6 +267,7 @@ def test_training_sees_one_gpu(own, seen, monkeypatch):
     ("given", "message"),
     [
         (["--train", "--learning_rte 1"], "--train: train.py does not take these flags"),
+        (["--sample", "--see 4"], "--sample: sample_preferences.py does not take these flags"),
         (["--train", "--seed=4"], "--train: the loop sets --seed of train.py itself"),
         (["--sample", "--num_texts 4"], "--sample: the loop sets --num_texts of sample_preferences.py itself"),
         (["--sample", "'--top_p 1"], "--sample: No closing quotation"),

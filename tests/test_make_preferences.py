@@ -74,7 +74,7 @@ def test_both_sides_have_been_through_praat(recordings, tmp_path, monkeypatch):
         assert np.abs(chosen - with_melody(wav, melody_of(wav))).max() < 1e-3
 
 
-def test_a_neutral_recording_is_resynthesized_too(recordings, tmp_path, monkeypatch):
+def test_a_neutral_recording_is_resynthesized_too(recordings, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(make_preferences, "TRANSPOSED_ST", 0.0)
     flat = falling(1.0, 150, 149)
     save_audio(tmp_path / "flat.wav", flat)
@@ -87,6 +87,10 @@ def test_a_neutral_recording_is_resynthesized_too(recordings, tmp_path, monkeypa
     assert pair["id"] == "ana_neutral"
     stored = soundfile.read(tmp_path / "flat.wav", dtype="float32")[0]
     assert np.abs(clips(pair, tmp_path)[1] - with_melody(stored, melody_of(stored))).max() < 1e-3
+    write_rows(tmp_path / "neutral.jsonl", rows[:1])
+    with pytest.raises(SystemExit):
+        run(recordings, tmp_path / "pairs.jsonl", "--neutral", neutral, "--kinds", "mistimed")
+    assert "neutral_recordings" in caplog.text
 
 
 def test_the_control_has_the_same_melody_elsewhere(recordings, tmp_path):

@@ -150,6 +150,16 @@ def test_a_resumed_run_writes_the_same_file(inputs, tmp_path, monkeypatch):
     assert (tmp_path / "killed.jsonl").read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_a_file_is_of_one_set_of_reward_models(inputs, tmp_path, caplog):
+    whisper = tmp_path / "whisper.pt"  # which this reward does not read
+    whisper.write_bytes(b"one")
+    run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl")
+    whisper.write_bytes(b"trained further")
+    with pytest.raises(SystemExit):
+        run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl")
+    assert "reward_weights" in caplog.text
+
+
 def test_texts_are_drawn_by_the_seed(inputs, tokens):
     def drawn(seed: str) -> list[str]:
         args = sample_preferences.parse_args([*inputs, "--num_texts", "3", "--seed", seed, "--output", "x.jsonl"])

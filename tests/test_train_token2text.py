@@ -125,7 +125,7 @@ def test_noise_replaces_its_fraction_of_the_codes():
     ("flags", "message"),
     [
         ("--labels emotion", "no column 'emotion'"),
-        ("--num_codes 60", "come from another codec"),
+        ("--num_codes 60", "audio_codes must be a list of whole numbers from 0 to 59"),
         ("--hidden_size 30", "must be a multiple of --num_heads 8"),
         ("--code_noise 1.5", "--code_noise: must be in [0, 1) (got 1.5)"),
         ("--label_weight -1", "--label_weight: must be in [0, inf) (got -1.0)"),
@@ -150,7 +150,7 @@ def test_bad_flags_exit_2(spelled, tmp_path, caplog, flags, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "anna", "audio_codes": []}, "row 0: no audio_codes"),
+        ({"text": "anna", "audio_codes": []}, "row 0: audio_codes must be"),
         ({"text": "…", "audio_codes": [1]}, "no row has a text with a word"),
         ({"text": "anna", "audio_codes": [1], "language": "klingon"}, "unknown language 'klingon'"),
         ({"text": "anna"}, "no column 'audio_codes'"),
@@ -160,15 +160,22 @@ def test_bad_rows(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(InputError, match=message):
-        train_token2text.open_rows(str(path), "train", [])
+        train_token2text.open_rows(str(path), "train", [], 64)
 
 
 def test_rows_without_a_word_are_ignored(tmp_path, caplog):
     path = tmp_path / "rows.jsonl"
-    rows = [{"text": text, "audio_codes": [1]} for text in ("anna", "…", "")]
+    rows = [{"text": text, "audio_codes": [1]} for text in ("anna", "…", "", None)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert train_token2text.open_rows(str(path), "train", [])["text"][:] == ["anna"]
-    assert "ignored 2 of 3 rows" in caplog.text
+    assert train_token2text.open_rows(str(path), "train", [], 64)["text"][:] == ["anna"]
+    assert "ignored 3 of 4 rows" in caplog.text
+
+
+def test_rows_that_state_no_language_are_english(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": "anna", "audio_codes": [1], "language": language} for language in (None, "de")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert train_token2text.open_rows(str(path), "train", [], 64)["language"][:] == ["en", "de"]
 
 
 def test_help_exits_0(capsys):

@@ -56,6 +56,7 @@ from common.cli import (
     check_at_least,
     check_writable,
     parse_strictly,
+    run_script,
     set_up_logging,
 )
 from common.resumable_file import write_json_lines
@@ -462,4 +463,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

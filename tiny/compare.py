@@ -27,7 +27,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import HelpFormatter, bad_input_exits, check_writable, parse_strictly, set_up_logging
+from common.cli import HelpFormatter, bad_input_exits, check_writable, parse_strictly, run_script, set_up_logging
 from common.tables import markdown_table
 
 logger = logging.getLogger("tiny.compare")
@@ -392,4 +392,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

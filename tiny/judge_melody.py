@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import parselmouth
 
-from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, set_up_logging
+from common.cli import HelpFormatter, InputError, bad_input_exits, parse_strictly, run_script, set_up_logging
 from common.tables import markdown_table
 from metrics.result_files import read_sounds
 from speech.pitch import levels_db
@@ -175,4 +175,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args)

@@ -20,8 +20,8 @@ from speech.tokens import SAMPLE_RATE
 from tiny.corpus import emphasised_word, form, sentences, spoken_words
 from tiny.melody import Word, with_emphasis, with_question
 from tiny.voices import SPEAKERS, speak_with_times
+from tiny.work_dir import SEED
 
-SEED = 0
 TRAIN_CLIPS = 34_000  # the first sentences
 TRAIN_SPEAKERS = ["joe", "slt", "joe", "rms"]  # in turn
 FRAC_NEUTRAL = 0.5  # of the questions and emphasised sentences for training

@@ -18,7 +18,9 @@ from training.gradients import check_gradient
 POOL_BATCHES = 50  # the rows of so many batches are sorted by length, so that little is padded
 CHECKPOINT = "checkpoint.pt"  # in the output folder during training
 # Arguments that a resumed run may change
-FREE_ARGUMENTS = ("output_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint", "debug")
+FREE_ARGUMENTS = (
+    *("output_dir", "features_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint", "debug"),
+)
 
 
 def text_key(text: str) -> str:
@@ -70,9 +72,10 @@ def train(
     device: str | torch.device,
     logger: logging.Logger,
     rows_digest: str,
+    checkpoint: dict | None,
     evaluated: Callable[[], str] | None = None,
 ) -> dict[str, float]:
-    """Train a model in place, from the checkpoint in --output_dir if there is one.
+    """Train a model in place.
 
     Args:
         name: of the progress bar.
@@ -81,6 +84,7 @@ def train(
         weights: of the losses, by name.
         args: learning_rate, steps, batch_size, logging_steps, save_steps, output_dir and seed of the run.
         rows_digest: of what is trained on and held out, for `check_same_rows` of a resumed run.
+        checkpoint: to resume from, of `checkpoint_to_resume`.
         evaluated: what to log of the model at every checkpoint.
     Returns:
         The means of the losses that were logged last.
@@ -99,9 +103,8 @@ def train(
     batches: list[list[int]] = []  # of this epoch, still to come
     recent: list[dict[str, float]] = []  # losses of the steps since the last line of the log
     means: dict[str, float] = {}
-    path = Path(args.output_dir) / CHECKPOINT
-    if path.exists():
-        last_step, batches, recent = load_checkpoint(path, stateful, rng)
+    if checkpoint is not None:
+        last_step, batches, recent = restore(checkpoint, stateful, rng)
         logger.info("resuming after step %d", last_step)
     steps = range(last_step + 1, args.steps + 1)
     for step in tqdm(steps, name, initial=last_step, total=args.steps, mininterval=30, disable=None):
@@ -124,7 +127,9 @@ def train(
             if evaluated is not None:
                 logger.info("step %d/%d  held out: %s", step, args.steps, evaluated())
                 model.train()
-            save_checkpoint(path, args, rows_digest, stateful, rng, (step, batches, recent))
+            save_checkpoint(
+                Path(args.output_dir) / CHECKPOINT, args, rows_digest, stateful, rng, (step, batches, recent)
+            )
     return means
 
 
@@ -155,9 +160,8 @@ def save_checkpoint(
     write_whole(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-def load_checkpoint(path: Path, stateful: dict, rng: np.random.Generator) -> tuple[int, list, list]:
+def restore(checkpoint: dict, stateful: dict, rng: np.random.Generator) -> tuple[int, list, list]:
     """Restore `stateful` and all random generators; returns the `progress` of `save_checkpoint`."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     for name, part in stateful.items():
         part.load_state_dict(checkpoint["stateful"][name])
     rng.bit_generator.state = checkpoint["numpy"]
@@ -166,11 +170,13 @@ def load_checkpoint(path: Path, stateful: dict, rng: np.random.Generator) -> tup
     return checkpoint["progress"]
 
 
-def check_resumable(args: argparse.Namespace, weights_file: str) -> None:
-    """Raises InputError where --output_dir has a checkpoint that is not to be resumed, or of other settings.
+def checkpoint_to_resume(args: argparse.Namespace, weights_file: str) -> dict | None:
+    """What `save_checkpoint` has written into --output_dir; None where nothing is there.
 
     Args:
         weights_file: of the finished model.
+    Raises:
+        InputError: a checkpoint that is not to be resumed, or of other settings; a finished model.
     """
     path = Path(args.output_dir) / CHECKPOINT
     if not path.exists():
@@ -178,32 +184,32 @@ def check_resumable(args: argparse.Namespace, weights_file: str) -> None:
             raise InputError(
                 f"--output_dir: {args.output_dir} holds a finished model. Use another folder, or delete it"
             )
-        return
+        return None
     if args.resume_from_checkpoint == "false":
         raise InputError(
             f"--output_dir: {path} is the checkpoint of an interrupted run. Resume it with --resume_from_checkpoint "
             "true, or use another folder"
         )
-    before = torch.load(path, map_location="cpu", weights_only=True)["args"]
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    before = checkpoint["args"]
     changed = [name for name, value in vars(args).items() if name not in FREE_ARGUMENTS and before.get(name) != value]
     if changed:
         changes = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
         raise InputError(
             f"--output_dir: {path} is of a run with other settings ({changes}). Use the same ones, or another folder"
         )
+    return checkpoint
 
 
-def check_same_rows(args: argparse.Namespace, rows_digest: str) -> None:
-    """Raises InputError where --output_dir has the checkpoint of a run with other rows, or held-out rows.
+def check_same_rows(args: argparse.Namespace, checkpoint: dict | None, rows_digest: str) -> None:
+    """Raises InputError where the checkpoint to resume from is of a run with other rows, or held-out rows.
 
     Args:
         rows_digest: see `train`.
     """
-    path = Path(args.output_dir) / CHECKPOINT
-    if not path.exists():
-        return
-    before = torch.load(path, map_location="cpu", weights_only=True).get("rows")
+    before = checkpoint.get("rows") if checkpoint else None
     if before not in (None, rows_digest):  # None: of an older version
         raise InputError(
-            f"--output_dir: {path} is of a run on other data: its files have changed since. Use another folder"
+            f"--output_dir: {args.output_dir} has a checkpoint of a run on other data: its files have changed since. "
+            "Use another folder"
         )

@@ -28,6 +28,7 @@ from common.cli import (
     show_tracebacks,
 )
 from reward_models import DEFAULT_CONFIG
+from speech.adapters import ADAPTER_CONFIG
 from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
 from training.diffro import FILTERS, METHODS
@@ -347,7 +348,7 @@ def fill_in_number_format(args: TrainingArguments) -> None:
 
 
 Recipe = GRPORecipe | SFTRecipe | DPORecipe
-TEXTS = ("model_name_or_path", "dataset", "eval_dataset", "output_dir", "reward_config", "codec_id", "whisper")
+TEXTS = {field.name for field in fields(ScriptArguments) if field.type is str} | {"model_name_or_path", "output_dir"}
 RECIPES = {"sft": SFTRecipe, "dpo": DPORecipe}  # of the other methods GRPORecipe
 Arguments = tuple[ScriptArguments, Recipe, ModelConfig]
 
@@ -410,7 +411,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
         _check_machine(training_args, model_args)
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
-        lora = model_args.use_peft or Path(model_args.model_name_or_path or "", "adapter_config.json").is_file()
+        lora = model_args.use_peft or Path(model_args.model_name_or_path or "", ADAPTER_CONFIG).is_file()
         # autocast would cast the frozen float32 weights anew for every code; vLLM does not sample under it
         sampled_here = not getattr(training_args, "use_vllm", False)
         if lora and not dtype_given and training_args.bf16 and sampled_here:

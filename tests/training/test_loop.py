@@ -13,7 +13,7 @@ from training import loop
 
 def train(model, losses_of, args, rows_digest: str = "rows") -> dict[str, float]:
     logger = logging.getLogger("test")
-    return loop.train("test", model, [1, 1, 1, 1], losses_of, {"error": 1.0}, args, "cpu", logger, rows_digest)
+    return loop.train("test", model, [1, 1, 1, 1], losses_of, {"error": 1.0}, args, "cpu", logger, rows_digest, None)
 
 
 def test_a_gradient_that_is_not_finite_ends_it_before_the_weights_are(tmp_path):
@@ -43,11 +43,10 @@ def test_a_run_of_few_steps_has_a_schedule(steps, tmp_path):
 
 def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
     args = argparse.Namespace(output_dir=str(tmp_path))
-    loop.check_same_rows(args, "now")  # there is none
-    torch.save({"rows": "before"}, tmp_path / loop.CHECKPOINT)
-    loop.check_same_rows(args, "before")
-    with pytest.raises(InputError, match="is of a run on other data"):
-        loop.check_same_rows(args, "now")
+    loop.check_same_rows(args, None, "now")
+    loop.check_same_rows(args, {"rows": "before"}, "before")
+    with pytest.raises(InputError, match="of a run on other data"):
+        loop.check_same_rows(args, {"rows": "before"}, "now")
 
 
 def test_a_text_is_held_out_in_all_its_spellings():

@@ -226,6 +226,7 @@ def test_a_broken_config_file_is_named_whatever_else_is_given(tmp_path, caplog):
         ("beta: yes", "beta must be a number (got True)"),
         ("1: 2", "unknown key 1"),
         ("output_dir: 5", "output_dir must be text (got 5)"),
+        ("token2text: 3", "token2text must be text (got 3)"),
         ("dataset: [a, b]", "dataset must be text (got ['a', 'b'])"),
         ("method: sft\nnum_generations: 4", "unknown key 'num_generations': it is a setting of --method grpo."),
     ],

@@ -73,7 +73,7 @@ NUMBERS = {
         "num_generations": ("0", "1"),
         "epsilon": ("0", *NAN),
         "top_p": ("0", "1.1", "nan"),
-        "top_k": ("-5",),
+        "top_k": ("-1",),
         "min_p": ("nan", "2"),
         "eval_temperature": ("nan", "-1"),
         "sample_count": ("-1",),

@@ -108,7 +108,7 @@ def test_command_runs(command, clone, monkeypatch):
 
 @pytest.mark.parametrize("command", PARSED, ids=lambda command: command[:70])
 def test_flags_of_commands_too_long_to_run_exist(command, monkeypatch):
-    monkeypatch.setattr("training.recipes._check_machine", lambda *_: None)  # vLLM need not be installed here
+    monkeypatch.setattr("training.recipes.check_machine", lambda *_: None)  # vLLM need not be installed here
     words = shlex.split(command)
     if words[0] == "accelerate":
         launch = launch_command_parser().parse_args(words[2:])

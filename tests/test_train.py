@@ -412,7 +412,7 @@ def test_precomputed_references_are_refused_on_several_machines(monkeypatch, cap
 
 def test_lora_for_vllm_is_added_to_a_base_in_float32(monkeypatch, caplog):
     """Added and taken off at every step, in bfloat16, the base would not stay what it was."""
-    monkeypatch.setattr("training.recipes._check_machine", lambda *_: None)  # vLLM need not be installed here
+    monkeypatch.setattr("training.recipes.check_machine", lambda *_: None)  # vLLM need not be installed here
     flags = ["--use_peft", "true", "--bf16", "true", "--use_cpu", "true"]
     dtypes = [train.parse_args([*flags, *more])[2].dtype for more in ([], ["--use_vllm", "true"])]
     assert dtypes == ["bfloat16", "float32"]

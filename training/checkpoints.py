@@ -28,7 +28,14 @@ DECISIVE = {
         *("loss_weights", "label_smoothing", "scale_rewards", "multi_objective_aggregation", "credit"),
         *("importance_sampling_level", "mask_truncated_completions", "train_sampling_strategy"),
         *("top_k", "repetition_penalty", "generation_kwargs", "epsilon_high", "delta"),
-        *("use_bias_correction_kl",),
+        *("use_bias_correction_kl", "disable_dropout", "shuffle_dataset", "lr_scheduler_kwargs", "optim_args"),
+        *("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
+        *("entropy_target", "top_entropy_quantile", "off_policy_mask_threshold", "cast_lm_head_to_fp32"),
+        *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+        *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
+        *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos"),
+        *("vespo_k_neg", "vespo_lambda_neg", "packing", "packing_strategy"),
+        *("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"),
     ),
     "model": ("use_peft",),
 }
@@ -111,6 +118,11 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
     """
     if checkpoint is None:
         return None
+    if record["recipe"].get("sync_ref_model"):
+        raise InputError(
+            f"{checkpoint}: of a run with --sync_ref_model, whose reference model is in no checkpoint. Start anew from "
+            f"its weights: --model_name_or_path {checkpoint}, and another --output_dir"
+        )
     try:
         earlier = json.loads((Path(checkpoint).parent / "run.json").read_text(encoding="utf-8"))
         before = decisive_settings(earlier)

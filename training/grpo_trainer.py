@@ -81,11 +81,18 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        one_update = self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-        if self.model.training and one_update and self._buffered_inputs is not before:
+        if self.model.training and self._order_is_free() and self._buffered_inputs is not before:
             self._buffered_inputs = groups_together(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
+
+    def _order_is_free(self) -> bool:
+        """Whether an update is a sum over the rows of whole generations, however they are divided."""
+        args = self.args
+        one_update = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+        # Of these something is a mean or a quantile over the tokens of a micro-batch
+        by_micro_batch = args.loss_type == "bnpo" or args.top_entropy_quantile < 1 or args.entropy_coef > 0
+        return one_update and not (by_micro_batch or args.use_adaptive_entropy)
 
     def _log_metric(self, name: str, value: float):
         """TRL's, but NaN, of a process that had nothing to measure, is no value: it would take the others' with it."""
@@ -96,10 +103,15 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
         first = self.accelerator.process_index * len(inputs)
         self._own_rewards = rewards[first : first + len(inputs)]
+        num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        self._frac_without_signal = frac_without_signal(rewards, self.reward_weights, num_generations, summed)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["frac_reward_zero_std"][-1] = self._frac_without_signal  # TRL's is of the batch with several rewards
         if self.credit == "time" and self.model.training:
             outputs["advantages"] = self._token_advantages(outputs["completion_mask"])
         return outputs
@@ -149,6 +161,20 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         if sharded or not (isinstance(head, ConfinedHead) and torch.is_autocast_enabled(device)):
             return contextlib.nullcontext()
         return head.kept_rows(torch.get_autocast_dtype(device))
+
+
+def frac_without_signal(rewards: torch.Tensor, weights: torch.Tensor, num_generations: int, summed: bool) -> float:
+    """The fraction of groups whose rollouts have equal rewards, which teach nothing.
+
+    Args:
+        rewards: (rollouts, rewards), the rollouts of a group side by side, NaN where a reward does not concern one.
+        weights: (rewards,).
+        summed: whether it is the weighted sum that is compared; else each reward by itself.
+    """
+    weighted = (rewards * weights.to(rewards.device)).nan_to_num()
+    groups = (weighted.sum(dim=1, keepdim=True) if summed else weighted).unflatten(0, (-1, num_generations))
+    spread = groups.amax(dim=1) - groups.amin(dim=1)
+    return (spread < 1e-6).all(dim=1).float().mean().item()
 
 
 @contextlib.contextmanager
@@ -276,11 +302,14 @@ def _token_values(
         outputs: some of TOKEN_VALUES.
     """
     mask = targets != -100
+    rows = targets[mask] - first_row
+    if ((rows < 0) | (rows >= len(weight))).any():  # the kernel would take 0 for the logit of such a token
+        raise ValueError("a token is to be scored that the confined head cannot say")
     values = ChunkedLogProbFunction.apply(
         hidden[mask],
         weight,
         bias,
-        targets[mask] - first_row,
+        rows,
         temperature,
         _CHUNKED_LOGPROB_CHUNK_SIZE,
         None,  # no softcap and no scale: Llama has neither
@@ -299,7 +328,7 @@ def groups_together(batches: list[dict]) -> list[dict]:
     """Micro-batches of one update with the rows of a prompt side by side, where prompts are longer than completions.
 
     TRL shuffles the rollouts before it divides them: 8 of 64 rollouts of 8 clips are of 5 clips, and `shared_prompts`
-    finds little to share. The update is a sum over all rows, so their order is free.
+    finds little to share. Where the update is a sum over all rows (`_order_is_free`) their order does not matter.
 
     Args:
         batches: TRL's, of equal size: tensors and lists of rows; what has no rows stays where it is.
@@ -386,7 +415,7 @@ def states_of_groups(
 
 
 # With any of these vLLM samples from a cut distribution, and its log-probs are those of the cut one.
-_NEUTRAL_SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+NEUTRAL_SAMPLING = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
 
 
 def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_length: int) -> None:
@@ -408,7 +437,7 @@ def prepare_vllm(args: GRPOConfig, allowed_ids: list[int], end_id: int, max_leng
             f"--vllm_mode server: the weights go to the server by NCCL, from GPU to GPU (got {args.device.type}). "
             "Use --vllm_mode colocate"
         )
-    for name, neutral in _NEUTRAL_SAMPLING.items():
+    for name, neutral in NEUTRAL_SAMPLING.items():
         if getattr(args, name) not in neutral:
             raise InputError(
                 f"--{name} {getattr(args, name)} with vLLM: the importance-sampling correction would weight every "

@@ -70,7 +70,8 @@ def shapes_of(model, args, length: int) -> Shapes:
     config, head = model.config, model.get_output_embeddings()
     weights = model.get_input_embeddings().weight
     half = args.bf16 or args.fp16
-    held_out = 0 if args.eval_strategy == "no" else args.per_device_eval_batch_size
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    held_out = args.per_device_eval_batch_size if evaluates else 0
     return Shapes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

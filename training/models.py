@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection
 
+import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -38,12 +39,6 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
         raise InputError(
             f"--use_peft: {adapter} is a LoRA adapter already, and is trained further as it is. Leave the flag out"
         )
-    if model_args.dtype in ("bfloat16", "float16") and not (adapter or model_args.use_peft):
-        logger.warning(
-            "--dtype %s without LoRA: AdamW's steps are smaller than the format resolves, so most weights stay as they "
-            "are (DeepSpeed and FSDP keep float32 copies). Use --dtype float32, or --use_peft true",
-            model_args.dtype,
-        )
     options = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
     options = {key: value for key, value in options.items() if value is not None}
     if adapter is None:
@@ -53,6 +48,13 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
             model = load_causal_lm(name, **options)
         except InputError as error:
             raise InputError(f"--model_name_or_path {adapter}: its base model {error}") from error
+    if model.dtype in (torch.bfloat16, torch.float16) and not (adapter or model_args.use_peft):
+        logger.warning(
+            "--dtype %s without LoRA: AdamW's steps are smaller than %s resolves, so most weights stay as they are "
+            "(DeepSpeed and FSDP keep float32 copies). Use --dtype float32, or --use_peft true",
+            model_args.dtype,
+            str(model.dtype).removeprefix("torch."),
+        )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.tie_word_embeddings and head.weight is not embedding.weight:
         logger.warning("%s: its config ties head and embeddings, its weights differ; they are kept apart", name)

@@ -1,9 +1,7 @@
 """The flags of train.py: what is ours, TRL's configs with the values of the experiment, and their parsing."""
 
 import argparse
-import importlib.util
 import math
-import os
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -12,7 +10,6 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from common.cli import (
@@ -32,6 +29,7 @@ from speech.adapters import ADAPTER_CONFIG
 from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
 from training.diffro import FILTERS, METHODS
+from training.unsupported import check_flags, check_machine
 
 LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]  # TRL's
 # TRL's of DPO; exo_pair and robust need --label_smoothing
@@ -64,7 +62,7 @@ GRPO_RANGES = TRAINING_RANGES | {
     "epsilon": POSITIVE,
     "temperature": POSITIVE,
     "top_p": (0, False, 1, True),
-    "top_k": (-1, True, math.inf, False),  # −1 is vLLM's 0
+    "top_k": NOT_NEGATIVE,
     "min_p": (0, True, 1, True),
     "repetition_penalty": POSITIVE,
     "num_iterations": COUNT,
@@ -244,7 +242,7 @@ class GRPORecipe(GRPOConfig):
     def __post_init__(self):
         check_training(self, GRPO_RANGES)
         fill_in_number_format(self)
-        if self.load_best_model_at_end or self.save_strategy == "best":
+        if self.load_best_model_at_end or self.save_strategy == "best" or self.metric_for_best_model:
             self.metric_for_best_model = self.metric_for_best_model or "wer"
             if self.greater_is_better is None:
                 self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") in HIGHER_IS_BETTER
@@ -409,9 +407,10 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         _check_names(parser, argv, config)
         with library_errors_are_input("train.py", ValueError):
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
-        _check_machine(training_args, model_args)
+        check_machine(training_args, model_args)
         dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
         lora = model_args.use_peft or Path(model_args.model_name_or_path or "", ADAPTER_CONFIG).is_file()
+        check_flags(training_args, model_args, lora)
         # autocast would cast the frozen float32 weights anew for every code; vLLM does not sample under it
         sampled_here = not getattr(training_args, "use_vllm", False)
         if lora and not dtype_given and training_args.bf16 and sampled_here:
@@ -546,44 +545,6 @@ def _print_help(parser: TrlParser, everything: bool) -> None:
             action.help += f" (default: {action.default})"
     parser.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=40, width=120)
     parser.print_help()
-
-
-def _check_machine(training_args: Recipe, model_args: ModelConfig) -> None:
-    """Raises InputError for what TRL accepts and this project does not do, or cannot do on this machine."""
-    for bits in ("load_in_4bit", "load_in_8bit"):
-        if getattr(model_args, bits):
-            raise InputError(
-                f"--{bits}: quantized weights are not supported. Use --use_peft true --dtype bfloat16, which fits a "
-                "policy of 1 B into 12 GiB"
-            )
-    if is_deepspeed_zero3_enabled() or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise InputError(
-            "DeepSpeed ZeRO-3: not supported, a policy of 1 B fits on every GPU. Use DDP, or ZeRO-2 or FSDP2 to save "
-            "memory"
-        )
-    if getattr(training_args, "use_transformers_continuous_batching", False):
-        raise InputError(
-            "--use_transformers_continuous_batching: TRL rounds the weights themselves to half precision for it, and "
-            "most of AdamW's steps are lost. Leave it out, or use --use_vllm true"
-        )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and getattr(training_args, "precompute_ref_log_probs", False):
-        raise InputError(
-            "--precompute_ref_log_probs: not under FSDP, where TRL computes them before the reference is confined to "
-            "speech codes, and so over other tokens than the policy's. Leave it out, or use DDP"
-        )
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    several_machines = num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    if several_machines and getattr(training_args, "precompute_ref_log_probs", False):
-        raise InputError(
-            "--precompute_ref_log_probs: not on several machines: TRL writes them on the first one alone. Leave it out"
-        )
-    if getattr(training_args, "use_vllm", False) and importlib.util.find_spec("vllm") is None:
-        raise InputError("--use_vllm: vLLM is not installed here. pip install -r requirements-vllm.txt")
-    for reporter in ("tensorboard", "trackio", "wandb"):
-        packages = [reporter, "tensorboardX"] if reporter == "tensorboard" else [reporter]
-        if reporter in training_args.report_to and not any(map(importlib.util.find_spec, packages)):
-            raise InputError(f"--report_to {reporter}: it is not installed here. pip install {reporter}")
 
 
 def _check_evaluation(script_args: ScriptArguments, training_args: Recipe) -> None:

@@ -172,11 +172,12 @@ def grpo_dataset(
     if steps <= 0:
         steps = math.ceil(training_args.num_train_epochs * epoch_steps)
     num_rows = prompts * math.ceil(steps * accumulation / micro_batches)  # TRL drops what is no whole generation
+    seed = training_args.seed if training_args.shuffle_dataset else None
     training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
     parts = [rows for rows in (train, held_out) if rows is not None]
     longest = max(max(rows[LENGTH_COLUMN]) for rows in parts)
     return GRPORows(
-        one_long_epoch(train.remove_columns(LENGTH_COLUMN), num_rows, training_args.seed),
+        one_long_epoch(train.remove_columns(LENGTH_COLUMN), num_rows, seed),
         held_out and held_out.remove_columns(LENGTH_COLUMN),
         longest + training_args.max_completion_length,
         epoch_steps,
@@ -218,7 +219,7 @@ def one_generation(training_args: GRPORecipe) -> tuple[int, int]:
     # Between these a checkpoint would lose the rollouts not yet used.
     micro_batches = training_args.steps_per_generation * training_args.num_iterations
     steps_per_batch = micro_batches // math.gcd(micro_batches, accumulation)
-    if training_args.save_strategy == "steps" and training_args.save_steps % steps_per_batch:
+    if training_args.save_strategy == "steps" and steps_per_batch > 1 and training_args.save_steps % steps_per_batch:
         raise InputError(
             f"--save_steps: must be a multiple of {steps_per_batch}, the optimizer steps after which no rollouts are "
             f"left over, or a resumed run would not repeat the original (got {training_args.save_steps})"
@@ -295,14 +296,15 @@ def grpo_asr_rows(
     return map_rows(rows, name, make, datasets.Features(features), cache)
 
 
-def one_long_epoch(rows: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """`count` rows: shuffled epochs, one behind the other, the last one cut.
+def one_long_epoch(rows: datasets.Dataset, count: int, seed: int | None) -> datasets.Dataset:
+    """`count` rows: epochs, one behind the other, the last one cut; shuffled by the seed, or for None in their order.
 
     TRL reshuffles each epoch from a state that no checkpoint holds, so a run resumed in its second epoch
     would continue with other prompts. In one long epoch there is nothing to lose.
     """
     rng = np.random.default_rng(seed)
-    order = [rng.permutation(len(rows)) for _ in range(-(-count // len(rows)))]
+    epochs = range(math.ceil(count / len(rows)))
+    order = [np.arange(len(rows)) if seed is None else rng.permutation(len(rows)) for _ in epochs]
     return rows.select(np.concatenate(order)[:count])
 
 

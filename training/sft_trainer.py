@@ -1,5 +1,7 @@
 """TRL's SFTTrainer, made to fit speech: what is different here from TRL 1.16 is in this file."""
 
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from training.grpo_trainer import OutputsKeepTheirDtype, causal_lm, score_confined
@@ -16,3 +18,28 @@ class SpeechSFTTrainer(OutputsKeepTheirDtype, SFTTrainer):
         super().__init__(*args, **kwargs)
         outputs = ("log_probs", "entropy", "is_top1")  # TRL logs the last two
         score_confined(causal_lm(self.accelerator.unwrap_model(self.model)), temperature=1.0, outputs=outputs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if type(sampler) is LengthGroupedSampler:
+            return SeededLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=self.args.seed)
+        return sampler
+
+
+class SeededLengthGroupedSampler(LengthGroupedSampler):
+    """transformers', drawing each epoch's order by seed and epoch.
+
+    Its own draws from the global state, which a resumed run has not restored by then: in its second epoch it would see
+    the rows of the first one's order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()

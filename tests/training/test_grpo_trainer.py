@@ -1,5 +1,6 @@
 """Scoring over the confined head: TRL's numbers for less work; what vLLM is given."""
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -142,6 +143,49 @@ def test_arguments_that_are_none_do_not_stop_the_packing(tokenizer, tokens):
     assert grpo_trainer.shared_prompts(model, inputs | {"inputs_embeds": ids}, prompt_length) is None
 
 
+def update_settings(steps_per_generation: int, **settings) -> SimpleNamespace:
+    defaults = {"steps_per_generation": steps_per_generation, "gradient_accumulation_steps": 4, "num_iterations": 1}
+    defaults |= {"loss_type": "grpo", "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False}
+    return SimpleNamespace(**(defaults | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "free"),
+    [
+        ({}, True),
+        ({"gradient_accumulation_steps": 8}, True),  # two generations, one update
+        ({"gradient_accumulation_steps": 6}, False),  # the second generation is divided by an update
+        ({"num_iterations": 2}, False),  # an update is half of a pass
+        ({"loss_type": "bnpo"}, False),
+        ({"top_entropy_quantile": 0.2}, False),
+        ({"entropy_coef": 0.01}, False),
+    ],
+)
+def test_the_order_of_rows_is_free_where_an_update_is_their_sum(settings, free):
+    trainer = object.__new__(grpo_trainer.SpeechGRPOTrainer)
+    trainer.args = update_settings(4, **settings)
+    assert trainer._order_is_free() is free
+
+
+def test_groups_without_signal():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, math.nan], [0.5, math.nan]])
+    # Two groups of two. Their sums are equal in both; one by one only those of the second are
+    weights = torch.tensor([1.0, 1.0])
+    assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=True) == 1.0
+    assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=False) == 0.5
+    assert grpo_trainer.frac_without_signal(rewards, torch.tensor([2.0, 1.0]), 2, summed=True) == 0.5
+
+
+def test_a_token_that_the_head_cannot_say_has_no_score(tokenizer, tokens):
+    """TRL's kernel would take 0 for its logit: a loss without a bound."""
+    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+    prepare_model(model, tokenizer, tokens)
+    score_confined(model, 1.0)
+    ids, mask, _ = batch(tokenizer, tokens)
+    with pytest.raises(ValueError, match="a token is to be scored that the confined head cannot say"):
+        model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
+
+
 @pytest.mark.parametrize("prompt_length", [10, 3])
 def test_rollouts_of_one_long_prompt_share_a_micro_batch(prompt_length, monkeypatch):
     """TRL shuffles them before it divides them; what belongs to a row stays with it."""
@@ -164,7 +208,7 @@ def test_rollouts_of_one_long_prompt_share_a_micro_batch(prompt_length, monkeypa
     monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_prepare_inputs", generate_and_divide)
     trainer = object.__new__(grpo_trainer.SpeechGRPOTrainer)
     trainer.model, trainer._buffered_inputs = SimpleNamespace(training=True), None
-    trainer.args = SimpleNamespace(steps_per_generation=prompts, gradient_accumulation_steps=prompts)
+    trainer.args = update_settings(prompts)
     torch.manual_seed(0)
     seen, clips = [], []
     for trainer._step in range(prompts):

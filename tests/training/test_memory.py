@@ -51,7 +51,13 @@ LARGE_V3 = ModelDimensions(128, 1500, 1280, 20, 32, 51_866, 448, 1280, 20, 32)
 def arguments(**settings) -> SimpleNamespace:
     """What `shapes_of` reads of a GRPOConfig."""
     usual = {"bf16": False, "fp16": False, "steps_per_generation": 1, "device": torch.device("cpu")}
-    usual |= {"max_completion_length": 0, "gradient_checkpointing": True, "eval_strategy": "no", "optim": "adamw_torch"}
+    usual |= {
+        "max_completion_length": 0,
+        "gradient_checkpointing": True,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "optim": "adamw_torch",
+    }
     usual |= {"gradient_accumulation_steps": 1, "num_iterations": 1}
     usual |= {"distributed_state": SimpleNamespace(distributed_type=DistributedType.NO)}
     return SimpleNamespace(**usual | settings)

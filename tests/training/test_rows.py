@@ -140,6 +140,7 @@ def test_one_long_epoch_uses_each_row_equally_often():
     order = one_long_epoch(rows, 12, seed=0)["i"]
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and len(order) == 12
     assert order[:5] != order[5:10]
+    assert one_long_epoch(rows, 7, seed=None)["i"] == [0, 1, 2, 3, 4, 0, 1]  # --shuffle_dataset false
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 r"""Evaluate checkpoints: error rates by held-out ASR, melody, failures and speed, and a page to listen to.
 
-    python evaluation.py --models SFT=tiny/llasa GRPO=llasa-grpo-exp1 --texts tiny/texts/heldout.txt \
+    python evaluation.py --models SFT=tiny/llasa GRPO=runs/words --texts tiny/texts/heldout.txt \
       --seeds 0 1 2 --judge tiny/whisper.pt pocketsphinx --best_of 4 --output_dir report
 
     python evaluation.py --task asr --models SFT=tiny/llasa_asr RL=llasa-asr \
@@ -10,8 +10,8 @@ r"""Evaluate checkpoints: error rates by held-out ASR, melody, failures and spee
 (CER for zh, ja, ko and the like) and the NLL of the text by the evaluation ASRs (--judge), duration, speaking rate,
 movement of F0 and pauses, the fractions of truncated, empty, silent and repetitive clips, and the real-time factor;
 where the texts have *marked* words or questions, how many are emphasised or rise; with several seeds, Pass@K, Failure@K
-and the diversity of the codes. An ASR that no reward of these checkpoints has used is held-out; prefer it to the
-reward's own, whose score training optimises.
+and the diversity of the codes. All models share one codec. An ASR that no reward of these checkpoints has used is
+held-out; prefer it to the reward's own, whose score training optimises.
 
 --task asr transcribes --clips. It measures the corpus WER (CER) with its insertions and deletions, for short and long
 clips apart, hallucinations (on non-speech too), truncated transcripts, and keyword recall and precision.

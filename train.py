@@ -52,14 +52,16 @@ from training.checkpoints import check_continues, check_same_shapes, find_checkp
 from training.diffro import DiffROTrainer
 from training.dpo_trainer import SpeechDPOTrainer
 from training.gradients import stop_at_broken_gradients
-from training.grpo_trainer import SpeechGRPOTrainer, causal_lm, prepare_vllm
+from training.grpo_trainer import SpeechGRPOTrainer
 from training.held_out import HeldOutEvaluation
 from training.model_card import model_card
-from training.models import check_vllm_head, load_model, load_rollout_scorer
+from training.models import load_model, load_rollout_scorer
 from training.preference_rows import preference_datasets
 from training.recipes import DPORecipe, GRPORecipe, ScriptArguments, SFTRecipe
 from training.rows import grpo_dataset, sft_datasets
+from training.scoring import causal_lm
 from training.sft_trainer import SpeechSFTTrainer
+from training.vllm_settings import check_vllm_head, prepare_vllm
 
 logger = logging.getLogger("train")
 

@@ -69,7 +69,8 @@ from speech.policy import MIN_ROOM
 from speech.tokens import prompt_ids, tts_prompt
 from speech.whisper_scorer import WhisperScorer
 from training import memory
-from training.grpo_trainer import SpeechGRPOTrainer, causal_lm
+from training.grpo_trainer import SpeechGRPOTrainer
+from training.scoring import causal_lm
 
 logger = logging.getLogger("benchmarks")
 

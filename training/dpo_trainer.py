@@ -2,14 +2,14 @@
 
 - Rows come as token ids (preference_rows.py): TRL would render chosen and rejected as closed assistant turns.
 - Policy and reference are confined to speech codes and END, and scored over those rows of the head alone, by the same
-  function as GRPO's rollouts (grpo_trainer.py).
+  function as GRPO's rollouts (scoring.py).
 """
 
 from datasets import Dataset
 from trl import DPOTrainer
 
 from speech.confined_head import confine_head
-from training.grpo_trainer import OutputsKeepTheirDtype, causal_lm, score_confined
+from training.scoring import OutputsKeepTheirDtype, causal_lm, score_confined
 
 
 class SpeechDPOTrainer(OutputsKeepTheirDtype, DPOTrainer):

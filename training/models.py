@@ -5,7 +5,6 @@ from collections.abc import Collection
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig
 
@@ -22,7 +21,6 @@ from speech.speaker_encoder import SpeakerEncoder
 from speech.tokens import SpeechTokens, prepare_model
 from speech.weights import check_adapter, check_finite, load_causal_lm
 from speech.whisper_scorer import WhisperScorer
-from training.grpo_trainer import causal_lm
 from training.recipes import GRPORecipe, ScriptArguments
 
 logger = logging.getLogger("train")
@@ -67,19 +65,6 @@ def load_model(model_args: ModelConfig, tokenizer, tokens: SpeechTokens, task: s
     check_adapter(adapter, model)
     check_finite(adapter, model)
     return model
-
-
-def check_vllm_head(model) -> None:
-    """Raises InputError where vLLM, which reads the config on the disk, would sample with another head than ours."""
-    config = causal_lm(model).config
-    name, commit = config._name_or_path, getattr(config, "_commit_hash", None)
-    on_disk = AutoConfig.from_pretrained(name, revision=commit or "main")
-    if on_disk.tie_word_embeddings and not config.tie_word_embeddings:
-        raise InputError(
-            f"--use_vllm: the config of {name} ties head and embeddings and its weights differ, so vLLM would take the "
-            "embeddings as head. Set tie_word_embeddings to false in the config.json of a local copy, or leave "
-            "--use_vllm out"
-        )
 
 
 def load_rollout_scorer(

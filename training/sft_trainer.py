@@ -4,7 +4,7 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from training.grpo_trainer import OutputsKeepTheirDtype, causal_lm, score_confined
+from training.scoring import OutputsKeepTheirDtype, causal_lm, score_confined
 
 
 class SpeechSFTTrainer(OutputsKeepTheirDtype, SFTTrainer):

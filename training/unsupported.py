@@ -10,7 +10,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 
 from common.cli import InputError
-from training.grpo_trainer import NEUTRAL_SAMPLING
+from training.vllm_settings import NEUTRAL_SAMPLING
 
 logger = logging.getLogger("train")
 

@@ -1,4 +1,4 @@
-"""Scoring over the confined head: TRL's numbers for less work; what vLLM is given."""
+"""What SpeechGRPOTrainer does in another way than TRL's."""
 
 import math
 from collections import defaultdict
@@ -6,14 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_llasa import TEXT, batch
-from trl import GRPOConfig
-from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
+from fake_llasa import TEXT
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids
+from speech.tokens import prepare_model, prepare_tokenizer
 from tiny.llasa import new_model, new_tokenizer
 from training import grpo_trainer
-from training.grpo_trainer import SpeechGRPOTrainer, prepare_vllm, score_confined
+from training.grpo_trainer import SpeechGRPOTrainer
 
 
 @pytest.fixture(scope="module")
@@ -33,31 +32,6 @@ def tokens(tokenizer):
     return prepare_tokenizer(tokenizer)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_and_gradients_are_those_of_trls_full_head(tokenizer, tokens, temperature):
-    ids, mask, labels = batch(tokenizer, tokens)
-    results = []
-    for narrow in (False, True):
-        model = new_model(tokenizer, seed=0, hidden=48, layers=1)
-        prepare_model(model, tokenizer, tokens)
-        add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
-        if narrow:
-            score_confined(model, temperature)
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        (out.log_probs.sum() + 0.1 * out.entropy.sum()).backward()
-        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    (full, full_grads), (narrow, narrow_grads) = results
-    torch.testing.assert_close(narrow.log_probs, full.log_probs)
-    torch.testing.assert_close(narrow.entropy, full.entropy)
-    assert full_grads.keys() == narrow_grads.keys()
-    for name in full_grads:
-        torch.testing.assert_close(narrow_grads[name], full_grads[name], msg=name)
-    # By hand: the log-softmax over what is allowed, at the positions before the labels
-    logits = model(ids, attention_mask=mask).logits[:, :-1] / temperature
-    by_hand = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    torch.testing.assert_close(narrow.log_probs, by_hand.masked_fill(labels[:, 1:] == -100, 0))
-
-
 def test_a_metric_that_nobody_could_measure_is_no_value():
     trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
     trainer._pending_metrics = defaultdict(list)
@@ -73,74 +47,6 @@ def test_where_all_rollouts_are_masked_their_advantages_are_0():
     trainer._own_rewards, trainer.reward_weights, trainer.num_generations = torch.zeros(4, 1), torch.ones(1), 4
     trainer.accelerator = SimpleNamespace(reduce=lambda values, how: values)
     assert trainer._token_advantages(torch.zeros(4, 6, dtype=torch.long)).equal(torch.zeros(4, 6))
-
-
-def long_prompts(tokenizer, tokens):
-    """Six rollouts of two clips, mixed, the prompts padded on the left and the texts on the right."""
-    texts = ["Anna", "Anna found", TEXT, "two", "boxes.", "found two"]
-    pad, width = tokenizer.pad_token_id, 8
-    prompts = [prompt_ids(tokenizer, asr_prompt(codes)) for codes in ([5, 6, 7] * 20, [9] * 40)]
-    longest, rows = max(map(len, prompts)), []
-    for i, text in enumerate(texts):
-        prompt = prompts[i % 2]
-        answer = tokenizer(text, add_special_tokens=False)["input_ids"][: width - 1] + [tokens.text_end_id]
-        left, right = longest - len(prompt), width - len(answer)
-        rows.append(
-            (
-                [pad] * left + prompt + answer + [pad] * right,
-                [0] * left + [1] * (len(prompt) + len(answer)) + [0] * right,
-                [-100] * longest + answer + [-100] * right,
-            )
-        )
-    return [torch.tensor(part) for part in zip(*rows, strict=True)]
-
-
-def test_a_long_prompt_read_once_gives_the_same_scores_and_gradients(tokenizer, monkeypatch):
-    tokens = prepare_tokenizer(tokenizer, "asr")
-    ids, mask, labels = long_prompts(tokenizer, tokens)
-    results, lengths = [], []
-    for packed in (False, True):
-        monkeypatch.setattr(grpo_trainer, "PACKED_FRAC", 0.5 if packed else 0.0)
-        model = new_model(tokenizer, seed=0, hidden=48, layers=3)
-        prepare_model(model, tokenizer, tokens, "asr")
-        score_confined(model, temperature=0.7)
-        model.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape), with_kwargs=True
-        )
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
-        (out.log_probs * torch.arange(1.0, 7)[:, None]).sum().backward()
-        results.append((out, {name: p.grad for name, p in model.named_parameters()}))
-    prompt_length = ids.shape[1] - 8
-    assert lengths == [ids.shape, (2, prompt_length + 3 * 8)]
-    (each, each_grads), (once, once_grads) = results
-    assert each.log_probs.abs().sum() > 1
-    torch.testing.assert_close(once.log_probs, each.log_probs)
-    torch.testing.assert_close(once.entropy, each.entropy)
-    for name in each_grads:
-        torch.testing.assert_close(once_grads[name], each_grads[name], msg=name)
-
-
-def test_a_batch_with_nothing_to_score(tokenizer):
-    """--mask_truncated_completions leaves truncated rollouts out: here all of a micro-batch."""
-    tokens = prepare_tokenizer(tokenizer, "asr")
-    ids, mask, labels = long_prompts(tokenizer, tokens)
-    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
-    prepare_model(model, tokenizer, tokens, "asr")
-    score_confined(model, temperature=1.0)
-    out = model(input_ids=ids, attention_mask=mask, labels=torch.full_like(labels, -100), fused_lm_head=True)
-    assert not out.label_mask.any() and not out.log_probs.any()
-    out.log_probs.sum().backward()
-    assert not any(parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
-
-
-def test_arguments_that_are_none_do_not_stop_the_packing(tokenizer, tokens):
-    """PEFT passes on all arguments of a forward, most of them None."""
-    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
-    ids, mask, labels = long_prompts(tokenizer, tokens)
-    prompt_length = int((labels != -100).any(dim=0).int().argmax())
-    inputs = {"input_ids": ids, "attention_mask": mask, "inputs_embeds": None, "output_attentions": None}
-    assert grpo_trainer.shared_prompts(model, inputs, prompt_length) is not None
-    assert grpo_trainer.shared_prompts(model, inputs | {"inputs_embeds": ids}, prompt_length) is None
 
 
 def update_settings(steps_per_generation: int, **settings) -> SimpleNamespace:
@@ -174,16 +80,6 @@ def test_groups_without_signal():
     assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=True) == 1.0
     assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=False) == 0.5
     assert grpo_trainer.frac_without_signal(rewards, torch.tensor([2.0, 1.0]), 2, summed=True) == 0.5
-
-
-def test_a_token_that_the_head_cannot_say_has_no_score(tokenizer, tokens):
-    """TRL's kernel would take 0 for its logit: a loss without a bound."""
-    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
-    prepare_model(model, tokenizer, tokens)
-    score_confined(model, 1.0)
-    ids, mask, _ = batch(tokenizer, tokens)
-    with pytest.raises(ValueError, match="a token is to be scored that the confined head cannot say"):
-        model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("prompt_length", [10, 3])
@@ -266,50 +162,3 @@ def test_vllm_samples_outside_of_autocast(model, tokenizer, tokens, use_vllm, mo
     )
     trainer_with(model.lm_head, use_vllm)._generate_single_turn()
     assert autocast == [not use_vllm]
-
-
-def test_short_prompts_are_not_packed(model, tokenizer, tokens):
-    ids, mask, labels = batch(tokenizer, tokens)
-    length = int((labels != -100).any(dim=0).int().argmax())
-    assert grpo_trainer.shared_prompts(model, {"input_ids": ids, "attention_mask": mask}, length) is None
-
-
-def vllm_config(tmp_path, **settings) -> GRPOConfig:
-    return GRPOConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
-
-
-def test_vllm_is_told_where_to_stop(tmp_path):
-    args = vllm_config(tmp_path, vllm_importance_sampling_mode="token_truncate", generation_kwargs={"seed": 3})
-    prepare_vllm(args, allowed_ids=[5, 8, 9], end_id=5, max_length=2048)
-    assert args.generation_kwargs == {
-        "stop_token_ids": [5],
-        "allowed_token_ids": [5, 8, 9],
-        "detokenize": False,
-        "seed": 3,
-    }
-    assert args.vllm_max_model_length == 2048
-
-
-@pytest.mark.parametrize(("before", "after"), [({}, "0"), ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, "1")])
-def test_vllm_uses_the_model_runner_that_takes_65_537_allowed_tokens(tmp_path, monkeypatch, before, after):
-    args = vllm_config(tmp_path, vllm_importance_sampling_mode="token_truncate")
-    monkeypatch.setattr(grpo_trainer.os, "environ", before)
-    prepare_vllm(args, [5, 8, 9], 5, 2048)
-    assert before == {"VLLM_USE_V2_MODEL_RUNNER": after}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"top_p": 0.95}, "--top_p 0.95 with vLLM"),
-        ({"top_k": 50}, "--top_k 50 with vLLM"),
-        ({"min_p": 0.1}, "--min_p 0.1 with vLLM"),
-        ({"repetition_penalty": 1.1}, "--repetition_penalty 1.1 with vLLM"),
-        ({"vllm_importance_sampling_mode": "sequence_mask"}, "Use token_truncate"),
-        ({"vllm_mode": "server"}, "--vllm_mode server: the weights go to the server by NCCL"),
-    ],
-)
-def test_vllm_settings_that_teach_nothing_are_refused(tmp_path, settings, message):
-    settings = {"vllm_importance_sampling_mode": "token_truncate"} | settings
-    with pytest.raises(ValueError, match=message):
-        prepare_vllm(vllm_config(tmp_path, **settings), [5], 5, 2048)

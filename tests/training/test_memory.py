@@ -33,7 +33,8 @@ from reward_models.token2text import Token2Text
 from speech.confined_head import confine_head
 from speech.speaker_encoder import SpeakerEncoder
 from training import diffro, memory
-from training.grpo_trainer import SpeechGRPOTrainer, keys_like_values, score_confined
+from training.grpo_trainer import SpeechGRPOTrainer, keys_like_values
+from training.scoring import score_confined
 
 LLASA_1B = {  # Llama-3.2-1B with Llasa's vocabulary
     "vocab_size": 193_800,

@@ -16,6 +16,7 @@ from reward_models import load_config
 from speech import weights
 from speech.policy import Policy, load_tokenizer
 from training import models
+from training.vllm_settings import check_vllm_head
 
 SHORT = [
     "--config",
@@ -87,7 +88,10 @@ def test_a_broken_lora_folder_is_named(adapter, tmp_path, damage):
 
 def test_half_precision_without_lora_is_warned_of(caplog):
     load("tiny/llasa", dtype="bfloat16")
-    assert "AdamW's steps are smaller than the format resolves" in caplog.text
+    assert "--dtype bfloat16 without LoRA: AdamW's steps are smaller than bfloat16 resolves" in caplog.text
+    caplog.clear()
+    load("tiny/llasa", dtype="auto")  # float16 on the disk
+    assert "--dtype auto without LoRA: AdamW's steps are smaller than float16 resolves" in caplog.text
     caplog.clear()
     load("tiny/llasa", dtype="bfloat16", use_peft=True)
     load("tiny/llasa")
@@ -104,9 +108,9 @@ def test_two_different_matrices_under_a_tied_config_are_saved_as_they_are(tmp_pa
     policy = load(folder)
     assert policy.get_output_embeddings().weight is not policy.get_input_embeddings().weight
     with pytest.raises(InputError, match="--use_vllm: the config of .*both ties head and embeddings"):
-        models.check_vllm_head(policy)
+        check_vllm_head(policy)
     policy.save_pretrained(tmp_path / "saved")
-    models.check_vllm_head(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    check_vllm_head(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["tie_word_embeddings"] is False  # vLLM and transformers 4 would take one matrix for both
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -38,7 +38,7 @@ END_S = 0.12  # voiced time at the end
 # The rule raises a question's end to 9.2 semitones above the median, and a word by 6.4; 12 are an octave error.
 RISE_ST = (4.0, 12.0)
 Clips = list[tuple[dict, np.ndarray]]  # of evaluation.py's results, and their waveforms at 16 kHz
-COLUMNS = {"question": "questions that rise", "statement": "others that rise", "emphasis": "words emphasised"}
+COLUMNS = {"question": "question-rise rate", "statement": "false-rise rate", "emphasis": "emphasis rate"}
 
 
 def f0_above_median(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

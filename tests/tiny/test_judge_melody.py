@@ -35,7 +35,7 @@ def test_it_counts_what_the_rule_says(tmp_path, caplog):
     evaluation(tmp_path / "run", seeds=2)  # sounds.npz has the first seed's clips
     judge_melody.main(judge_melody.parse_args([str(tmp_path / "run")]))
     header, _, before, after = [line[2:-2].split(" | ") for line in caplog.messages[-1].splitlines()]
-    assert header == ["evaluation", "row", "questions that rise", "others that rise", "words emphasised"]
+    assert header == ["evaluation", "row", "question-rise rate", "false-rise rate", "emphasis rate"]
     assert before[1:] == ["before", "0.0 % of 2", "0.0 % of 3", "0.0 % of 2"]
     assert after[1:] == ["after", "50.0 % of 2", "33.3 % of 3", "50.0 % of 2"]
 

@@ -64,7 +64,7 @@ _SIZES = {
     (4, 1280): "large-v3-turbo",
 }
 # How far the attention of a model runs behind the speech (ahead of it, where negative), in s; measured on clips with
-# known word times (docs/rewards.md)
+# known word times (docs/melody.md)
 _ATTENTION_LAG_S = {"tiny.en": 0.06, "base": -0.08}
 
 

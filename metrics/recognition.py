@@ -159,7 +159,7 @@ def transcript_entry(clip: Clip, transcript: Transcript, seed: int | None) -> di
     if not clip.text:
         return entry
     errors = error_rate(clip.text, transcript.text, clip.language)
-    rule = "truncated" if transcript.truncated else hallucination(clip.text, transcript.text, clip.language)
+    rule = "truncated" if transcript.truncated else hallucination(clip.text, transcript.text, clip.language, errors)
     index = keyword_index(clip.keywords, clip.language)
     in_text = find_keywords(clip.text, index, clip.language)
     in_transcript = find_keywords(transcript.text, index, clip.language)

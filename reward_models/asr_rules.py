@@ -43,7 +43,7 @@ FEWEST_REPEATS_LONG = 3  # of three words and more
 LONGEST_LOOP_IN_WORD, FEWEST_REPEATS_IN_WORD = 4, 6
 
 
-# --- R1 and exact match -----------------------------------------------------------------------------------
+# --- R1 ---------------------------------------------------------------------------------------------------
 
 
 def transcript_errors(ref: str, hyp: str, language: str) -> ErrorRate:
@@ -54,7 +54,7 @@ def transcript_errors(ref: str, hyp: str, language: str) -> ErrorRate:
     return ErrorRate(float(insertions > 0), 0, 0, insertions, 0)
 
 
-def accuracy_reward(ref: str, hyp: str, language: str) -> float:
+def accuracy_reward(errors: ErrorRate) -> float:
     """R1 = max(0, 1 − WER), in [0, 1]; CER for CER_LANGUAGES (arXiv 2509.18569).
 
     'the boat was gone' transcribed as 'the boat is gone' is 1 − 1/4 = 0.75. The paper does not say whether WER may
@@ -62,18 +62,13 @@ def accuracy_reward(ref: str, hyp: str, language: str) -> float:
     and deviation of its group and make the others look alike. It also keeps R2's −1 below everything. For clips without
     speech (ref ""), an empty transcript is 1 and any other 0.
     """
-    return max(0.0, 1.0 - transcript_errors(ref, hyp, language).rate)
-
-
-def exact_match(ref: str, hyp: str, language: str) -> float:
-    """1.0 if the normalised texts are the same, else 0.0 (a reward of arXiv 2509.01939)."""
-    return float(transcript_errors(ref, hyp, language).edits == 0)
+    return max(0.0, 1.0 - errors.rate)
 
 
 # --- R2: hallucinations -----------------------------------------------------------------------------------
 
 
-def hallucination(ref: str, hyp: str, language: str) -> str | None:
+def hallucination(ref: str, hyp: str, language: str, errors: ErrorRate) -> str | None:
     """The name of the first of these rules that a transcript breaks, or None; R2 of arXiv 2509.18569.
 
     "non_speech": words in a clip without speech (ref ""). "empty": no words where the reference has some. "script":
@@ -84,13 +79,12 @@ def hallucination(ref: str, hyp: str, language: str) -> str | None:
     'the boat was gone' with 'the boat the boat the boat the boat': 6 edits and 'the boat' 4 times, "repetition";
     with 'a goat is gone': 3 edits, None.
 
-    Raises:
-        InputError: `ref` is not empty but nothing is left of it after normalisation, or an unknown language.
+    Args:
+        errors: the `transcript_errors` of the two texts.
     """
     has_words = bool(normalize_text(hyp, language))
     if not ref.strip():
         return "non_speech" if has_words else None
-    errors = error_rate(ref, hyp, language)
     if not has_words:
         return "empty"
     if other_script(ref, hyp, language):
@@ -261,6 +255,8 @@ def find_keywords(text: str, index: dict[tuple[str, ...], str], language: str) -
 class AsrRulesReward:
     """R1, R2, R3 and exact match: the weighted mean of the terms, or the override for a hallucination.
 
+    Exact match is 1 if the normalised texts are the same, else 0 (a reward of arXiv 2509.01939).
+
     In the paper R1 alone is (1, 0, 0, 0), R1 and R2 (1, 1, 0, 0), all three (1, 1, 1, 0); it does not state how R1 and
     R3 are weighted. The override holds within this reward: another reward in the same config is added to it.
     A truncated rollout is treated as a hallucination ("truncated"); without R2 it earns R1 of its transcript so far.
@@ -311,7 +307,7 @@ class AsrRulesReward:
         transcripts = self.rollout_scorer.score(completion_ids, text, language, log_metric)
         languages = language or ["en"] * len(text)
         keyword_lists = [_checked_keywords(row) for row in keywords or [None] * len(text)]
-        items = zip(text, transcripts.hyp_texts, languages, keyword_lists, strict=True)
+        items = zip(text, transcripts.hyp_texts, transcripts.errors, languages, keyword_lists, strict=True)
         terms = [self._terms(*item) for item in items]
         r_keywords = [row["keywords"] for row in terms if "keywords" in row]
         if r_keywords and log_metric is not None:
@@ -322,14 +318,14 @@ class AsrRulesReward:
             for row, rule in zip(terms, transcripts.rules, strict=True)
         ]
 
-    def _terms(self, ref: str, hyp: str, language: str, keywords: list[str]) -> dict[str, float]:
+    def _terms(self, ref: str, hyp: str, errors: ErrorRate, language: str, keywords: list[str]) -> dict[str, float]:
         terms = {}
         if self.weights["accuracy"]:
-            terms["accuracy"] = accuracy_reward(ref, hyp, language)
+            terms["accuracy"] = accuracy_reward(errors)
         if self.weights["keywords"] and keywords:
             terms["keywords"] = keyword_reward(ref, hyp, keywords, language)
         if self.weights["exact"]:
-            terms["exact"] = exact_match(ref, hyp, language)
+            terms["exact"] = float(errors.edits == 0)
         return terms
 
     def _mean(self, terms: dict[str, float]) -> float:

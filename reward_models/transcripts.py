@@ -93,7 +93,7 @@ class TranscriptScorer:
         errors, rules = [], []
         for ref, hyp, cut, language in zip(texts, hyps, truncated, languages, strict=True):
             errors.append(transcript_errors(ref, hyp, language))
-            rules.append("truncated" if cut else hallucination(ref, hyp, language))
+            rules.append("truncated" if cut else hallucination(ref, hyp, language, errors[-1]))
         return Transcripts(texts, hyps, truncated, errors, rules)
 
     def last_samples(self, count: int) -> list[tuple[dict, None]]:

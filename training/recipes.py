@@ -394,25 +394,25 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
     """
     # transformers 5.23 warns of names that TRL 1.16 uses; nothing that a user of train.py could change
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    argv = _split_config(list(sys.argv[1:] if argv is None else argv))
-    argv = _take_debug(argv)
+    first, argv = _first_look(sys.argv[1:] if argv is None else argv)
+    show_tracebacks(first.debug is True)
     with bad_input_exits():
-        config = _read_config(argv)
-        recipe = RECIPES.get(_method(argv, config), GRPORecipe)
+        config = {} if first.config is None else _read_config(first.config)
+        recipe = RECIPES.get(first.method or config.get("method"), GRPORecipe)
         # A lone --help is answered below, with fewer flags than the parser would print.
         parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=description, usage="train.py [flags]")
         if {"-h", "--help", "--help_all"} & set(argv):
             _print_help(parser, everything="--help_all" in argv)
             sys.exit(0)
-        _check_names(parser, argv, config)
+        _check_names(parser, argv, config, first.config)
         with library_errors_are_input("train.py", ValueError):
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
         check_machine(training_args, model_args)
-        dtype_given = "dtype" in config or any(word.split("=")[0] == "--dtype" for word in argv)
         lora = model_args.use_peft or Path(model_args.model_name_or_path or "", ADAPTER_CONFIG).is_file()
         check_flags(training_args, model_args, lora)
         # autocast would cast the frozen float32 weights anew for every code; vLLM does not sample under it
         sampled_here = not getattr(training_args, "use_vllm", False)
+        dtype_given = "dtype" in config or first.dtype is not None
         if lora and not dtype_given and training_args.bf16 and sampled_here:
             model_args.dtype = "bfloat16"
         if lora and not sampled_here and model_args.dtype not in (None, "float32"):
@@ -443,24 +443,22 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
     return script_args, training_args, model_args
 
 
-def _split_config(argv: list[str]) -> list[str]:
-    """--config=FILE as two words, which is how TrlParser looks for it."""
-    return [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+def _first_look(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags that decide how the others are read; and all of them as TrlParser takes them."""
+    parser = argparse.ArgumentParser(usage="train.py [flags]", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    parser.add_argument("--debug", nargs="?", const=True)  # ours has no value, transformers' has one
+    parser.add_argument("--method")
+    parser.add_argument("--dtype")
+    first, _ = parser.parse_known_args(argv)
+    # It looks for --config FILE in two words
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    return first, [word for word in words if word != "--debug" or first.debug is not True]
 
 
-def _take_debug(argv: list[str]) -> list[str]:
-    """The flags without ours of that name; transformers' --debug has a value."""
-    ours = {i for i, word in enumerate(argv) if word == "--debug" and "".join(argv[i + 1 : i + 2])[:2] in ("", "--")}
-    show_tracebacks(bool(ours))
-    return [word for i, word in enumerate(argv) if i not in ours]
-
-
-def _read_config(argv: list[str]) -> dict:
-    """What the file of --config says; {} without one."""
-    if "--config" not in argv:
-        return {}
-    path = "".join(argv[argv.index("--config") + 1 :][:1])
-    if not path or path.startswith("--"):
+def _read_config(path: str) -> dict:
+    """What the file of --config says."""
+    if not path:
         raise InputError("--config: needs the path of a YAML file, such as configs/tiny.yaml")
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -471,15 +469,7 @@ def _read_config(argv: list[str]) -> dict:
     return config
 
 
-def _method(argv: list[str], config: dict) -> str:
-    """--method, from the flags or the config file: it decides which other flags there are."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--method")
-    flags, _ = peek.parse_known_args(argv)
-    return flags.method or config.get("method") or "grpo"
-
-
-def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
+def _check_names(parser: TrlParser, argv: list[str], config: dict, path: str | None) -> None:
     """Raises InputError for a flag or a config key that does not exist, naming the nearest that does."""
     known = {name.lstrip("-").replace("-", "_") for action in parser._actions for name in action.option_strings}
     flags = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -487,7 +477,6 @@ def _check_names(parser: TrlParser, argv: list[str], config: dict) -> None:
     for flag, name in zip(flags, names, strict=True):
         if name not in known | {"config"}:
             raise InputError(f"unknown flag {flag}{_instead(name, known)} See python train.py --help")
-    path = argv[argv.index("--config") + 1] if config else None
     for key in config.keys() - known - {"env"}:
         raise InputError(f"{path}: unknown key {key!r}{_instead(str(key), known)} See python train.py --help")
     for action in parser._actions:

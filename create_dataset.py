@@ -47,6 +47,7 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
+    settings_of,
     write_whole,
 )
 from common.dataset_io import (
@@ -341,7 +342,7 @@ def open_run(source: Source, device: str | None, partial: Path, args: argparse.N
         InputError: the run there has other arguments or rows, whose codes must not be mixed with these; or it has
             skipped clips and this one is --strict; or there is none to merge.
     """
-    run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    run = settings_of(args, FREE_ARGUMENTS)
     run["rows"] = source.fingerprint()
     if device is not None:
         run["device"] = torch.device(device).type

@@ -37,6 +37,7 @@ from common.cli import (
     read_lines,
     run_script,
     set_up_logging,
+    settings_of,
 )
 from common.resumable_file import write_json_lines
 from common.run_record import content_digest, short_digest
@@ -308,7 +309,7 @@ def transcribe(args: argparse.Namespace) -> None:
 
 def open_output(args: argparse.Namespace, device: str, ids: list[dict], codes: list[list[int]]) -> TranscriptFile:
     """--output; InputError if it has transcripts of other settings, of another model or of other clips."""
-    run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    run = settings_of(args, FREE_ARGUMENTS)
     run["device"] = device
     run["weights"] = content_digest(args.model_name_or_path)
     if args.adapters:

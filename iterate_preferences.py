@@ -45,6 +45,7 @@ from common.cli import (
     parse_strictly,
     run_script,
     set_up_logging,
+    settings_of,
     show_tracebacks,
     write_whole_text,
 )
@@ -306,7 +307,7 @@ def open_run(args: argparse.Namespace) -> dict:
     from metrics.result_files import open_results
 
     folder = Path(args.output_dir)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    settings = settings_of(args, FREE_ARGUMENTS)
     digests = {"weights": content_digest(args.model_name_or_path), "texts": content_digest(args.dataset)}
     results = open_results(folder, settings, digests, args.overwrite)
     if args.overwrite:

@@ -47,6 +47,7 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
+    settings_of,
 )
 from common.resumable_file import ResumableFile
 from common.run_record import content_digest, short_digest
@@ -214,7 +215,7 @@ def open_output(args: argparse.Namespace, pairs: list[ClipPair]) -> tuple[Resuma
         + [[sounds[clip.audio], clip.codes, clip.degraded] for clip in pair.clips]
         for pair in pairs
     ]
-    run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+    run = settings_of(args, FREE_ARGUMENTS)
     run |= {"prompt": [PROMPT, ANSWER], "drawn": short_digest(listed)}
     return ResumableFile(Path(args.output), run, "pairs", args.overwrite), run["drawn"]
 

@@ -49,6 +49,7 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
+    settings_of,
 )
 from common.dataset_io import (
     AUDIO_COLUMNS,
@@ -256,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
             neutral = Recordings(open_source(args.neutral, args.split, None, args.text_column, args.audio_column))
             neutral_rows = neutral_index(recordings, neutral)
         indices = drawn_rows(len(recordings.texts), args.num_recordings, args.seed)
-        run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+        run = settings_of(args, FREE_ARGUMENTS)
         run |= {"recordings": recordings.source.fingerprint()}
         run |= {"neutral_recordings": neutral.source.fingerprint() if neutral else None}
         output = ResumableFile(Path(args.output), run, "pairs", args.overwrite)

@@ -45,6 +45,7 @@ from common.cli import (
     pick_device,
     run_script,
     set_up_logging,
+    settings_of,
 )
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
 
@@ -225,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(Path(args.output).parent)
         _, tokens = load_tokenizer(args.model_name_or_path)
         rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
-        run = {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS}
+        run = settings_of(args, FREE_ARGUMENTS)
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
         paths = reward_model_paths(args)
         run["reward_weights"] = {name: content_digest(path) for name, path in paths.items() if path}

@@ -111,6 +111,11 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
     return args
 
 
+def settings_of(args: argparse.Namespace, free: tuple[str, ...]) -> dict:
+    """The arguments that decide what a run makes: all but the `free` ones, of which a resumed run may have others."""
+    return {name: value for name, value in vars(args).items() if name not in free}
+
+
 def show_tracebacks(debug: bool) -> None:
     """Whether `bad_input_exits` lets an InputError through with its traceback."""
     global _debug

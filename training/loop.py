@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from common.cli import InputError, write_whole
+from common.cli import InputError, settings_of, write_whole
 from speech.text_marks import plain_text
 from training.gradients import check_gradient
 
@@ -192,7 +192,7 @@ def checkpoint_to_resume(args: argparse.Namespace, weights_file: str) -> dict | 
         )
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     before = checkpoint["args"]
-    changed = [name for name, value in vars(args).items() if name not in FREE_ARGUMENTS and before.get(name) != value]
+    changed = [name for name, value in settings_of(args, FREE_ARGUMENTS).items() if before.get(name) != value]
     if changed:
         changes = ", ".join(f"--{name} {before.get(name)} before, {getattr(args, name)} now" for name in changed)
         raise InputError(

@@ -30,9 +30,7 @@ from common.cli import (
     HelpFormatter,
     InputError,
     bad_input_exits,
-    check_at_least,
     check_ranges,
-    check_seed,
     check_writable,
     parse_strictly,
     pick_device,
@@ -44,7 +42,7 @@ from common.resumable_file import write_json_lines
 from metrics.comparison import aligned
 from metrics.formatting import number, percent
 from metrics.listening_page import build
-from metrics.listening_pairs import draw_pairs
+from metrics.listening_pairs import add_flags, check_flags, draw_pairs
 from metrics.preference_answers import (
     MIN_PLANTED,
     Rater,
@@ -150,17 +148,12 @@ def log_report(report: dict, raters: list[Rater], args: argparse.Namespace) -> N
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_pairs=1, num_planted=0)
+    check_flags(args)
     check_ranges(args, {"min_planted": (0, True, 1, True)})
-    check_seed(args.seed)
-    if args.clips is not None and len(args.clips) > 2:
-        raise InputError(f"--clips: one or two files (got {len(args.clips)}). Make a page for each two to compare")
     if (args.read is None) != (args.pages is None):
         raise InputError("--read and --pages go together: answers, and the keys of their pages. Add the other")
     if args.read is not None and args.planted is not None:
         raise InputError("--planted is for a new page (got --read). Leave it out")
-    if not args.question.strip():
-        raise InputError("--question: is empty. Ask what is to be compared, or leave it out")
     output = Path(args.output)
     suffix = ".html" if args.read is None else ".jsonl"
     if output.suffix != suffix:
@@ -182,23 +175,11 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--clips", nargs="+", metavar="FILE", help="one or two lists of clips, from inference.py")
-    source.add_argument("--pairs", metavar="FILE", help="list of pairs of clips")
+    source = add_flags(parser, num_pairs=40)
     source.add_argument("--read", nargs="+", metavar="FILE", help="answers that listeners have saved, to be read back")
     add = parser.add_argument
     add("--output", required=True, help="page to write (.html), or with --read the pairs (.jsonl)")
     add("--overwrite", action="store_true", help="replace an existing --output, and its key or report")
-    page = parser.add_argument_group("the page")
-    page.add_argument(
-        "--question", default="Which reading sounds better?", help="what listeners are asked of each pair"
-    )
-    page.add_argument("--num_pairs", type=int, default=40, help="largest number of pairs, drawn at random")
-    page.add_argument("--num_planted", type=int, default=8, help="number of planted pairs on top of them")
-    page.add_argument(
-        "--planted", metavar="FILE", help="what to plant; default: clips of the page against degraded copies of them"
-    )
-    page.add_argument("--seed", type=int, default=0, help="random seed of the drawing, the order and the sides")
     answers = parser.add_argument_group("--read")
     answers.add_argument("--pages", nargs="+", metavar="FILE", help="keys (.key.jsonl) of the answered pages")
     answers.add_argument(

@@ -41,7 +41,6 @@ from common.cli import (
     check_at_least,
     check_pairs_file,
     check_ranges,
-    check_seed,
     check_writable,
     parse_strictly,
     pick_device,
@@ -55,7 +54,7 @@ from metrics.chat_judge import ANSWER, NO_DIFFERENCE, PROMPT, ChatJudge, JudgeUn
 from metrics.formatting import percent
 from metrics.html_page import wav_bytes
 from metrics.listening_page import at_level, sound_of
-from metrics.listening_pairs import ClipPair, draw_pairs
+from metrics.listening_pairs import ClipPair, add_flags, check_flags, draw_pairs
 from metrics.preference_answers import MIN_PLANTED, encode_clips, pair_rows, wins, write_report
 from speech.policy import DEFAULT_CODEC
 
@@ -260,14 +259,10 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    check_at_least(args, num_planted=0, num_workers=1, max_tokens=1, num_pairs=1)
+    check_flags(args)
+    check_at_least(args, num_workers=1, max_tokens=1)
     check_ranges(args, {"price_per_million_input": NOT_NEGATIVE, "price_per_million_output": NOT_NEGATIVE})
     check_ranges(args, {"timeout_s": (0, False, MAX_TIMEOUT_S, True)})
-    check_seed(args.seed)
-    if args.clips is not None and len(args.clips) > 2:
-        raise InputError(f"--clips: one or two files (got {len(args.clips)}). Judge each two to compare")
-    if not args.question.strip():
-        raise InputError("--question: is empty. Ask what is to be compared, or leave it out")
     try:
         url = urlsplit(args.judge_url)
         _ = url.port
@@ -284,18 +279,12 @@ def check_args(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--clips", nargs="+", metavar="FILE", help="one or two lists of clips, from inference.py")
-    source.add_argument("--pairs", metavar="FILE", help="list of pairs of clips")
+    add_flags(parser, num_pairs=None)
     add = parser.add_argument
     add("--judge_url", required=True, help="endpoint, what stands before /chat/completions: http://localhost:8000/v1")
     add("--judge_model", required=True, help="name of the audio model, as the endpoint knows it")
     add("--output", required=True, help="the .jsonl file of pairs")
     add("--overwrite", action="store_true", help="replace an --output of other settings or other clips")
-    add("--question", default="Which reading sounds better?", help="what the judge is asked of each pair")
-    add("--num_pairs", type=int, help="largest number of pairs, drawn at random (default: all)")
-    add("--num_planted", type=int, default=8, help="number of planted pairs on top of them, to check the judge")
-    add("--planted", metavar="FILE", help="what to plant; default: clips of the list against degraded copies of them")
     add("--max_tokens", type=int, default=256, help="longest answer; raise it for a model that thinks first")
     add("--num_workers", type=int, default=4, help="number of pairs judged at once, each by one request at a time")
     add("--timeout_s", type=float, default=120.0, help="seconds to wait for an answer; a late one is asked for again")
@@ -303,7 +292,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--price_per_million_output", type=float, help="price of a million output tokens")
     add("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")
     add("--device", default="auto", help="device of the codec: auto, cpu, cuda or cuda:1")
-    add("--seed", type=int, default=0, help="random seed of the pairs drawn and of the degraded copies")
     return parse_strictly(parser, argv)
 
 

@@ -1,5 +1,6 @@
 """The pairs of a listening page: of clips that inference.py wrote, or given one by one; and the planted ones."""
 
+import argparse
 import logging
 import random
 from collections import defaultdict
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.cli import InputError, read_lines
+from common.cli import InputError, check_at_least, check_seed, read_lines
 from metrics.degraded_copies import DEGRADATIONS, MIN_DURATION_S
 from metrics.texts import parse_json
 from speech.audio import audio_failure, load_audio
@@ -48,6 +49,40 @@ class ClipPair:
     better: int | None = None
     ref_text: str | None = None
     ref_codes: list[int] | None = None
+
+
+# --- Flags ------------------------------------------------------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, num_pairs: int | None) -> argparse._MutuallyExclusiveGroup:
+    """What `draw_pairs` takes, and the question.
+
+    Args:
+        num_pairs: default of --num_pairs; None is all.
+    Returns:
+        The group of --clips and --pairs, of which one is needed.
+    """
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clips", nargs="+", metavar="FILE", help="one or two lists of clips, from inference.py")
+    source.add_argument("--pairs", metavar="FILE", help="list of pairs of clips")
+    add = parser.add_argument_group("what is asked").add_argument
+    add("--question", default="Which reading sounds better?", help="what is asked of each pair")
+    most = "largest number of pairs, drawn at random"
+    add("--num_pairs", type=int, default=num_pairs, help=most if num_pairs else f"{most} (default: all)")
+    add("--num_planted", type=int, default=8, help="number of planted pairs on top of them, to check who answers")
+    add("--planted", metavar="FILE", help="what to plant; default: clips of the list against degraded copies of them")
+    add("--seed", type=int, default=0, help="random seed of the drawing, the order, the sides and the degraded copies")
+    return source
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises InputError for flags of `add_flags` that make no pairs."""
+    check_at_least(args, num_pairs=1, num_planted=0)
+    check_seed(args.seed)
+    if args.clips is not None and len(args.clips) > 2:
+        raise InputError(f"--clips: one or two files (got {len(args.clips)}). Compare two at a time")
+    if not args.question.strip():
+        raise InputError("--question: is empty. Ask what is to be compared, or leave it out")
 
 
 # --- Files ------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from pathlib import Path
 from common.cli import (
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_ranges,
     check_writable,
@@ -189,7 +190,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="fraction of the planted pairs answered, at least half, that a rater must have right; others are left out",
     )
     answers.add_argument("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")
-    answers.add_argument("--device", default="auto", help="device of the codec: auto, cpu, cuda or cuda:1")
+    add_device(answers, "device of the codec")
     return parse_strictly(parser, argv)
 
 

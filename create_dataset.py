@@ -39,6 +39,7 @@ from tqdm.auto import tqdm
 from common.cli import (
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_at_least,
     check_writable,
@@ -495,7 +496,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--push_to_hub", metavar="REPO", help="also push the dataset to this hub repository, private if it is new")
     add("--codec_id", default=DEFAULT_CODEC, help="hub id or folder of the XCodec2 codec")
     add("--sampling_rate", type=int, default=SAMPLE_RATE, help="sampling rate of the codec in Hz; no other is accepted")
-    add("--device", default="auto", help="where the codec runs: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "where the codec runs")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

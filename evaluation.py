@@ -36,6 +36,8 @@ from common.cli import (
     NOT_NEGATIVE,
     HelpFormatter,
     InputError,
+    add_device,
+    add_top_p,
     bad_input_exits,
     check_at_least,
     check_flags_of_tasks,
@@ -49,8 +51,9 @@ from common.cli import (
     set_up_logging,
 )
 from metrics import recognition, synthesis
-from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER
+from speech.policy import DEFAULT_CODEC
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH, TASKS
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 
 FLAGS_OF_TASKS = {  # which the other task would ignore; --cycle of tts reads --max_completion_length
     "tts": (
@@ -120,14 +123,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="sampling temperatures, a row of the results for each; 0 is greedy. Default: 1 for tts, 0 for asr",
     )
-    add(
-        "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
-    )
+    add_top_p(parser)
     add("--max_length", type=int, default=MAX_LENGTH, help="maximum number of tokens of prompt and answer together")
     add("--batch_size", type=int, default=16, help="number of rollouts sampled at a time")
     add("--num_players", type=int, default=8, help="number of texts, or clips, to listen to on the page")
     add("--language", default="en", help="language of texts without one of their own, Whisper's code or name")
-    add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "device")
     add("--codec_id", help=f"codec; default: the one in the first model's run.json, else {DEFAULT_CODEC}")
 
     tts = parser.add_argument_group("--task tts")

@@ -26,6 +26,8 @@ from common.arithmetic import set_up_arithmetic
 from common.cli import (
     HelpFormatter,
     InputError,
+    add_device,
+    add_top_p,
     bad_input_exits,
     check_at_least,
     check_flags_of_tasks,
@@ -45,7 +47,6 @@ from speech.adapters import parse_adapters
 from speech.audio import load_short_audio, save_audio
 from speech.policy import (
     DEFAULT_CODEC,
-    DEFAULT_WHISPER,
     Policy,
     Sample,
     Transcript,
@@ -63,6 +64,7 @@ from speech.tokens import (
     tts_prompt,
 )
 from speech.transcript_file import TranscriptFile
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 
 FLAGS_OF_TASKS = {  # which the other task would ignore
     "tts": ("ref_audio", "ref_text", "best_of", "language", "whisper"),
@@ -405,9 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_samples", type=int, default=1, help="number of clips per text, or of transcripts per clip")
     add("--best_of", type=int, default=1, help="tts: number of rollouts per clip, of which the best by reward is kept")
     add("--temperature", type=float, help="sampling temperature; 0 is greedy. Default: 0.8 for tts, 0 for asr")
-    add(
-        "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
-    )
+    add_top_p(parser)
     add("--max_length", type=int, default=MAX_LENGTH, help="maximum number of tokens of prompt and answer together")
     add(
         "--max_completion_length",
@@ -417,7 +417,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="sampling seed")
     add("--batch_size", type=int, default=16, help="number of rollouts sampled at a time")
-    add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "device")
     add("--language", default="en", help="tts: language of the texts for --best_of, Whisper's code or name")
     add("--codec_id", help=f"codec; default: the one in the model's run.json, else {DEFAULT_CODEC}")
     add(

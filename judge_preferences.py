@@ -37,6 +37,7 @@ from common.cli import (
     NOT_NEGATIVE,
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_at_least,
     check_pairs_file,
@@ -291,7 +292,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--price_per_million_input", type=float, help="price of a million input tokens, to print the cost")
     add("--price_per_million_output", type=float, help="price of a million output tokens")
     add("--codec_id", default=DEFAULT_CODEC, help="codec that encodes clips whose codes are not known")
-    add("--device", default="auto", help="device of the codec: auto, cpu, cuda or cuda:1")
+    add_device(parser, "device of the codec")
     return parse_strictly(parser, argv)
 
 

@@ -39,6 +39,7 @@ from common.cli import (
     NOT_NEGATIVE,
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_at_least,
     check_pairs_file,
@@ -304,7 +305,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kinds", nargs="+", choices=[*KINDS, CONTROL], default=list(KINDS), help="what is done to the melody")
     add("--min_change", type=float, default=1.0, help="least RMS difference of a pair's melodies, in semitones")
     add("--codec_id", help="XCodec2, hub id or folder, that also encodes the clips (default: no codes)")
-    add("--device", default="auto", help="device of the codec: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "device of the codec")
     add("--seed", type=int, default=0, help="seed of the recordings drawn and of what is done to their melodies")
     return parse_strictly(parser, argv)
 

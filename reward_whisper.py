@@ -16,6 +16,7 @@ import math
 from common.cli import (
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     parse_strictly,
     pick_device,
@@ -25,6 +26,7 @@ from common.cli import (
 from speech.audio import load_audio
 from speech.error_rate import CER_LANGUAGES, check_reference_text, language_code
 from speech.tokens import SAMPLE_RATE
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 from speech.whisper_scorer import Score, WhisperScorer
 
 # arXiv 2509.18798, §4
@@ -119,10 +121,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--language", default="en", help="language of the text, as Whisper's code or name")
     add(
         "--whisper",
-        default="large-v3",
-        help="large-v3 or another openai-whisper name, a .pt file, or a folder or hub id",
+        default=DEFAULT_WHISPER,
+        help=f"{DEFAULT_WHISPER} or another openai-whisper name, a .pt file, or a folder or hub id",
     )
-    add("--device", default="auto", help="where Whisper runs: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "where Whisper runs")
     add("--alpha_wer", type=float, default=ALPHA_WER, help="steepness of R_wer = 1 - tanh(alpha_wer * WER)")
     add("--alpha_nll", type=float, default=ALPHA_NLL, help="scale of R_nll = exp(-NLL / alpha_nll), in nats")
     add("--lambda_wer", type=float, default=LAMBDA_WER, help="weight of R_wer in the harmonic mean")

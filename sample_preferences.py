@@ -34,6 +34,8 @@ from common.cli import (
     NOT_NEGATIVE,
     HelpFormatter,
     InputError,
+    add_device,
+    add_top_p,
     bad_input_exits,
     check_at_least,
     check_pairs_file,
@@ -164,8 +166,9 @@ def make_pairs(
 
 def reward_model_paths(args: argparse.Namespace) -> dict[str, str | None]:
     """Hub id or folder of each model that rewards may need, by the name of its flag."""
-    from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, recorded
+    from speech.policy import DEFAULT_CODEC, recorded
     from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
+    from speech.whisper_checkpoint import DEFAULT_WHISPER
 
     policy = args.model_name_or_path
     return {
@@ -293,9 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "only rollouts of at most this WER are in pairs; 0: only melody and sound can differ (default: all)"
     add("--max_wer", type=float, help=help)
     add("--temperature", type=float, default=1.0, help="sampling temperature")
-    add(
-        "--top_p", type=float, default=1.0, help="nucleus sampling: sample from the likeliest tokens of this total mass"
-    )
+    add_top_p(parser)
     add("--max_length", type=int, default=MAX_LENGTH, help="tokens of prompt and speech together")
     add(
         "--max_completion_length",
@@ -310,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "x-vector model of the reward speaker_similarity, hub id or folder (default: microsoft/wavlm-base-plus-sv)"
     add("--speaker_encoder", help=help)
     add("--preference_model", help="folder of the preference model, for the reward preference")
-    add("--device", default="auto", help="device: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "device")
     add("--seed", type=int, default=0, help="seed of the texts drawn and of the sampling")
     return parse_strictly(parser, argv)
 

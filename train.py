@@ -44,8 +44,9 @@ from common.run_record import plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config, needs_voice_prompt
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.transcripts import TranscriptScorer
-from speech.policy import DEFAULT_CODEC, DEFAULT_WHISPER, load_tokenizer, recorded
+from speech.policy import DEFAULT_CODEC, load_tokenizer, recorded
 from speech.tokens import SpeechTokens
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 from training import memory, recipes
 from training.callbacks import ConsoleLog, SampleSaver, console_header
 from training.checkpoints import check_continues, check_same_shapes, find_checkpoint, stop_where_all_steps_are_done

@@ -47,6 +47,7 @@ from common.cli import (
     POSITIVE,
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_at_least,
     check_ranges,
@@ -66,7 +67,7 @@ from reward_models.preference import MELODY, WEIGHTS_FILE, PreferenceModel, with
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.pitch import pitch_track
-from speech.policy import DEFAULT_WHISPER
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
 from training.loop import CHECKPOINT, check_same_rows, checkpoint_to_resume, drawn_texts, text_key, train
 
@@ -493,7 +494,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whether to resume the interrupted run in --output_dir",
     )
     add("--seed", type=int, default=0, help="random seed of the weights, the mixtures, the order, the held-out texts")
-    add("--device", default="auto", help="where to train: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "where to train")
     return parse_strictly(parser, argv)
 
 

@@ -37,6 +37,7 @@ from common.cli import (
     POSITIVE,
     HelpFormatter,
     InputError,
+    add_device,
     bad_input_exits,
     check_at_least,
     check_ranges,
@@ -288,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="whether to resume the interrupted run in --output_dir",
     )
     add("--seed", type=int, default=0, help="random seed of the weights, the noise, the order and the held-out texts")
-    add("--device", default="auto", help="where to train: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "where to train")
     return parse_strictly(parser, argv)
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from common.arithmetic import set_up_arithmetic
-from common.cli import HelpFormatter, check_at_least, check_writable, pick_device, set_up_logging
+from common.cli import HelpFormatter, add_device, check_at_least, check_writable, pick_device, set_up_logging
 from common.run_record import provenance
 from common.tables import markdown_table
 
@@ -157,7 +157,7 @@ def benchmark_parser(doc: str, slow_repeats: int | None = None) -> argparse.Argu
     add = parser.add_argument
     size_help = "tiny: the models of tiny/; real: the published sizes with random weights"
     add("--size", choices=("tiny", "real"), default="tiny", help=size_help)
-    add("--device", default="auto", help="device of the models: auto (a GPU where there is one), cpu, cuda or cuda:1")
+    add_device(parser, "device of the models")
     slow = "" if slow_repeats is None else f" (default: 5; {slow_repeats} for the real size on a CPU)"
     add("--repeats", type=int, default=None if slow else 5, help=f"number of times each variant is timed{slow}")
     add("--threads", type=int, default=2, help="number of CPU threads of PyTorch")

@@ -111,6 +111,17 @@ def parse_strictly(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
     return args
 
 
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    """--device, which `pick_device` reads; `what` says of what it is."""
+    help = f"{what}: auto (a GPU where there is one), cpu, cuda or cuda:1"
+    parser.add_argument("--device", default="auto", help=help)
+
+
+def add_top_p(parser: argparse.ArgumentParser) -> None:
+    help = "nucleus sampling: sample from the likeliest tokens of this total mass"
+    parser.add_argument("--top_p", type=float, default=1.0, help=help)
+
+
 def settings_of(args: argparse.Namespace, free: tuple[str, ...]) -> dict:
     """The arguments that decide what a run makes: all but the `free` ones, of which a resumed run may have others."""
     return {name: value for name, value in vars(args).items() if name not in free}

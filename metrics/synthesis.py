@@ -40,7 +40,6 @@ from speech.codec import SpeechCodec, check_codebook, decode_rollouts
 from speech.dnsmos import Dnsmos
 from speech.policy import (
     DEFAULT_CODEC,
-    DEFAULT_WHISPER,
     Policy,
     Sample,
     load_tokenizer,
@@ -50,6 +49,7 @@ from speech.policy import (
 from speech.speaker_encoder import MIN_SECONDS, SpeakerEncoder
 from speech.text_marks import marked_words
 from speech.tokens import tts_prompt
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 from speech.whisper_scorer import WhisperScorer
 
 logger = logging.getLogger(__name__)

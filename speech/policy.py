@@ -28,7 +28,6 @@ from speech.tokens import (
 from speech.weights import load_causal_lm
 
 DEFAULT_CODEC = "HKUSTAudio/xcodec2"
-DEFAULT_WHISPER = "large-v3"
 MIN_ROOM = CODES_PER_SECOND  # a prompt must leave room for one second of speech, or as many tokens of text
 
 

@@ -17,6 +17,7 @@ from common.cli import InputError, first_line
 from speech.checkpoint_files import UNREADABLE, find_checkpoint, load_pickle, load_weights, read_json
 from speech.ctranslate2_checkpoint import is_ctranslate2_folder, read_ctranslate2_folder
 
+DEFAULT_WHISPER = "large-v3"  # of the reward
 ACCEPTED = (
     "the name of an openai-whisper model, the path of its .pt file, a folder of a Whisper in CTranslate2's format, or "
     "a folder or hub id of one in transformers' format, such as openai/whisper-large-v3"

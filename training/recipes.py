@@ -28,6 +28,7 @@ from reward_models import DEFAULT_CONFIG
 from speech.adapters import ADAPTER_CONFIG
 from speech.speaker_encoder import DEFAULT_SPEAKER_ENCODER
 from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH
+from speech.whisper_checkpoint import DEFAULT_WHISPER
 from training.diffro import FILTERS, METHODS
 from training.unsupported import check_flags, check_machine
 
@@ -127,7 +128,8 @@ class ScriptArguments:
     whisper: str = field(
         default=None,
         metadata={
-            "help": "Whisper of the reward, as in docs/rewards.md (default: the policy's run.json, else large-v3)"
+            "help": "Whisper of the reward, as in docs/rewards.md (default: the policy's run.json, else "
+            f"{DEFAULT_WHISPER})"
         },
     )
     speaker_encoder: str = field(

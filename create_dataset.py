@@ -36,6 +36,7 @@ from huggingface_hub import HfApi
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from common.batches import batches_by_length
 from common.cli import (
     HelpFormatter,
     InputError,
@@ -222,9 +223,8 @@ def encode_chunk(codec: SpeechCodec, clips: Iterable[tuple], args: argparse.Name
             )
         records.append(record)
     progress.update(len(records) - len(inputs))
-    by_length = sorted(inputs, key=lambda i: len(inputs[i].wav))  # clips of equal length share a forward pass
-    for start in range(0, len(by_length), args.batch_size):
-        batch = by_length[start : start + args.batch_size]
+    # Clips of equal length share a forward pass
+    for batch in batches_by_length({i: len(clip.wav) for i, clip in inputs.items()}, args.batch_size):
         for i, codes in zip(batch, codec.encode_inputs([inputs.pop(i) for i in batch]), strict=True):
             records[i]["audio_codes"] = codes
         progress.update(len(batch))

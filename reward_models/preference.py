@@ -25,6 +25,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from common.batches import batches_by_length
 from common.cli import InputError, library_errors_are_input
 from speech.checkpoint_files import UNREADABLE
 from speech.pitch import PitchTrack
@@ -213,10 +214,8 @@ class PreferenceModel(nn.Module):
     def score(self, features: list[torch.Tensor | None], texts: list[str]) -> list[float]:
         """r − centre of any number of clips, in batches: 0 for one like the average of the training; NaN for None."""
         scores = [math.nan] * len(features)
-        # By length, so that little is padded
-        known = sorted((i for i, item in enumerate(features) if item is not None), key=lambda i: len(features[i]))
-        for first in range(0, len(known), BATCH_SIZE):
-            batch = known[first : first + BATCH_SIZE]
+        lengths = {i: len(item) for i, item in enumerate(features) if item is not None}
+        for batch in batches_by_length(lengths, BATCH_SIZE):
             pooled = self.pooled([features[i] for i in batch], [texts[i] for i in batch])
             for i, score in zip(batch, (self.scores(pooled) - self.centre).tolist(), strict=True):
                 scores[i] = score

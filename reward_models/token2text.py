@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
+from common.batches import batches_by_length
 from common.cli import InputError, library_errors_are_input
 from reward_whisper import nll_reward
 from speech.checkpoint_files import UNREADABLE
@@ -244,10 +245,8 @@ class Token2Text(nn.Module):
         """`log_prob` of any number of rollouts, in batches; −MAX_NLL for a rollout without codes."""
         languages = [languages] * len(texts) if isinstance(languages, str) else languages
         scores = [-MAX_NLL] * len(codes)
-        # By length, so that little is padded
-        with_codes = sorted((i for i, item in enumerate(codes) if len(item)), key=lambda i: len(codes[i]))
-        for first in range(0, len(with_codes), BATCH_SIZE):
-            batch = with_codes[first : first + BATCH_SIZE]
+        lengths = {i: len(item) for i, item in enumerate(codes) if len(item)}
+        for batch in batches_by_length(lengths, BATCH_SIZE):
             log_probs = self.log_prob(
                 [codes[i] for i in batch], [texts[i] for i in batch], [languages[i] for i in batch]
             )

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 
+from common.batches import batches_by_length
 from common.cli import InputError, library_errors_are_input, pick_device
 from speech.adapters import Adapter, add_adapters, check_base
 from speech.checkpoint_files import UNREADABLE, read_json
@@ -182,9 +183,8 @@ class Policy:
         """
         ids, limit = self.encode(prompts, max_length), self._limit(max_length)
         limits = [min(limit, len(row) + (max_completion_length or limit)) for row in ids]
-        # Neighbours in length end at about the same step, so little is spent on padding.
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        batches = [by_length[start : start + batch_size] for start in range(0, len(ids), batch_size)]
+        # Neighbours in length also end at about the same step
+        batches = batches_by_length({i: len(row) for i, row in enumerate(ids)}, batch_size)
         bar = {"desc": progress, "disable": None if progress else True, "initial": first_batch, "total": len(batches)}
         for batch in tqdm(batches[first_batch:], **bar):
             completions = self._generate([ids[i] for i in batch], [limits[i] for i in batch], temperature, top_p)

@@ -8,8 +8,8 @@ import numpy as np
 import parselmouth
 from parselmouth.praat import call
 
-from speech.measures import PITCH_CEILING, PITCH_FLOOR
-from speech.pitch import STEP_S, VOICE_RANGE
+from speech.measures import PITCH_FLOOR
+from speech.pitch import STEP_S, VOICE_RANGE, voice_range
 from speech.tokens import SAMPLE_RATE
 
 PEAK = 0.5
@@ -35,11 +35,8 @@ def analysed(wav: np.ndarray) -> tuple[parselmouth.Data, np.ndarray, np.ndarray]
 
 
 def pitch_range(sound: parselmouth.Sound) -> tuple[float, float]:
-    """Lowest and highest F0 in Hz to look for in a clip, around its median; otherwise creak is an octave off."""
-    pitch = sound.to_pitch_ac(time_step=STEP_S, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
-    f0 = pitch.selected_array["frequency"]
-    median = np.median(f0[f0 > 0]) if (f0 > 0).any() else PITCH_FLOOR
-    return max(PITCH_FLOOR, VOICE_RANGE[0] * median), min(PITCH_CEILING, VOICE_RANGE[1] * median)
+    """Lowest and highest F0 in Hz to look for in a clip; otherwise creak is an octave off."""
+    return voice_range(sound) or (PITCH_FLOOR, VOICE_RANGE[1] * PITCH_FLOOR)
 
 
 def set_f0(manipulation: parselmouth.Data, times: np.ndarray, f0: np.ndarray) -> None:

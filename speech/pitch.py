@@ -45,14 +45,10 @@ def pitch_track(wav: np.ndarray) -> PitchTrack:
     if len(wav) <= MIN_SECONDS * SAMPLE_RATE:
         return PitchTrack(nothing, nothing, nothing)
     sound = parselmouth.Sound(wav.astype(np.float64), SAMPLE_RATE)
-    pitch = sound.to_pitch_ac(time_step=STEP_S, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
-    f0 = pitch.selected_array["frequency"]
-    if not (f0 > 0).any():
+    searched = voice_range(sound)
+    if searched is None or len(wav) <= 3 / searched[0] * SAMPLE_RATE:
         return PitchTrack(nothing, nothing, nothing)
-    median = np.median(f0[f0 > 0])
-    floor, ceiling = max(PITCH_FLOOR, VOICE_RANGE[0] * median), min(PITCH_CEILING, VOICE_RANGE[1] * median)
-    if len(wav) <= 3 / floor * SAMPLE_RATE:
-        return PitchTrack(nothing, nothing, nothing)
+    floor, ceiling = searched
     pitch = sound.to_pitch_ac(
         time_step=STEP_S, pitch_floor=floor, pitch_ceiling=ceiling, octave_jump_cost=OCTAVE_JUMP_COST
     )
@@ -64,6 +60,16 @@ def pitch_track(wav: np.ndarray) -> PitchTrack:
         if len(stretch) >= MIN_STRETCH:
             kept[stretch] = level[stretch].max() > level.max() - MAX_BELOW_DB
     return PitchTrack(times[kept], 12 * np.log2(f0[kept]), level[kept])
+
+
+def voice_range(sound: parselmouth.Sound) -> tuple[float, float] | None:
+    """Lowest and highest F0 in Hz to look for in a clip, around its median; None without voice."""
+    pitch = sound.to_pitch_ac(time_step=STEP_S, pitch_floor=PITCH_FLOOR, pitch_ceiling=PITCH_CEILING)
+    f0 = pitch.selected_array["frequency"]
+    if not (f0 > 0).any():
+        return None
+    median = np.median(f0[f0 > 0])
+    return max(PITCH_FLOOR, VOICE_RANGE[0] * median), min(PITCH_CEILING, VOICE_RANGE[1] * median)
 
 
 def levels_db(wav: np.ndarray, times: np.ndarray) -> np.ndarray:

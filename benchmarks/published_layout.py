@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.rollout import LLASA_1B
-from speech.tokens import SPECIAL_TOKENS, code_token, prepare_tokenizer, prompt_ids, tts_prompt
+from benchmarks.rollout import LLASA_1B, LLASA_1B_TOKENS, PAD_ID
+from speech.tokens import SPECIAL_TOKENS, XCODEC2_CODES, code_token, prepare_tokenizer, prompt_ids, tts_prompt
 
-NUM_TEXT_IDS = 128_000
+NUM_TEXT_IDS = LLASA_1B_TOKENS.num_text_ids
+BOS_ID = NUM_TEXT_IDS  # Llama's special tokens follow the text
 NUM_LLAMA_TOKENS = 256
-NUM_CODES = 65_536
 LLAMA_TOKENS = {
-    128_000: "<|begin_of_text|>",
+    BOS_ID: "<|begin_of_text|>",
     128_001: "<|end_of_text|>",
-    128_004: "<|finetune_right_pad_id|>",
+    PAD_ID: "<|finetune_right_pad_id|>",
     128_006: "<|start_header_id|>",
     128_007: "<|end_header_id|>",
     128_008: "<|eom_id|>",
@@ -105,7 +105,7 @@ def llasa_tokenizer(texts: list[str], num_text_ids: int = NUM_TEXT_IDS) -> PreTr
     names = {i - NUM_TEXT_IDS: name for i, name in LLAMA_TOKENS.items()}
     names = [names.get(i, f"<|reserved_special_token_{i}|>") for i in range(NUM_LLAMA_TOKENS)]
     bpe.add_special_tokens([AddedToken(name, special=True) for name in names])
-    bpe.add_tokens([*SPECIAL_TOKENS, *map(code_token, range(NUM_CODES))])
+    bpe.add_tokens([*SPECIAL_TOKENS, *map(code_token, range(XCODEC2_CODES))])
     begin = "<|begin_of_text|>"
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, bpe.token_to_id(begin))]
@@ -170,12 +170,12 @@ def save_llasa(
             "original_max_position_embeddings": 8192,
             "rope_type": "llama3",
         },
-        "bos_token_id": 128_000,
+        "bos_token_id": BOS_ID,
         "eos_token_id": ENDS_OF_TURN,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     # Llama's own sampling, which must not mix with what the scripts ask for
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 128_000}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": BOS_ID}
     generation = sampling | {"eos_token_id": ENDS_OF_TURN}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 

@@ -63,7 +63,7 @@ from speech.codec import SpeechCodec, decode_rollouts
 from speech.policy import Policy
 from speech.text_marks import plain_text
 from speech.tokens import CODES_PER_SECOND, tts_prompt
-from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
+from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer, transcript_limit
 
 LARGE_V3 = {
     "n_mels": 128,
@@ -132,7 +132,7 @@ def _whisper_alone(scorer: WhisperScorer, wav: np.ndarray, text: str) -> tuple[s
     options = whisper.DecodingOptions(
         language="en",
         without_timestamps=True,
-        sample_len=2 * len(text_ids) + 8,  # the limit of `WhisperScorer.score`
+        sample_len=transcript_limit(len(text_ids)),
         fp16=scorer.dtype == torch.float16,
     )
     hyp_ids = whisper.decode(model, mel, options).tokens

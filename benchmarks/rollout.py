@@ -44,7 +44,7 @@ from benchmarks.harness import (
 from common.cli import bad_input_exits, parse_strictly
 from speech.confined_head import confine_head
 from speech.policy import Policy
-from speech.tokens import SpeechTokens, tts_prompt
+from speech.tokens import XCODEC2_CODES, SpeechTokens, tts_prompt
 from training.grpo_trainer import keys_like_values
 
 # Llama-3.2-1B with Llasa's vocabulary: 1.37 B parameters, the embeddings (397 M) tied to the head
@@ -63,7 +63,7 @@ LLASA_1B_TOKENS = SpeechTokens(
     start_id=128_260,
     end_id=128_261,
     first_code_id=128_264,
-    num_codes=65_536,
+    num_codes=XCODEC2_CODES,
     num_text_ids=128_000,
     text_end_id=128_257,
 )
@@ -83,7 +83,7 @@ def load_policy(size: str, device: torch.device, seed: int) -> tuple[LlamaForCau
     torch.manual_seed(seed)
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**LLASA_1B)).eval()
-    prompt = torch.randint(128_000, (LLASA_1B_PROMPT,)).tolist()
+    prompt = torch.randint(LLASA_1B_TOKENS.num_text_ids, (LLASA_1B_PROMPT,)).tolist()
     return model, LLASA_1B_TOKENS, prompt, PAD_ID
 
 

@@ -47,6 +47,7 @@ from common.tables import markdown_table
 from reward_models import load_config
 from speech.codec import SpeechCodec
 from speech.policy import load_tokenizer
+from speech.tokens import XCODEC2_CODES
 from speech.whisper_scorer import WhisperScorer
 from tiny.llasa import new_tokenizer
 from training import memory
@@ -163,7 +164,7 @@ def run(build: Callable, args: argparse.Namespace, steps: int) -> tuple[list[dic
 def build_real_sizes(folder: Path, seed: int) -> list[str]:
     """Save Llasa-1B, XCodec2 and Whisper large-v3 with random weights to `folder`; returns the flags that name them."""
     policy = folder / "llasa"
-    tokenizer = new_tokenizer(["Anna found two boxes."], num_codes=65_536)
+    tokenizer = new_tokenizer(["Anna found two boxes."], num_codes=XCODEC2_CODES)
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**LLASA_1B)).save_pretrained(policy)
     tokenizer.save_pretrained(policy)

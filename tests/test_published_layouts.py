@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 import evaluation
 import inference
 import train
-from benchmarks.published_layout import NUM_CODES, save_llasa
+from benchmarks.published_layout import save_llasa
 from benchmarks.reward import LARGE_V3
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.policy import Policy
-from speech.tokens import prompt_ids, tts_prompt
+from speech.tokens import XCODEC2_CODES, prompt_ids, tts_prompt
 from speech.whisper_scorer import MAX_NLL, Score, WhisperScorer
 
 TEXTS = ["Anna found two boxes.", "Peter washed nine apples."]
@@ -38,7 +38,7 @@ def codec(tmp_path_factory) -> str:
     """A small XCodec2 with the published codebook."""
     folder = tmp_path_factory.mktemp("codec")
     build_native(seed=0, quantization_levels=[4] * 8).save_pretrained(folder)
-    assert SpeechCodec.from_pretrained(str(folder)).codebook_size == NUM_CODES
+    assert SpeechCodec.from_pretrained(str(folder)).codebook_size == XCODEC2_CODES
     return str(folder)
 
 

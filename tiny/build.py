@@ -389,10 +389,9 @@ def after_recordings(texts: list[str], rows: datasets.Dataset) -> datasets.Datas
 
 def rl_texts() -> list[str]:
     """RL_TEXTS' numbers of the texts of each form behind those of the recordings, in a random order."""
-    texts = []
+    behind, texts = sentences(SEED)[TRAIN_CLIPS:], []
     for kind, number in RL_TEXTS.items():
-        of_form = [text for text in sentences(SEED)[TRAIN_CLIPS:] if form(text) == kind]
-        texts += of_form[:number]
+        texts += [text for text in behind if form(text) == kind][:number]
     random.Random(SEED).shuffle(texts)
     return texts
 

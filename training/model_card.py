@@ -4,16 +4,7 @@ import re
 from pathlib import Path
 
 from common.run_record import git_commit
-from speech.tokens import (
-    SPEECH_GENERATION_END,
-    SPEECH_GENERATION_START,
-    SPEECH_UNDERSTANDING_END,
-    SPEECH_UNDERSTANDING_START,
-    TEXT_GENERATION_END,
-    TEXT_GENERATION_START,
-    TEXT_UNDERSTANDING_END,
-    TEXT_UNDERSTANDING_START,
-)
+from speech.tokens import SPEECH_GENERATION_END, TEXT_GENERATION_END, asr_prompt, code_token, tts_prompt
 
 METHODS = {
     "sft": "supervised fine-tuning on speech codes",
@@ -138,14 +129,15 @@ def _usage(name: str, task: str, codec_id: str, max_length: int) -> str:
 
 
 def _plain_tts(name: str, max_length: int) -> str:
+    [message] = tts_prompt("{text}")
     return f'''import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32).eval()
 text = "Did Susan find the yellow boat?"
-content = f"Convert the text to speech:{TEXT_UNDERSTANDING_START}{{text}}{TEXT_UNDERSTANDING_END}"
-prompt = [{{"role": "user", "content": content, "opening": "{SPEECH_GENERATION_START}"}}]
+content = f"{message["content"]}"
+prompt = [{{"role": "user", "content": content, "opening": "{message["opening"]}"}}]
 inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 end, first = tokenizer.convert_tokens_to_ids(["{SPEECH_GENERATION_END}", "<|s_0|>"])
 answer_ids = [end] + [i for token, i in tokenizer.get_added_vocab().items() if token.startswith("<|s_")]
@@ -163,6 +155,8 @@ codes = [i - first for i in output[0, inputs["input_ids"].shape[1] :].tolist() i
 
 
 def _plain_asr(name: str, max_length: int) -> str:
+    [message] = asr_prompt([0])
+    content = message["content"].replace(code_token(0), "{speech}")
     return f'''import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -170,8 +164,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.float32).eval()
 codes = [...]  # of the clip, by XCodec2
 speech = "".join(f"<|s_{{code}}|>" for code in codes)
-content = f"Convert the speech to text:{SPEECH_UNDERSTANDING_START}{{speech}}{SPEECH_UNDERSTANDING_END}"
-prompt = [{{"role": "user", "content": content, "opening": "{TEXT_GENERATION_START}"}}]
+content = f"{content}"
+prompt = [{{"role": "user", "content": content, "opening": "{message["opening"]}"}}]
 inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 end = tokenizer.convert_tokens_to_ids("{TEXT_GENERATION_END}")
 answer_ids = [*range(tokenizer.vocab_size), end]

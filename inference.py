@@ -43,8 +43,11 @@ from common.cli import (
 )
 from common.resumable_file import write_json_lines
 from common.run_record import content_digest, short_digest
+from reward_models.whisper import best_of_n
 from speech.adapters import parse_adapters
 from speech.audio import load_short_audio, save_audio
+from speech.codec import SpeechCodec, check_codebook, decode_rollouts
+from speech.error_rate import check_reference_text
 from speech.policy import (
     DEFAULT_CODEC,
     Policy,
@@ -65,6 +68,7 @@ from speech.tokens import (
 )
 from speech.transcript_file import TranscriptFile
 from speech.whisper_checkpoint import DEFAULT_WHISPER
+from speech.whisper_scorer import WhisperScorer
 
 FLAGS_OF_TASKS = {  # which the other task would ignore
     "tts": ("ref_audio", "ref_text", "best_of", "language", "whisper"),
@@ -159,15 +163,10 @@ def write_list(path: Path, rows: list[dict]) -> None:
 
 def synthesize(args: argparse.Namespace) -> None:
     """Text to wav files; exits with 1 if none could be written."""
-    # Imported here: --help and bad flags need not wait for it
-    from speech.codec import SpeechCodec, check_codebook, decode_rollouts
-
     with bad_input_exits():
         texts = read_texts(args)
         check_texts(texts)
         if args.best_of > 1:
-            from speech.error_rate import check_reference_text
-
             for text in texts:  # Whisper is to score it
                 check_reference_text(text, args.language)
         ref_wav = load_short_audio(args.ref_audio, args.max_length) if args.ref_audio else None
@@ -187,9 +186,6 @@ def synthesize(args: argparse.Namespace) -> None:
         policy.encode(prompts, args.max_length)  # raises for a text too long, before Whisper is loaded
         scorer = None
         if args.best_of > 1:
-            from reward_models.whisper import best_of_n
-            from speech.whisper_scorer import WhisperScorer
-
             whisper = args.whisper or recorded("whisper", DEFAULT_WHISPER)
             scorer = WhisperScorer(whisper, device)
             scorer.check_languages([args.language])
@@ -241,8 +237,6 @@ def load_clips(
     Raises:
         InputError: no such clips, or codes that the policy's `tokens` lack.
     """
-    from speech.codec import SpeechCodec
-
     if args.audio is not None:
         wavs = [load_short_audio(path, args.max_length) for path in args.audio]
         codes = SpeechCodec.from_pretrained(codec_id, device).encode(wavs)

@@ -61,6 +61,11 @@ from common.dataset_io import (
     open_source,
     path_and_bytes,
 )
+from common.resumable_file import ResumableFile
+from speech.audio import audio_failure, load_audio, save_audio
+from speech.measures import MIN_SECONDS
+from speech.melody_edits import MIN_VOICED, difference_st, flattened, melody_of, mistimed, swapped, with_melody
+from speech.tokens import SAMPLE_RATE
 
 KINDS = ("flattened", "swapped", "mistimed")
 CONTROL = "transposed"
@@ -103,10 +108,6 @@ class Recordings:
 
     def wav(self, index: int) -> np.ndarray | None:
         """float32 mono at 16 kHz; None for one that cannot be read, is silent, or is too short or too long."""
-        from speech.audio import audio_failure, load_audio
-        from speech.measures import MIN_SECONDS
-        from speech.tokens import SAMPLE_RATE
-
         path, data = path_and_bytes(self.source.rows[index][self.source.columns["audio"]])
         if not (data or path):
             return None
@@ -119,8 +120,6 @@ class Recordings:
 
     def _melody(self, index: int) -> np.ndarray | None:
         """`melody_of` a recording; None for one without enough voice."""
-        from speech.melody_edits import MIN_VOICED, melody_of
-
         wav = self.wav(index)
         if wav is None:
             return None
@@ -157,8 +156,6 @@ def spoiled_melodies(
     recordings: Recordings, index: int, kinds: list[str], rng: np.random.Generator
 ) -> dict[str, np.ndarray | None]:
     """By kind, what becomes of a recording's melody; None where there is no other recording to swap with."""
-    from speech.melody_edits import flattened, mistimed, swapped
-
     melody, spoiled = recordings.melody(index), {}
     for kind in kinds:
         if kind == "flattened":
@@ -177,8 +174,6 @@ def pairs_of(
     recordings: Recordings, index: int, neutral: Recordings | None, neutral_row: int | None, args: argparse.Namespace
 ) -> tuple[list[tuple[str, np.ndarray, np.ndarray]], Counter]:
     """Kind, better and worse clip of each pair of a recording, and how many pairs were not made, by reason."""
-    from speech.melody_edits import difference_st, with_melody
-
     outcomes = Counter()
     rng = np.random.default_rng([args.seed, index])
     wav = recordings.wav(index) if recordings.texts[index] else None
@@ -217,8 +212,6 @@ def write_pairs(
     pairs: list[tuple[str, np.ndarray, np.ndarray]], index: int, recordings: Recordings, folder: Path, codec
 ) -> list[dict]:
     """The rows of a recording's pairs, their clips written into `folder`."""
-    from speech.audio import save_audio
-
     rows = []
     carried = recordings.carried(index)
     for kind, better, worse in pairs:
@@ -246,9 +239,6 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    # Imported here: --help and bad flags need not wait for them
-    from common.resumable_file import ResumableFile
-
     set_up_logging("make_preferences")
     with bad_input_exits():
         check_args(args)

@@ -19,8 +19,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, set_seed
 import inference
 from reward_models.whisper import best_of_n
 from reward_whisper import reward
-from speech import codec as speech_codec
-from speech import whisper_scorer
 from speech.audio import load_audio, save_audio
 from speech.policy import Policy, Sample
 from speech.tokens import asr_prompt, tts_prompt
@@ -36,7 +34,7 @@ def policy_path(tmp_path_factory):
 
 @pytest.fixture
 def codec(monkeypatch):
-    monkeypatch.setattr(speech_codec, "SpeechCodec", ToneCodec)
+    monkeypatch.setattr(inference, "SpeechCodec", ToneCodec)
     monkeypatch.setattr(ToneCodec, "loaded", [])
     monkeypatch.setattr(ToneCodec, "decoded", [])
     return ToneCodec
@@ -124,7 +122,7 @@ def test_best_of_keeps_the_clip_that_whisper_rewards_most(policy_path, codec, tm
             assert texts == ["hello"] * 6 and languages == ["en"] * 6
             return [Score("", 1 / len(wav), 0.5, 1, 1) for wav in wavs]  # the longest is the best
 
-    monkeypatch.setattr(whisper_scorer, "WhisperScorer", Scorer)
+    monkeypatch.setattr(inference, "WhisperScorer", Scorer)
     rollouts = {i: Sample([1] * n, False) for i, n in enumerate(lengths)}
     batches = [{i: rollouts[i] for i in batch} for batch in ([4, 0, 1], [2, 5, 3])]  # in any order
     monkeypatch.setattr(Policy, "samples_by_batch", lambda self, prompts, **_: iter(batches))

@@ -10,7 +10,6 @@ from clips import tone, write_rows
 from fake_vowel import falling, vowel
 
 import make_preferences
-from speech import melody_edits
 from speech.audio import save_audio
 from speech.melody_edits import PEAK, melody_of, with_melody
 
@@ -64,7 +63,7 @@ def test_the_better_side_has_the_recordings_melody_and_the_flattened_one_has_non
 
 def test_both_sides_have_been_through_praat(recordings, tmp_path, monkeypatch):
     """With a spoiled melody that is the recording's, the sides are one waveform: Praat's sound is on both."""
-    monkeypatch.setattr(melody_edits, "flattened", lambda melody, rng: melody)
+    monkeypatch.setattr(make_preferences, "flattened", lambda melody, rng: melody)
     monkeypatch.setattr(make_preferences, "TRANSPOSED_ST", 0.0)
     for pair in run(recordings, tmp_path / "pairs.jsonl", "--kinds", "flattened", "--min_change", "0"):
         chosen, rejected = clips(pair, tmp_path)

@@ -56,10 +56,7 @@ from speech.tokens import MAX_COMPLETION_LENGTH, MAX_LENGTH, TASKS
 from speech.whisper_checkpoint import DEFAULT_WHISPER
 
 FLAGS_OF_TASKS = {  # which the other task would ignore; --cycle of tts reads --max_completion_length
-    "tts": (
-        *("judge", "whisper", "references", "best_of", "adapters", "cycle"),
-        *("speaker_encoder", "dnsmos", "token2text"),
-    ),
+    "tts": tuple("judge whisper references best_of adapters cycle speaker_encoder dnsmos token2text".split()),
     "asr": ("split", "long_s"),
 }
 

@@ -21,28 +21,26 @@ OPTIMIZER_STATES = ("optimizer*", "global_step*")
 # AdamW's, and another one would be ignored
 DECISIVE = {
     "script": ("method", "task"),
-    "recipe": (
-        *("seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay"),
-        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_generations", "num_iterations"),
-        *("max_length", "max_completion_length", "temperature", "top_p", "min_p", "beta", "epsilon", "loss_type"),
-        *("loss_weights", "label_smoothing", "scale_rewards", "multi_objective_aggregation", "credit"),
-        *("importance_sampling_level", "mask_truncated_completions", "train_sampling_strategy"),
-        *("top_k", "repetition_penalty", "generation_kwargs", "epsilon_high", "delta"),
-        *("use_bias_correction_kl", "disable_dropout", "shuffle_dataset", "lr_scheduler_kwargs", "optim_args"),
-        *("entropy_coef", "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"),
-        *("entropy_target", "top_entropy_quantile", "off_policy_mask_threshold", "cast_lm_head_to_fp32"),
-        *("use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
-        *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min"),
-        *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos"),
-        *("vespo_k_neg", "vespo_lambda_neg", "packing", "packing_strategy"),
-        *("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"),
-    ),
+    "recipe": """
+        seed data_seed learning_rate lr_scheduler_type warmup_steps optim weight_decay
+        adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_generations num_iterations
+        max_length max_completion_length temperature top_p min_p beta epsilon loss_type
+        loss_weights label_smoothing scale_rewards multi_objective_aggregation credit
+        importance_sampling_level mask_truncated_completions train_sampling_strategy
+        top_k repetition_penalty generation_kwargs epsilon_high delta
+        use_bias_correction_kl disable_dropout shuffle_dataset lr_scheduler_kwargs optim_args
+        entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta
+        entropy_target top_entropy_quantile off_policy_mask_threshold cast_lm_head_to_fp32
+        use_vllm vllm_importance_sampling_correction vllm_importance_sampling_mode
+        vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+        sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
+        vespo_k_neg vespo_lambda_neg packing packing_strategy
+        ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau
+    """.split(),
     "model": ("use_peft",),
 }
-DIFFRO = (
-    *("diffro_weight", "diffro_filter", "diffro_labels", "gumbel_temperature", "gumbel_temperature_end"),
-    *("gumbel_hard", "gumbel_draws"),
-)
+DIFFRO = ("diffro_weight", "diffro_filter", "diffro_labels")
+DIFFRO += ("gumbel_temperature", "gumbel_temperature_end", "gumbel_hard", "gumbel_draws")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 # Files and models, which may have another name by now
 SOURCES = ("dataset", "split", "codec_id", "whisper", "speaker_encoder", "token2text", "preference_model")

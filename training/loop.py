@@ -18,9 +18,8 @@ from training.gradients import check_gradient
 POOL_BATCHES = 50  # the rows of so many batches are sorted by length, so that little is padded
 CHECKPOINT = "checkpoint.pt"  # in the output folder during training
 # Arguments that a resumed run may change
-FREE_ARGUMENTS = (
-    *("output_dir", "features_dir", "device", "logging_steps", "save_steps", "resume_from_checkpoint", "debug"),
-)
+FREE_ARGUMENTS = ("output_dir", "features_dir", "device", "debug")
+FREE_ARGUMENTS += ("logging_steps", "save_steps", "resume_from_checkpoint")
 
 
 def text_key(text: str) -> str:

@@ -61,10 +61,8 @@ OF_MODEL = {
     "use_bnb_nested_quant": "quantized weights are not supported",
     "bnb_4bit_quant_storage": "quantized weights are not supported",
 }
-LORA_SETTINGS = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-    *("use_rslora", "use_dora"),
-)
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+LORA_SETTINGS += ("lora_target_modules", "lora_target_parameters")
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CHOICES = {
     "importance_sampling_level": ("token", "sequence"),

@@ -63,7 +63,7 @@ from common.cli import (
 )
 from common.dataset_io import check_codes, check_texts, load_any_dataset
 from common.run_record import content_digest, short_digest, write_run
-from reward_models.preference import MELODY, WEIGHTS_FILE, PreferenceModel, with_melody
+from reward_models.preference import MELODY, WEIGHTS_FILE, PreferenceModel, with_pitch_features
 from speech.audio import load_audio
 from speech.codec import SpeechCodec
 from speech.pitch import pitch_track
@@ -141,7 +141,7 @@ def clip_of(row: dict, side: str, folder: Path, codec: SpeechCodec | None) -> Cl
 
 
 def encode_clips(clips: list[Clip], whisper: WhisperScorer, codec: SpeechCodec | None, folder: Path) -> set[str]:
-    """Write `with_melody` of each clip that has no features yet, float16, to `folder`/<name>.npy.
+    """Write `with_pitch_features` of each clip that has no features yet, float16, to `folder`/<name>.npy.
 
     Returns:
         The names of the clips that have none: unreadable, silent or not finite.
@@ -158,7 +158,7 @@ def encode_clips(clips: list[Clip], whisper: WhisperScorer, codec: SpeechCodec |
             if features is None:
                 failed.add(clip.name)
                 continue
-            array = with_melody(features, pitch_track(wav)).half().cpu().numpy()
+            array = with_pitch_features(features, pitch_track(wav)).half().cpu().numpy()
             write_whole(folder / f"{clip.name}.npy", partial(save_array, array=array))
         bar.update(len(batch))
     bar.close()

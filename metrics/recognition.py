@@ -49,7 +49,7 @@ KINDS = ("substitutions", "deletions", "insertions")
 
 
 @dataclass(frozen=True)
-class Clip:
+class RecognitionClip:
     """Speech codes and their reference text, "" without speech; keywords as `select_rl_data.py` finds them."""
 
     id: str
@@ -65,7 +65,7 @@ class Clip:
 
 def read_clips(
     path: str, split: str, language: str, num_codes: int, codec: Callable[[], SpeechCodec], max_length: int
-) -> list[Clip]:
+) -> list[RecognitionClip]:
     """The clips of a dataset with codes, or with audio.
 
     Args:
@@ -101,7 +101,7 @@ def read_clips(
     else:
         codes = codec().encode(_recordings(rows.column_names, path, split, max_length))
     return [
-        Clip(str(i if ids[i] in (None, "") else ids[i]), codes[i], text, languages[i], keywords[i] or [])
+        RecognitionClip(str(i if ids[i] in (None, "") else ids[i]), codes[i], text, languages[i], keywords[i] or [])
         for i, text in enumerate(texts)
     ]
 
@@ -136,7 +136,7 @@ def _recordings(columns: list[str], path: str, split: str, max_length: int) -> l
     return wavs
 
 
-def with_all_keywords(clips: list[Clip]) -> list[Clip]:
+def with_all_keywords(clips: list[RecognitionClip]) -> list[RecognitionClip]:
     """The clips, each with the keywords of all clips, so that a keyword in the wrong transcript lowers precision."""
     keywords = sorted({keyword for clip in clips for keyword in clip.keywords})
     return [replace(clip, keywords=keywords) for clip in clips]
@@ -145,7 +145,7 @@ def with_all_keywords(clips: list[Clip]) -> list[Clip]:
 # --- Metrics ----------------------------------------------------------------------------------------------
 
 
-def transcript_entry(clip: Clip, transcript: Transcript, seed: int | None) -> dict:
+def transcript_entry(clip: RecognitionClip, transcript: Transcript, seed: int | None) -> dict:
     """All measurements of one transcript, ready for JSON; "ref_length" and the errors in words or characters."""
     entry = {
         "id": clip.id,
@@ -244,7 +244,9 @@ def summarize(row: dict, first: dict, long_s: float) -> dict:
 # --- Rows -------------------------------------------------------------------------------------------------
 
 
-def load_clips(args: argparse.Namespace, models: dict[str, str], codec: Callable[[], SpeechCodec]) -> list[Clip]:
+def load_clips(
+    args: argparse.Namespace, models: dict[str, str], codec: Callable[[], SpeechCodec]
+) -> list[RecognitionClip]:
     """The clips of --clips, each with the keywords of all; InputError for codes that a model's tokenizer lacks."""
     model_tokens = [load_tokenizer(path, "asr")[1] for path in models.values()]
     num_codes = min(tokens.num_codes for tokens in model_tokens)
@@ -256,7 +258,12 @@ def load_clips(args: argparse.Namespace, models: dict[str, str], codec: Callable
 
 
 def transcribed_clips(
-    policy: Policy, args: argparse.Namespace, clips: list[Clip], temperature: float, seed: int | None, label: str
+    policy: Policy,
+    args: argparse.Namespace,
+    clips: list[RecognitionClip],
+    temperature: float,
+    seed: int | None,
+    label: str,
 ) -> list[dict]:
     """A `transcript_entry` of each clip."""
     if seed is not None:
@@ -279,7 +286,7 @@ def row_summary(row: dict, units: str) -> str:
     return f"{row['name']}: {len(row['clips'])} transcripts, {error_unit(units)} {rate}"
 
 
-def digests_of(models: dict[str, str], codec_id: str, clips: list[Clip]) -> dict:
+def digests_of(models: dict[str, str], codec_id: str, clips: list[RecognitionClip]) -> dict:
     """What tells the models and clips from others of the same names; see `result_files.open_results`."""
     contents = {f"content of {name}": content_digest(name) for name in sorted({*models.values(), codec_id})}
     return {"clips": short_digest(vars(clip) for clip in clips), **contents}

@@ -42,7 +42,7 @@ ST_PER_UNIT, DB_PER_UNIT = 2.0, 5.0  # about the deviation within a clip: Whispe
 MELODY = f"{ST_PER_UNIT:g}st-{DB_PER_UNIT:g}dB"  # saved beside what was trained on these units
 
 
-def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
+def with_pitch_features(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
     """Whisper's features of a clip, shape (frames, width), and beside them its melody: (frames, width + 3).
 
     Voice is 1 or 0; F0 is relative to the clip's median, in units of 2 semitones; the level is below that of the
@@ -52,7 +52,7 @@ def with_melody(features: torch.Tensor, track: PitchTrack) -> torch.Tensor:
 
     >>> import numpy as np
     >>> track = PitchTrack(np.array([0.01, 0.03]), 12 * np.log2([100, 200]), np.array([-20.0, -20.0]))
-    >>> with_melody(torch.zeros(3, 1), track).tolist()
+    >>> with_pitch_features(torch.zeros(3, 1), track).tolist()
     [[0.0, 1.0, -3.0, 0.0], [0.0, 1.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
     melody = np.zeros((len(features), MELODY_WIDTH))
@@ -161,7 +161,7 @@ class PreferenceModel(nn.Module):
         """One vector a clip, shape (batch, hidden size); equal to that of each clip alone.
 
         Args:
-            features: `with_melody` of each clip, shape (frames, width + 3), ragged.
+            features: `with_pitch_features` of each clip, shape (frames, width + 3), ragged.
             texts: as written.
         """
         speech, speech_there = self._padded([item.to(self.device, torch.float32) for item in features])

@@ -5,14 +5,14 @@ import math
 import numpy as np
 
 from reward_models.parts import Part
-from speech.melody import asks, final_movement_st, rise_share
+from speech.melody import asks, final_movement_st, rise_score
 from speech.tokens import CODES_PER_SECOND
 
-END_S = 0.6  # a final rise and the silence behind it
+END_PART_S = 0.6  # a final rise and the silence behind it
 
 
 class QuestionReward:
-    """`rise_share` of the final movement for a yes-no question, 1 minus it for a statement, in [0, 1].
+    """`rise_score` of the final movement for a yes-no question, 1 minus it for a statement, in [0, 1].
 
     A text that is neither has no reward (None, which TRL leaves out). A failed rollout, or one without a voice
     in the 2 to 0.25 s before its last voice, earns 0.
@@ -38,8 +38,8 @@ class QuestionReward:
         movement_st = float("nan") if rollouts.failures[i] else final_movement_st(rollouts.pitch_track(i))
         if np.isnan(movement_st):
             return 0.0
-        share = rise_share(movement_st)
-        return share if question else 1.0 - share
+        score = rise_score(movement_st)
+        return score if question else 1.0 - score
 
     def parts(self, rollouts, i: int) -> dict[str, Part] | None:
         """The end, with the reward. None where the reward does not concern the rollout, or it failed."""
@@ -47,4 +47,4 @@ class QuestionReward:
         if value is None or rollouts.failures[i]:
             return None
         seconds = len(rollouts.codes[i]) / CODES_PER_SECOND
-        return {"end": Part(value, seconds - END_S, math.inf)}
+        return {"end": Part(value, seconds - END_PART_S, math.inf)}

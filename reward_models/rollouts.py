@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.averages import mean_of_known
-from reward_models.preference import PreferenceModel, with_melody
+from reward_models.preference import PreferenceModel, with_pitch_features
 from reward_models.token2text import Token2Text
 from speech.audio import audio_failure
 from speech.codec import SpeechCodec, check_codebook, decode_rollouts
@@ -90,7 +90,7 @@ class Rollouts:
     @cached_property
     def preferences(self) -> list[float]:
         heard = [
-            None if failure else with_melody(score.features, self.pitch_track(i))
+            None if failure else with_pitch_features(score.features, self.pitch_track(i))
             for i, (failure, score) in enumerate(zip(self.failures, self.scores, strict=True))
         ]
         return self.models.preference_model.score(heard, self.texts)

@@ -34,7 +34,7 @@ class WhisperReward:
 
     __name__ = "whisper"
     needs = ("codec", "whisper")
-    whole_share = 0.5  # beside `parts`: insertions are of no word
+    whole_frac = 0.5  # beside `parts`: insertions are of no word
 
     def __init__(
         self,

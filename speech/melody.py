@@ -129,10 +129,10 @@ def final_movement_st(track: PitchTrack) -> float:
     return float(np.median(track.f0[to_end < END_S]) - np.median(before))
 
 
-def rise_share(movement_st: float) -> float:
+def rise_score(movement_st: float) -> float:
     """0 for a fall, 1 for a rise of 6 semitones or more, linear between: 4.5 semitones are 0.75.
 
-    >>> rise_share(4.5), rise_share(-3.0), rise_share(9.0)
+    >>> rise_score(4.5), rise_score(-3.0), rise_score(9.0)
     (0.75, 0.0, 1.0)
     """
     return float(np.clip((movement_st - FALL_ST) / (RISE_ST - FALL_ST), 0, 1))

@@ -18,7 +18,7 @@ from fake_whisper import save_random_whisper
 
 import train_preference_model
 from common.cli import InputError
-from reward_models.preference import MELODY, PreferenceModel, with_melody
+from reward_models.preference import MELODY, PreferenceModel, with_pitch_features
 from speech.pitch import pitch_track
 from speech.whisper_scorer import WhisperScorer
 from train_preference_model import (
@@ -311,7 +311,7 @@ def test_codes_are_decoded_and_useless_pairs_are_left_out(melodies, whisper, tmp
     [pair] = read_pairs([write_rows(tmp_path / "rows.jsonl", rows)], scorer, codec, tmp_path / "features")
     assert pair.source == "not stated" and pair.kind is None
     [wav] = codec.decode([[20] * 20])
-    expected = with_melody(scorer.encode([wav])[0], pitch_track(wav))
+    expected = with_pitch_features(scorer.encode([wav])[0], pitch_track(wav))
     # Alone and in a batch, and so equal up to float16: a CPU may multiply the two in another order
     assert np.load(pair.chosen) == pytest.approx(expected.numpy(), rel=2e-3, abs=2e-3) and expected.shape == (20, 35)
     assert "3 of 4 pairs left out: 1 of equal clips, 2 with a clip that is unreadable or silent" in caplog.text

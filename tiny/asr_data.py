@@ -30,7 +30,7 @@ FRAC_NOISY = 0.6
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipPlan:
     """A clip before it is put together.
 
     Attributes:
@@ -53,10 +53,10 @@ class Clip:
 def with_few_rare_names(rows: list[dict], seed: int) -> list[dict]:
     """The rows without most of those that have one of RARE_NAMES."""
     rng = random.Random(seed)
-    return [row for row in rows if not Clip((row,), None).keywords or rng.random() < FRAC_RARE]
+    return [row for row in rows if not ClipPlan((row,), None).keywords or rng.random() < FRAC_RARE]
 
 
-def clips_of(rows: list[dict], seed: int) -> list[Clip]:
+def clips_of(rows: list[dict], seed: int) -> list[ClipPlan]:
     """Clips of all rows: FRAC_LONG of them of two or three of a voice, as MAX_SECONDS allows, the rest of one."""
     rng = random.Random(seed)
     speakers = list(dict.fromkeys(row["speaker"] for row in rows))
@@ -67,7 +67,7 @@ def clips_of(rows: list[dict], seed: int) -> list[Clip]:
             count = rng.choice([2, 3]) if rng.random() < FRAC_LONG else 1
             while count > 1 and seconds(left[name][:count]) > MAX_SECONDS:
                 count -= 1
-            clips.append(Clip(tuple(left[name][:count]), snr_db(rng)))
+            clips.append(ClipPlan(tuple(left[name][:count]), snr_db(rng)))
             left[name] = left[name][count:]
     rng.shuffle(clips)
     return clips
@@ -81,12 +81,12 @@ def snr_db(rng: random.Random) -> float | None:
     return rng.uniform(*SNR_DB) if rng.random() < FRAC_NOISY else None
 
 
-def clips_without_speech(count: int, seed: int) -> list[Clip]:
+def clips_without_speech(count: int, seed: int) -> list[ClipPlan]:
     rng = random.Random(seed)
-    return [Clip((), snr_db(rng)) for _ in range(count)]
+    return [ClipPlan((), snr_db(rng)) for _ in range(count)]
 
 
-def mix_clip(clip: Clip, folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
+def mix_clip(clip: ClipPlan, folder: Path, rng: np.random.Generator) -> tuple[np.ndarray, list[tuple]]:
     """The clip, float32 at 16 kHz, and its words: (word, start in s, end in s).
 
     Args:
@@ -116,7 +116,7 @@ def noise(rng: np.random.Generator, wav: np.ndarray, snr_db: float | None) -> np
 
 
 def rows_of(
-    name: str, clips: list[Clip], folder: Path, codec: SpeechCodec, seed: int, chunk: int = 256
+    name: str, clips: list[ClipPlan], folder: Path, codec: SpeechCodec, seed: int, chunk: int = 256
 ) -> tuple[datasets.Dataset, dict[str, list]]:
     """Rows as create_dataset.py writes them, with the columns `id`, `keywords` and `snr_db`; and by id the words.
 

@@ -34,7 +34,7 @@ logger = logging.getLogger("tiny.judge_melody")
 F0_RANGE_HZ = (60, 450)
 MIN_SECONDS = 0.1  # of a clip
 MAX_BELOW_DB = 16.0  # quieter frames, below the loudest, are breath and creak
-END_S = 0.12  # voiced time at the end
+JUDGED_END_S = 0.12  # voiced time at the end
 # The rule raises a question's end to 9.2 semitones above the median, and a word by 6.4; 12 are an octave error.
 RISE_ST = (4.0, 12.0)
 Clips = list[tuple[dict, np.ndarray]]  # of evaluation.py's results, and their waveforms at 16 kHz
@@ -61,9 +61,9 @@ def f0_above_median(wav: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ends_as_question(wav: np.ndarray) -> bool:
-    """Whether the last END_S of voice is in RISE_ST above the clip's median; not in a clip without voice."""
+    """Whether the last JUDGED_END_S of voice is in RISE_ST above the clip's median; not in a clip without voice."""
     times, f0 = f0_above_median(wav)
-    return bool(len(times) and RISE_ST[0] <= np.median(f0[times > times[-1] - END_S]) <= RISE_ST[1])
+    return bool(len(times) and RISE_ST[0] <= np.median(f0[times > times[-1] - JUDGED_END_S]) <= RISE_ST[1])
 
 
 def stands_out(wav: np.ndarray, start_s: float, end_s: float) -> bool:

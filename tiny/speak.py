@@ -80,7 +80,7 @@ def asr_heldout_rows() -> list[dict]:
     ]
 
 
-def with_melody(wav: np.ndarray, text: str, words: list[Word]) -> tuple[np.ndarray, list[Word]]:
+def with_marked_melody(wav: np.ndarray, text: str, words: list[Word]) -> tuple[np.ndarray, list[Word]]:
     """The neutral clip with the melody that the text's marks ask for, and the times of its words."""
     if form(text) == "question":
         return with_question(wav), words
@@ -101,7 +101,7 @@ def record(row: dict, folder: Path) -> list[tuple[Path, dict]]:
     if row["split"] == "heldout":
         takes.append((folder / NEUTRAL_FOLDER, {**row, "melody": "neutral"}, wav, words))
     if row["melody"] == "right":
-        wav, words = with_melody(wav, row["text"], words)
+        wav, words = with_marked_melody(wav, row["text"], words)
     takes.append((folder, row, wav, words))
     return [(place, write_clip(place, take, wav, words)) for place, take, wav, words in takes]
 

@@ -17,7 +17,7 @@ def token_advantages(
     rewards: np.ndarray,
     parts: list[list[dict[str, Part] | None]],
     weights: list[float],
-    whole_shares: list[float],
+    whole_fracs: list[float],
     lengths: list[int],
     group_size: int,
 ) -> np.ndarray:
@@ -28,11 +28,11 @@ def token_advantages(
         parts: for each reward function and rollout its parts by name; None of a reward without, or of a rollout that
             failed, which takes the reward as a whole.
         weights: of the reward functions.
-        whole_shares: of each reward's weight, how much stays on the whole rollout where there are parts.
+        whole_fracs: of each reward's weight, how much stays on the whole rollout where there are parts.
         lengths: of the rollouts in tokens, with END.
     """
     advantages = np.zeros((len(lengths), max(lengths)))
-    for rewards_of_one, parts_of_one, weight, whole in zip(rewards.T, parts, weights, whole_shares, strict=True):
+    for rewards_of_one, parts_of_one, weight, whole in zip(rewards.T, parts, weights, whole_fracs, strict=True):
         normalised = in_group(rewards_of_one.reshape(-1, group_size)).reshape(-1)
         for row, (advantage, of_rollout) in enumerate(zip(normalised, parts_of_one, strict=True)):
             advantages[row, : lengths[row]] += weight * advantage * (1.0 if of_rollout is None else whole)

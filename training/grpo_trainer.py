@@ -114,7 +114,7 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
             self._own_rewards.cpu().double().numpy(),
             parts,
             self.reward_weights.tolist(),
-            [getattr(reward, "whole_share", 0.0) for reward in self.reward_funcs],
+            [getattr(reward, "whole_frac", 0.0) for reward in self.reward_funcs],
             completion_mask.sum(dim=1).tolist(),
             self.num_generations,
         )

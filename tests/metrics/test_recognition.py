@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Audio, Dataset
 
-from metrics.recognition import Clip, read_clips, summarize, transcript_entry, with_all_keywords
+from metrics.recognition import RecognitionClip, read_clips, summarize, transcript_entry, with_all_keywords
 from speech.codec import SpeechCodec
 from speech.policy import Policy, Transcript
 from speech.tokens import asr_prompt, tts_prompt
@@ -18,11 +18,11 @@ MULTITASK_MODEL = "tiny/llasa_asr"
 NUM_CODES = 4096  # of tiny/codec
 
 
-def clip(text: str, seconds: float = 1.0, keywords: tuple[str, ...] = ("Zagreb", "Split")) -> Clip:
-    return Clip("x", [0] * int(50 * seconds), text, "en", list(keywords))
+def clip(text: str, seconds: float = 1.0, keywords: tuple[str, ...] = ("Zagreb", "Split")) -> RecognitionClip:
+    return RecognitionClip("x", [0] * int(50 * seconds), text, "en", list(keywords))
 
 
-def row_of(transcripts: list[tuple[Clip, Transcript]]) -> dict:
+def row_of(transcripts: list[tuple[RecognitionClip, Transcript]]) -> dict:
     return {"seeds": [0], "clips": [transcript_entry(*one, 0) for one in transcripts]}
 
 

@@ -14,7 +14,7 @@ from fake_whisper import save_random_whisper
 import train
 from common.cli import InputError
 from reward_models import build_rewards, load_config, preference
-from reward_models.preference import PreferenceModel, PreferenceReward, preference_reward, with_melody
+from reward_models.preference import PreferenceModel, PreferenceReward, preference_reward, with_pitch_features
 from reward_models.rollouts import SpeechRolloutScorer
 from speech.pitch import PitchTrack, pitch_track
 from speech.whisper_scorer import WhisperScorer
@@ -53,16 +53,16 @@ def test_melody_beside_the_features():
     track = PitchTrack(
         np.array([0.021, 0.031, 0.065, 0.085]), np.array([80.0, 82, 84, 86]), np.array([-3.0, -5, -9, 0])
     )
-    heard = with_melody(features, track)
+    heard = with_pitch_features(features, track)
     assert torch.equal(heard[:, :2], features)
     expected = [[0, 0, 0], [1, -2 / 2, -4 / 5], [0, 0, 0], [1, 1 / 2, -9 / 5]]
     assert heard[:, 2:].tolist() == pytest.approx(np.array(expected))
     nothing = np.zeros(0)
-    assert not with_melody(features, PitchTrack(nothing, nothing, nothing))[:, 2:].any()
+    assert not with_pitch_features(features, PitchTrack(nothing, nothing, nothing))[:, 2:].any()
 
 
 def test_a_higher_voice_has_the_same_melody():
-    low, high = (with_melody(torch.zeros(25, 1), pitch_track(falling(0.5, 1.5 * hz, hz))) for hz in (100, 140))
+    low, high = (with_pitch_features(torch.zeros(25, 1), pitch_track(falling(0.5, 1.5 * hz, hz))) for hz in (100, 140))
     voiced = (low[:, 1] * high[:, 1]).bool()  # a low voice is told two frames later than a high one
     assert voiced.sum() > 20 and low[voiced, 2].tolist() == pytest.approx(high[voiced, 2].tolist(), abs=0.2)
     assert low[voiced, 2][0] > 0.5 > -0.5 > low[voiced, 2][-1]
@@ -118,7 +118,9 @@ def test_rewards_equal_the_formula_and_failures_earn_nothing(whisper, monkeypatc
     assert sum(passes) == 3  # the clips with sound, once each
     assert rewards[2:] == [0.0] * 4
     wavs = scorer.codec.decode([[20] * 30, [40] * 30])
-    features = [with_melody(item, pitch_track(wav)) for item, wav in zip(whisper.encode(wavs), wavs, strict=True)]
+    features = [
+        with_pitch_features(item, pitch_track(wav)) for item, wav in zip(whisper.encode(wavs), wavs, strict=True)
+    ]
     expected = [1 / (1 + np.exp(-score)) for score in model.score(features, ["hello"] * 2)]
     assert rewards[:2] == pytest.approx(expected, abs=1e-6) and rewards[0] != rewards[1]
     wrong = [score.wer for score in scorer.rollouts.scores[:2]]

@@ -17,7 +17,7 @@ from speech.melody import (
     is_emphasised,
     is_rise,
     marked_word_scores,
-    rise_share,
+    rise_score,
     words_to_emphasise,
 )
 from speech.pitch import PitchTrack, pitch_track
@@ -98,9 +98,9 @@ def test_final_movement_by_hand():
     assert np.isnan(final_movement_st(pitch_track(np.zeros(16_000, np.float32))))
 
 
-@pytest.mark.parametrize(("movement_st", "share"), [(-3.0, 0.0), (0.0, 0.0), (1.5, 0.25), (4.5, 0.75), (9.0, 1.0)])
-def test_rise_share(movement_st, share):
-    assert rise_share(movement_st) == share
+@pytest.mark.parametrize(("movement_st", "score"), [(-3.0, 0.0), (0.0, 0.0), (1.5, 0.25), (4.5, 0.75), (9.0, 1.0)])
+def test_rise_score(movement_st, score):
+    assert rise_score(movement_st) == score
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import soundfile as sf
 
 from speech.tokens import SAMPLE_RATE
 from tiny import asr_data
-from tiny.asr_data import FRAC_NOISY, Clip
+from tiny.asr_data import FRAC_NOISY, ClipPlan
 
 WORDS = {"Rebecca *lost* it.": ["rebecca", "lost", "it"], "Did Peter lose it?": ["did", "peter", "lose", "it"]}
 RARE, COMMON = WORDS
@@ -48,9 +48,9 @@ def test_rare_names_become_rare():
 
 
 def test_texts_have_no_marks_and_keywords_are_the_rare_names():
-    clip = Clip(tuple(rows(2)), None)
+    clip = ClipPlan(tuple(rows(2)), None)
     assert clip.text == "Rebecca lost it. Did Peter lose it?" and clip.keywords == ["Rebecca"]
-    assert Clip((), None).text == "" and Clip((), 20.0).keywords == []
+    assert ClipPlan((), None).text == "" and ClipPlan((), 20.0).keywords == []
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def folder(tmp_path):
 
 def test_joined_recordings_keep_the_times_of_their_words(folder):
     first, second = rows(2)
-    wav, words = asr_data.mix_clip(Clip((first, second), None), folder, np.random.default_rng(0))
+    wav, words = asr_data.mix_clip(ClipPlan((first, second), None), folder, np.random.default_rng(0))
     assert len(wav) == 4_000 + 3_200 + 4_000  # 0.2 s of pause
     assert np.abs(wav[4_000:7_200]).max() == 0 and np.abs(wav[7_200:]).max() == pytest.approx(0.2, abs=1e-3)
     assert [word for word, _, _ in words] == "rebecca lost it did peter lose it".split()
@@ -72,8 +72,8 @@ def test_joined_recordings_keep_the_times_of_their_words(folder):
 
 def test_noise_has_the_level_that_is_asked_for(folder):
     (row,) = rows(1)
-    clean, _ = asr_data.mix_clip(Clip((row,), None), folder, np.random.default_rng(0))
-    noisy, _ = asr_data.mix_clip(Clip((row,), 20.0), folder, np.random.default_rng(0))
+    clean, _ = asr_data.mix_clip(ClipPlan((row,), None), folder, np.random.default_rng(0))
+    noisy, _ = asr_data.mix_clip(ClipPlan((row,), 20.0), folder, np.random.default_rng(0))
     assert 20 * np.log10(clean.std() / (noisy - clean).std()) == pytest.approx(20, abs=0.1)
 
 
@@ -90,7 +90,7 @@ def test_rows_have_the_columns_of_a_data_set(folder):
         def encode(self, wavs):
             return [[0] * (len(wav) // 320) for wav in wavs]
 
-    clips = [Clip(tuple(rows(2)), None), Clip((), None)]
+    clips = [ClipPlan(tuple(rows(2)), None), ClipPlan((), None)]
     made, words = asr_data.rows_of("pool", clips, folder, CountingCodec(), seed=0, chunk=1)
     assert made["id"] == ["pool_00000", "pool_00001"] and made["text"] == [clips[0].text, ""]
     assert made["keywords"] == [["Rebecca"], []] and made["speaker"] == ["joe", None]

@@ -64,7 +64,7 @@ def asr_metrics() -> dict:
     clips = [("short", 100, "Anna found boxes."), ("long", 200, "Anna found boxes."), ("non-speech", 100, "")]
     entries = []
     for name, num_codes, text in clips:
-        clip = recognition.Clip(name, [0] * num_codes, text, "en", ["Anna"])
+        clip = recognition.RecognitionClip(name, [0] * num_codes, text, "en", ["Anna"])
         entries.append(recognition.transcript_entry(clip, Transcript("Anna found books.", False), seed=0))
     row = {"name": "model", "seeds": [0], "clips": entries}
     return recognition.summarize(row, first=row, long_s=3)

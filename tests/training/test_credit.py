@@ -100,8 +100,8 @@ def test_words_are_heard_in_their_places():
 
 def test_half_of_the_whisper_reward_stays_on_the_whole_rollout():
     """Its words have the other half; nothing stays there of a reward whose parts are all that it is about."""
-    shares = [getattr(reward, "whole_share", 0.0) for reward in (WhisperReward, EmphasisReward, QuestionReward)]
-    assert shares == [0.5, 0.0, 0.0]
+    whole_fracs = [getattr(reward, "whole_frac", 0.0) for reward in (WhisperReward, EmphasisReward, QuestionReward)]
+    assert whole_fracs == [0.5, 0.0, 0.0]
 
 
 def test_without_times_of_words_there_are_no_parts():

@@ -218,32 +218,19 @@ class Token2Text(nn.Module):
             log_probs[column] = head((weights * states).sum(1)).log_softmax(-1)
         return log_probs
 
-    def log_prob(
-        self,
-        codes: list[list[int]] | torch.Tensor,
-        texts: list[str],
-        languages: list[str] | str = "en",
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Mean log P of each text's tokens given the codes: shape (batch,), differentiable in soft codes.
+    def log_prob(self, codes: list[list[int]], texts: list[str], languages: list[str]) -> torch.Tensor:
+        """Mean log P of each text's tokens given the codes: shape (batch,).
 
         Args:
-            codes: ragged; or a tensor (batch, time) or (batch, time, num_codes), with its `mask` (batch, time).
+            codes: ragged.
             texts: as written; they are normalised as for the error rate.
-            languages: Whisper's codes, one for all or one per text.
+            languages: Whisper's codes, one per text.
         """
-        if not isinstance(codes, torch.Tensor):
-            codes, mask = self.pad(codes)
-        if mask is None:
-            mask = torch.ones(codes.shape[:2], dtype=torch.bool, device=codes.device)
-        states, mask = self.encode(self.embed(codes), mask)
-        languages = [languages] * len(texts) if isinstance(languages, str) else languages
-        return self.text_log_probs(states, mask, self.text_ids(texts, languages))
+        return self.text_log_probs(*self.encode(*self._embedded(codes)), self.text_ids(texts, languages))
 
     @torch.inference_mode()
-    def score(self, codes: list[list[int]], texts: list[str], languages: list[str] | str = "en") -> list[float]:
+    def score(self, codes: list[list[int]], texts: list[str], languages: list[str]) -> list[float]:
         """`log_prob` of any number of rollouts, in batches; −MAX_NLL for a rollout without codes."""
-        languages = [languages] * len(texts) if isinstance(languages, str) else languages
         scores = [-MAX_NLL] * len(codes)
         lengths = {i: len(item) for i, item in enumerate(codes) if len(item)}
         for batch in batches_by_length(lengths, BATCH_SIZE):

@@ -116,10 +116,11 @@ class WhisperScorer:
         model_id_or_path: see `whisper_checkpoint.load_whisper`. Any ModelDimensions, also a window shorter than 30 s.
         device: None is CUDA if there is one; 'cuda' is the process's current device.
         dtype: float16 or float32; None is float16 on a GPU and float32 elsewhere.
-        batch_size: windows per forward pass; None is as many as BATCH_BYTES and MAX_BATCH_SIZE allow.
+    Attributes:
+        batch_size: windows per forward pass, as many as BATCH_BYTES and MAX_BATCH_SIZE allow.
     Raises:
         InputError: see `load_whisper`; or no CUDA here.
-        ValueError: another dtype, or a batch_size below 1.
+        ValueError: another dtype.
     """
 
     def __init__(
@@ -127,7 +128,6 @@ class WhisperScorer:
         model_id_or_path: str | os.PathLike,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
     ):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -135,12 +135,10 @@ class WhisperScorer:
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         if self.dtype not in (torch.float16, torch.float32):
             raise ValueError(f"dtype: openai-whisper decodes in float16 or float32 (got {self.dtype})")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: must be >= 1 (got {batch_size})")
         self.model = load_model(model_id_or_path, self.device, self.dtype)
         dims = self.model.dims
         window_bytes = 2 * dims.n_text_layer * dims.n_audio_ctx * dims.n_text_state * self.dtype.itemsize
-        self.batch_size = batch_size or max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))
+        self.batch_size = max(1, min(MAX_BATCH_SIZE, BATCH_BYTES // window_bytes))
         self.window = dims.n_audio_ctx * SAMPLES_PER_FEATURE  # samples: 480,000 = 30 s for OpenAI's
 
     def score(

@@ -122,7 +122,7 @@ def layer_bytes(s: Shapes) -> int:
     return norms + attention + 4 * s.intermediate * s.activation_bytes
 
 
-def loss_bytes(s: Shapes, trained_head: bool, diffro: int = 0) -> int:
+def loss_bytes(s: Shapes, trained_head: bool, diffro: int) -> int:
     """Bytes the loss of one micro-batch adds at its peak; `diffro`: what `diffro_bytes` says, if it is part of it."""
     tokens = s.rows * s.length
     layer = layer_bytes(s) * tokens

@@ -56,7 +56,7 @@ def test_token_to_text_scores_are_of_clips_with_codes():
     samples = [Sample([1, 2, 3], False), None, Sample([], False)]  # a natural reading has no codes
     clips = [{} for _ in samples]
     add_token2text_scores(model, [Item(str(i), "red hats", "en") for i in range(3)], samples, clips)
-    assert clips[0]["token2text"] == pytest.approx(model.log_prob([[1, 2, 3]], ["red hats"]).item())
+    assert clips[0]["token2text"] == pytest.approx(model.log_prob([[1, 2, 3]], ["red hats"], ["en"]).item())
     assert clips[1:] == [{}, {"token2text": -MAX_NLL}]
 
 

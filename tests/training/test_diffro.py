@@ -300,7 +300,7 @@ def test_a_batch_of_which_nothing_is_kept(folder, tmp_path, method):
 
 
 def test_reward_is_log_prob_of_the_codes_drawn(folder, tmp_path, monkeypatch):
-    """With no noise and the mixture's forward, R is Token2Text.log_prob of the policy's own distributions."""
+    """With no noise and the mixture's forward, R is the model's log P given the policy's own distributions."""
     monkeypatch.setattr(torch, "rand_like", lambda logits: torch.full_like(logits, 0.5))
     trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False, label_columns=("speaker",))
     batch = first_batch(trainer)
@@ -312,7 +312,8 @@ def test_reward_is_log_prob_of_the_codes_drawn(folder, tmp_path, monkeypatch):
     soft = logits[..., first : first + 64].softmax(-1)
     spoken = (batch["completion_ids"] >= first) & batch["completion_mask"].bool()
     states = trainer.token2text.encode(trainer.token2text.embed(soft), spoken)
-    rewards = trainer.token2text.log_prob(soft, batch["diffro_text"], mask=spoken)
+    text_ids = trainer.token2text.text_ids(batch["diffro_text"], ["en"] * len(spoken))
+    rewards = trainer.token2text.text_log_probs(*states, text_ids)
     rewards = rewards + trainer.token2text.label_log_probs(*states)["speaker"][:, 1]
     assert -loss.item() == pytest.approx(rewards.mean().item(), rel=1e-4)
 

@@ -172,7 +172,8 @@ def token2text(request) -> Token2Text:
 def test_token2text_takes_what_was_estimated(token2text):
     rows, codes, text = 8, 400, "anna found 2 boxes"
     token2text.requires_grad_(False)
-    measured = peak_bytes(lambda: token2text.score([[3] * codes] * memory.BATCH_SIZE, [text] * memory.BATCH_SIZE))
+    clips = ([[3] * codes] * memory.BATCH_SIZE, [text] * memory.BATCH_SIZE, ["en"] * memory.BATCH_SIZE)
+    measured = peak_bytes(lambda: token2text.score(*clips))
     assert memory.token2text_scoring_bytes(token2text, codes) == pytest.approx(measured, rel=0.15)
 
     embeddings = torch.randn(rows, codes, token2text.t5.config.d_model, requires_grad=True)

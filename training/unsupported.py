@@ -16,6 +16,7 @@ logger = logging.getLogger("train")
 
 # Flag → why another value than its default is refused, and what to do
 EVERYWHERE = {
+    "trust_remote_code": "no code of a checkpoint is run",
     "model_init_kwargs": "TRL gives it to the reference model alone. Use --dtype, --attn_implementation",
     "bf16_full_eval": "held-out rows are computed as the training is",
     "fp16_full_eval": "held-out rows are computed as the training is",
@@ -55,7 +56,6 @@ OF_DPO = {
     "padding_free": "TRL has no padding-free DPO",
 }
 OF_MODEL = {
-    "trust_remote_code": "no code of a checkpoint is run",
     "lora_modules_to_save": "whole modules beside a LoRA cannot be loaded again. Leave it out, or train without LoRA",
     "bnb_4bit_quant_type": "quantized weights are not supported",
     "use_bnb_nested_quant": "quantized weights are not supported",

@@ -1,10 +1,13 @@
 """Flags of TRL that would do nothing here, or break the training, are refused by name."""
 
 import json
+from dataclasses import fields
 
 import pytest
+from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 
 import train
+from training import unsupported
 
 FLAGS = "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl --output_dir x --use_cpu true"
 
@@ -60,3 +63,19 @@ def test_a_cut_distribution_is_warned_of(caplog):
 def test_a_lora_folder_has_the_settings_it_has(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     train.parse_args([*FLAGS.replace("tiny/llasa", str(tmp_path)).split(), "--lora_r", "2"])
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (
+            GRPOConfig,
+            [*unsupported.EVERYWHERE, *unsupported.OF_GRPO, *unsupported.SAMPLING_FLAGS, *unsupported.CHOICES],
+        ),
+        (SFTConfig, [*unsupported.EVERYWHERE, *unsupported.OF_SFT]),
+        (DPOConfig, [*unsupported.EVERYWHERE, *unsupported.OF_DPO]),
+        (ModelConfig, [*unsupported.OF_MODEL, *unsupported.LORA_SETTINGS]),
+    ],
+)
+def test_what_is_refused_is_a_flag(config, names):
+    assert set(names) <= {one.name for one in fields(config)}

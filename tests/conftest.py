@@ -25,3 +25,32 @@ def whisper_tiny_en() -> str:
     if not (folder / "model.bin").is_file():
         pytest.skip(f"Whisper's weights are not there: python -m tiny.whisper_weights tiny.en {folder}")
     return str(folder)
+
+
+# --- A small Llasa of 64 codes, where a test has none of its own ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from fake_llasa import TEXT
+
+    from speech.tokens import prepare_tokenizer
+    from tiny.llasa import new_tokenizer
+
+    tokenizer = new_tokenizer([TEXT], num_codes=64)
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def model(tokenizer):
+    from tiny.llasa import new_model
+
+    return new_model(tokenizer, seed=0, hidden=48, layers=1)
+
+
+@pytest.fixture
+def tokens(tokenizer):
+    from speech.tokens import prepare_tokenizer
+
+    return prepare_tokenizer(tokenizer)

@@ -2,29 +2,11 @@
 
 import pytest
 import torch
-from fake_llasa import TEXT, batch
+from fake_llasa import batch
 
 from common.cli import InputError
 from speech.confined_head import ConfinedHead, confine_head
-from speech.tokens import prepare_model, prepare_tokenizer
-from tiny.llasa import new_model, new_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = new_tokenizer([TEXT], num_codes=64)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture
-def model(tokenizer):
-    return new_model(tokenizer, seed=0, hidden=48, layers=1)
-
-
-@pytest.fixture
-def tokens(tokenizer):
-    return prepare_tokenizer(tokenizer)
+from speech.tokens import prepare_model
 
 
 def test_logits_are_the_full_heads_where_allowed(model, tokenizer, tokens):

@@ -6,30 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_llasa import TEXT
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from speech.tokens import prepare_model, prepare_tokenizer
-from tiny.llasa import new_model, new_tokenizer
+from speech.tokens import prepare_model
 from training import grpo_trainer
 from training.grpo_trainer import SpeechGRPOTrainer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = new_tokenizer([TEXT], num_codes=64)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture
-def model(tokenizer):
-    return new_model(tokenizer, seed=0, hidden=48, layers=1)
-
-
-@pytest.fixture
-def tokens(tokenizer):
-    return prepare_tokenizer(tokenizer)
 
 
 def test_a_metric_that_nobody_could_measure_is_no_value():

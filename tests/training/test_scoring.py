@@ -2,29 +2,12 @@
 
 import pytest
 import torch
-from fake_llasa import TEXT, batch
+from fake_llasa import batch
 from trl.trainer.utils import add_fused_lm_head
 
-from speech.tokens import prepare_model, prepare_tokenizer
-from tiny.llasa import new_model, new_tokenizer
+from speech.tokens import prepare_model
+from tiny.llasa import new_model
 from training.scoring import score_confined
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = new_tokenizer([TEXT], num_codes=64)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture
-def model(tokenizer):
-    return new_model(tokenizer, seed=0, hidden=48, layers=1)
-
-
-@pytest.fixture
-def tokens(tokenizer):
-    return prepare_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

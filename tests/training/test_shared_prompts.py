@@ -1,30 +1,12 @@
 """A long prompt that is read once for its group: the same scores and gradients."""
 
-import pytest
 import torch
 from fake_llasa import TEXT, batch
 
 from speech.tokens import asr_prompt, prepare_model, prepare_tokenizer, prompt_ids
-from tiny.llasa import new_model, new_tokenizer
+from tiny.llasa import new_model
 from training import shared_prompts
 from training.scoring import score_confined
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = new_tokenizer([TEXT], num_codes=64)
-    prepare_tokenizer(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture
-def model(tokenizer):
-    return new_model(tokenizer, seed=0, hidden=48, layers=1)
-
-
-@pytest.fixture
-def tokens(tokenizer):
-    return prepare_tokenizer(tokenizer)
 
 
 def long_prompts(tokenizer, tokens):

@@ -180,6 +180,15 @@ def reward_model_paths(args: argparse.Namespace) -> dict[str, str | None]:
     }
 
 
+def digests(paths: dict[str, str | None], needed: set[str]) -> dict[str, str]:
+    """Of the weights that the rewards need and that are on this disk, by flag."""
+    from common.run_record import content_digest
+
+    read = {name: path for name, path in paths.items() if path and name.removesuffix("_id") in needed}
+    found = {name: content_digest(path) for name, path in read.items()}
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
 def load_rewards(
     args: argparse.Namespace, config: dict, rows: list[dict], policy, device: str
 ) -> tuple[list, list[float], object]:
@@ -217,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
 
     from common.resumable_file import ResumableFile
     from common.run_record import content_digest, short_digest
-    from reward_models import load_config, needs_voice_prompt
+    from reward_models import load_config, models_needed, needs_voice_prompt
     from speech.policy import Policy, load_tokenizer
 
     set_up_logging("sample_preferences")
@@ -231,8 +240,7 @@ def main(args: argparse.Namespace) -> None:
         rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
         run = settings_of(args, FREE_ARGUMENTS)
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
-        paths = reward_model_paths(args)
-        run["reward_weights"] = {name: content_digest(path) for name, path in paths.items() if path}
+        run["reward_weights"] = digests(reward_model_paths(args), models_needed(config, "tts"))
         output = ResumableFile(Path(args.output), run | {"texts": short_digest(rows)}, "pairs", args.overwrite)
         if output.finished:
             logger.info("%s: complete already, nothing to do", output.path)

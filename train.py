@@ -249,7 +249,7 @@ def main(arguments: recipes.Arguments) -> None:
             trainer = grpo_trainer(script_args, training_args, model_args, rewards, tokenizer, tokens)
         check_same_shapes(checkpoint, trainer.model)
         facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
-        facts["reward"] = rewards
+        facts |= {"reward": rewards, "shuffled": getattr(training_args, "shuffle_dataset", True)}
         earlier = check_continues(checkpoint, facts)
     use_own_console_and_card(trainer, script_args, model_args, rewards)
     if trainer.is_world_process_zero():

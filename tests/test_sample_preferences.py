@@ -150,11 +150,15 @@ def test_a_resumed_run_writes_the_same_file(inputs, tmp_path, monkeypatch):
     assert (tmp_path / "killed.jsonl").read_bytes() != (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_file_is_of_one_set_of_reward_models(inputs, tmp_path, caplog):
-    whisper = tmp_path / "whisper.pt"  # which this reward does not read
+def test_a_file_is_of_one_set_of_reward_models(inputs, tmp_path, caplog, monkeypatch):
+    whisper = tmp_path / "whisper.pt"
     whisper.write_bytes(b"one")
-    run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl")
+    pairs = run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl")
     whisper.write_bytes(b"trained further")
+    assert run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl") == pairs  # this reward does not read it
+    paths = {"whisper": str(whisper), "codec_id": "owner/name", "token2text": None}
+    assert list(sample_preferences.digests(paths, {"whisper", "codec", "word_times"})) == ["whisper"]
+    monkeypatch.setattr("reward_models.models_needed", lambda *_: {"whisper"})
     with pytest.raises(SystemExit):
         run([*inputs, "--whisper", str(whisper)], tmp_path / "pairs.jsonl")
     assert "reward_weights" in caplog.text

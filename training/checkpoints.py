@@ -28,7 +28,7 @@ DECISIVE = {
         loss_weights label_smoothing scale_rewards multi_objective_aggregation credit
         importance_sampling_level mask_truncated_completions train_sampling_strategy
         top_k repetition_penalty generation_kwargs epsilon_high delta
-        use_bias_correction_kl disable_dropout shuffle_dataset lr_scheduler_kwargs optim_args
+        use_bias_correction_kl disable_dropout lr_scheduler_kwargs optim_args
         entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta
         entropy_target top_entropy_quantile off_policy_mask_threshold cast_lm_head_to_fp32
         use_vllm vllm_importance_sampling_correction vllm_importance_sampling_mode
@@ -95,6 +95,8 @@ def decisive_settings(record: dict) -> dict:
     for name in ("gradient_accumulation_steps", "steps_per_generation"):
         if recipe.get(name) is not None:
             settings[f"per_device_train_batch_size × {name}"] = micro_batch * recipe[name]
+    # `shuffle_dataset` of an earlier version says False whatever the rows were
+    settings |= {"shuffled": record["shuffled"]} if "shuffled" in record else {}
     return settings | {"rewards": record["reward"]}
 
 
@@ -116,16 +118,16 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
     """
     if checkpoint is None:
         return None
-    if record["recipe"].get("sync_ref_model"):
-        raise InputError(
-            f"{checkpoint}: of a run with --sync_ref_model, whose reference model is in no checkpoint. Start anew from "
-            f"its weights: --model_name_or_path {checkpoint}, and another --output_dir"
-        )
     try:
         earlier = json.loads((Path(checkpoint).parent / "run.json").read_text(encoding="utf-8"))
         before = decisive_settings(earlier)
     except (OSError, ValueError, KeyError):  # none, or of an older version
         return None
+    if earlier["recipe"].get("sync_ref_model"):
+        raise InputError(
+            f"{checkpoint}: of a run with --sync_ref_model, whose reference model is in no checkpoint. Start anew from "
+            f"its weights: --model_name_or_path {checkpoint}, and another --output_dir"
+        )
     now = decisive_settings(json.loads(json.dumps(record, default=str)))
     shared = [name for name in before if name in now]  # another version may have other settings
     changed = changed_settings({name: before[name] for name in shared}, {name: now[name] for name in shared})

@@ -43,6 +43,7 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.shuffle_dataset = False  # rows.one_long_epoch has done it
         self.held_out = held_out
         self.credit = credit
         if credit == "time":
@@ -88,7 +89,7 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         self._own_rewards = rewards[first : first + len(inputs)]
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
-        summed = self.multi_objective_aggregation == "sum_then_normalize"
+        summed = self.multi_objective_aggregation == "sum_then_normalize" and self.credit == "rollout"
         self._frac_without_signal = frac_without_signal(rewards, self.reward_weights, num_generations, summed)
         return rewards
 
@@ -155,10 +156,13 @@ def frac_without_signal(rewards: torch.Tensor, weights: torch.Tensor, num_genera
         weights: (rewards,).
         summed: whether it is the weighted sum that is compared; else each reward by itself.
     """
-    weighted = (rewards * weights.to(rewards.device)).nan_to_num()
-    groups = (weighted.sum(dim=1, keepdim=True) if summed else weighted).unflatten(0, (-1, num_generations))
-    spread = groups.amax(dim=1) - groups.amin(dim=1)
-    return (spread < 1e-6).all(dim=1).float().mean().item()
+    values = rewards * weights.to(rewards.device)
+    if summed:
+        nothing = values.isnan().all(dim=1, keepdim=True)
+        values = values.nansum(dim=1, keepdim=True).masked_fill(nothing, math.nan)
+    groups = values.unflatten(0, (-1, num_generations))
+    largest, least = groups.nan_to_num(-math.inf).amax(dim=1), groups.nan_to_num(math.inf).amin(dim=1)
+    return (largest - least < 1e-6).all(dim=1).float().mean().item()
 
 
 @contextlib.contextmanager

@@ -63,7 +63,7 @@ GRPO_RANGES = TRAINING_RANGES | {
     "epsilon": POSITIVE,
     "temperature": POSITIVE,
     "top_p": (0, False, 1, True),
-    "top_k": NOT_NEGATIVE,
+    "top_k": (-1, True, math.inf, False),  # −1 is vLLM's 0
     "min_p": (0, True, 1, True),
     "repetition_penalty": POSITIVE,
     "num_iterations": COUNT,
@@ -73,7 +73,7 @@ GRPO_RANGES = TRAINING_RANGES | {
 }
 DPO_RANGES = TRAINING_RANGES | {"beta": POSITIVE, "label_smoothing": (0, True, 0.5, False)}
 SCRIPT_RANGES = {
-    "diffro_weight": POSITIVE,
+    "diffro_weight": NOT_NEGATIVE,
     "gumbel_temperature": POSITIVE,
     "gumbel_temperature_end": POSITIVE,
     "gumbel_draws": COUNT,
@@ -399,14 +399,17 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
     first, argv = _first_look(sys.argv[1:] if argv is None else argv)
     show_tracebacks(first.debug is True)
     with bad_input_exits():
-        config = {} if first.config is None else _read_config(first.config)
-        recipe = RECIPES.get(first.method or config.get("method"), GRPORecipe)
+        if first.config is not None and len(first.config) > 1:
+            raise InputError(f"--config: give one file (got {' and '.join(first.config)})")
+        config_path = first.config[0] if first.config else None
+        config = {} if config_path is None else _read_config(config_path)
+        recipe = RECIPES.get(str(first.method or config.get("method")), GRPORecipe)
         # A lone --help is answered below, with fewer flags than the parser would print.
         parser = TrlParser((ScriptArguments, recipe, ModelConfig), description=description, usage="train.py [flags]")
         if {"-h", "--help", "--help_all"} & set(argv):
             _print_help(parser, everything="--help_all" in argv)
             sys.exit(0)
-        _check_names(parser, argv, config, first.config)
+        _check_names(parser, argv, config, config_path)
         with library_errors_are_input("train.py", ValueError):
             script_args, training_args, model_args = parser.parse_args_and_config(argv)
         check_machine(training_args, model_args)
@@ -428,6 +431,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
         _check_evaluation(script_args, training_args)
         if script_args.method == "dpo" and script_args.task != "tts":
             raise InputError(f"--task {script_args.task}: for --method dpo tts only, its pairs are of speech")
+        if script_args.method == "grpo+diffro" and script_args.diffro_weight == 0:
+            raise InputError("--diffro_weight 0: GRPO alone is --method grpo. Use that, or a weight above 0")
         if script_args.method not in RECIPES:
             _fill_in(script_args)
             if training_args.credit == "time" and (script_args.method, script_args.task) != ("grpo", "tts"):
@@ -448,7 +453,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> Argument
 def _first_look(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags that decide how the others are read; and all of them as TrlParser takes them."""
     parser = argparse.ArgumentParser(usage="train.py [flags]", add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?", const="")
+    parser.add_argument("--config", nargs="?", const="", action="append")
     parser.add_argument("--debug", nargs="?", const=True)  # ours has no value, transformers' has one
     parser.add_argument("--method")
     parser.add_argument("--dtype")
@@ -504,7 +509,7 @@ def _check_value(where: str, action: argparse.Action, value: object) -> None:
     if value is None and action.default is None:  # as if it were left out
         return
     if action.dest in TEXTS and not isinstance(value, str):
-        raise InputError(f"{where} must be text (got {value!r})")
+        raise InputError(f"{where} must be text (got {value!r}). Leave it out for its default")
     if action.type not in (int, float) or action.nargs is not None or isinstance(value, str):  # argparse reads these
         return
     whole = action.type is int

@@ -173,7 +173,7 @@ def grpo_dataset(
         steps = math.ceil(training_args.num_train_epochs * epoch_steps)
     num_rows = prompts * math.ceil(steps * accumulation / micro_batches)  # TRL drops what is no whole generation
     seed = training_args.seed if training_args.shuffle_dataset else None
-    training_args.max_steps, training_args.num_train_epochs, training_args.shuffle_dataset = steps, 1, False
+    training_args.max_steps, training_args.num_train_epochs = steps, 1
     parts = [rows for rows in (train, held_out) if rows is not None]
     longest = max(max(rows[LENGTH_COLUMN]) for rows in parts)
     return GRPORows(

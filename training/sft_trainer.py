@@ -14,6 +14,8 @@ class SpeechSFTTrainer(OutputsKeepTheirDtype, SFTTrainer):
     accelerate has rounded to half precision.
     """
 
+    _by_length = None  # the sampler of --train_sampling_strategy group_by_length
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         outputs = ("log_probs", "entropy", "is_top1")  # TRL logs the last two
@@ -22,8 +24,15 @@ class SpeechSFTTrainer(OutputsKeepTheirDtype, SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is LengthGroupedSampler:
-            return SeededLengthGroupedSampler(sampler.batch_size, lengths=sampler.lengths, seed=self.args.seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = self._by_length = SeededLengthGroupedSampler(sampler.batch_size, sampler.lengths, seed)
         return sampler
+
+    def _run_epoch(self, *, epoch: int, **state):
+        """transformers' own `set_epoch` reaches no sampler of a resumed epoch that several processes share."""
+        if self._by_length is not None:
+            self._by_length.epoch = epoch
+        return super()._run_epoch(epoch=epoch, **state)
 
 
 class SeededLengthGroupedSampler(LengthGroupedSampler):
@@ -36,9 +45,6 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths)
         self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch)

@@ -17,7 +17,7 @@ logger = logging.getLogger("train")
 # Flag → why another value than its default is refused, and what to do
 EVERYWHERE = {
     "trust_remote_code": "no code of a checkpoint is run",
-    "model_init_kwargs": "TRL gives it to the reference model alone. Use --dtype, --attn_implementation",
+    "model_init_kwargs": "it does not reach the policy; --dtype and --attn_implementation do",
     "bf16_full_eval": "held-out rows are computed as the training is",
     "fp16_full_eval": "held-out rows are computed as the training is",
     "prediction_loss_only": "it has no effect",
@@ -54,9 +54,10 @@ OF_DPO = {
     "truncation_mode": "a pair that does not fit into --max_length is left out",
     "dataset_num_proc": "rows are tokenized in one process",
     "padding_free": "TRL has no padding-free DPO",
+    "train_sampling_strategy": "pairs have two lengths",
 }
 OF_MODEL = {
-    "lora_modules_to_save": "whole modules beside a LoRA cannot be loaded again. Leave it out, or train without LoRA",
+    "lora_modules_to_save": "whole modules beside a LoRA cannot be loaded again",
     "bnb_4bit_quant_type": "quantized weights are not supported",
     "use_bnb_nested_quant": "quantized weights are not supported",
     "bnb_4bit_quant_storage": "quantized weights are not supported",
@@ -81,7 +82,7 @@ def check_flags(training_args: TrainingArguments, model_args: ModelConfig, lora:
             refuse_changed(training_args, EVERYWHERE | reasons)
     refuse_changed(model_args, OF_MODEL)
     if not lora:
-        refuse_changed(model_args, dict.fromkeys(LORA_SETTINGS, "all weights are trained. Add --use_peft true"))
+        refuse_changed(model_args, dict.fromkeys(LORA_SETTINGS, "all weights are trained, without --use_peft true"))
     if isinstance(training_args, GRPOConfig):
         _check_grpo_flags(training_args)
 
@@ -95,8 +96,8 @@ def refuse_changed(settings: object, reasons: dict[str, str]) -> None:
     for one in fields(settings):
         default = one.default if one.default_factory is MISSING else one.default_factory()
         value = getattr(settings, one.name)
-        if one.name in reasons and value != default:
-            raise InputError(f"--{one.name} {value}: {reasons[one.name]}. Leave --{one.name} out")
+        if one.name in reasons and value is not None and value != default:
+            raise InputError(f"--{one.name} {value}: {reasons[one.name]}. Leave it out, also where a config sets it")
 
 
 def _check_grpo_flags(args: GRPOConfig) -> None:
@@ -125,11 +126,14 @@ def _check_grpo_flags(args: GRPOConfig) -> None:
             f"--scale_rewards {args.scale_rewards}: --multi_objective_aggregation normalize_then_sum scales each "
             "reward by its group's deviation. Use group, or sum_then_normalize"
         )
-    if args.loss_type == "cispo" and args.epsilon_high is None:
+    largest = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo" and largest < 1:
         raise InputError(
-            "--loss_type cispo: needs --epsilon_high, the largest importance weight (TRL's default of 0.2 would weigh "
-            "every token by 0.2). Use 5"
+            f"--loss_type cispo: the largest importance weight, --epsilon_high, must be >= 1 (got {largest:g}, which "
+            "every token would be weighed by). Use --epsilon_high 5"
         )
+    if args.top_k == -1 and not args.use_vllm:
+        raise InputError("--top_k -1: is vLLM's way to say off. Use 0")
 
 
 def check_machine(training_args: TrainingArguments, model_args: ModelConfig) -> None:

@@ -64,6 +64,24 @@ def test_more_steps_than_before_are_warned_of_where_they_change_the_schedule(sch
     assert (f"With 3 the {schedule} schedule of the learning rate is another" in caplog.text) == warned
 
 
+def test_what_a_checkpoint_does_not_hold_ends_the_resuming(tmp_path):
+    def record(**recipe) -> dict:
+        recipe |= {"max_steps": 2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
+        model = {"use_peft": False, "model_name_or_path": "llasa"}
+        return {"script": {"method": "grpo", "task": "tts"}, "recipe": recipe, "model": model, "reward": None}
+
+    checkpoint = str(tmp_path / "checkpoint-1")
+    shuffled = record(shuffle_dataset=False)  # as every run of an earlier version says
+    (tmp_path / "run.json").write_text(json.dumps(shuffled))
+    assert check_continues(checkpoint, shuffled | {"shuffled": True}) == shuffled
+    (tmp_path / "run.json").write_text(json.dumps(shuffled | {"shuffled": True}))
+    with pytest.raises(InputError, match="is of a run with other settings: shuffled"):
+        check_continues(checkpoint, shuffled | {"shuffled": False})
+    (tmp_path / "run.json").write_text(json.dumps(record(sync_ref_model=True)))
+    with pytest.raises(InputError, match="of a run with --sync_ref_model"):
+        check_continues(checkpoint, record(sync_ref_model=False))
+
+
 def small_llama(size: int, lora_rank: int | None = None):
     sizes = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))

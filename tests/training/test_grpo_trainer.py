@@ -61,6 +61,9 @@ def test_groups_without_signal():
     assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=True) == 1.0
     assert grpo_trainer.frac_without_signal(rewards, weights, 2, summed=False) == 0.5
     assert grpo_trainer.frac_without_signal(rewards, torch.tensor([2.0, 1.0]), 2, summed=True) == 0.5
+    missing = torch.tensor([[0.5], [0.5], [math.nan]])
+    for summed in (True, False):
+        assert grpo_trainer.frac_without_signal(missing, weights[:1], 3, summed) == 1.0
 
 
 @pytest.mark.parametrize("prompt_length", [10, 3])

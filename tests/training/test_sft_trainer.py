@@ -11,7 +11,7 @@ def test_each_epoch_has_an_order_of_its_own_whenever_it_begins():
         sampler = SeededLengthGroupedSampler(4, lengths=[5, 9, 2, 7] * 10, seed=1)
         orders = []
         for epoch in epochs:
-            sampler.set_epoch(epoch)
+            sampler.epoch = epoch
             orders.append(list(sampler))
         return orders
 

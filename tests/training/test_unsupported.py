@@ -23,7 +23,13 @@ FLAGS = "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl --outp
         ("diffro", "--token2text tiny/token2text --save_strategy epoch", "--save_strategy epoch: the epochs"),
         ("grpo", "--importance_sampling_level word", "--importance_sampling_level: must be one of token, sequence"),
         ("grpo", "--vllm_importance_sampling_mode tokens", "--vllm_importance_sampling_mode: must be one of"),
-        ("grpo", "--loss_type cispo", "--loss_type cispo: needs --epsilon_high"),
+        ("grpo", "--loss_type cispo", "--loss_type cispo: the largest importance weight, --epsilon_high, must be >= 1"),
+        ("grpo", "--top_k -1", "--top_k -1: is vLLM's way to say off. Use 0"),
+        (
+            "grpo+diffro",
+            "--token2text tiny/token2text --diffro_weight 0",
+            "--diffro_weight 0: GRPO alone is --method grpo",
+        ),
         (
             "grpo",
             "--multi_objective_aggregation normalize_then_sum --scale_rewards none",
@@ -33,7 +39,7 @@ FLAGS = "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl --outp
         ("sft", "--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: it would smooth over tokens"),
         ("sft", "--eos_token <pad>", "--eos_token <pad>: END is Llasa's own token"),
         ("dpo", "--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: DPO's is --label_smoothing"),
-        ("dpo", "--lora_r 4", "--lora_r 4: all weights are trained. Add --use_peft true"),
+        ("dpo", "--lora_r 4", "--lora_r 4: all weights are trained, without --use_peft true"),
         ("sft", "--use_peft true --lora_modules_to_save lm_head", "--lora_modules_to_save ['lm_head']: whole modules"),
         ("sft", "--trust_remote_code true", "--trust_remote_code True: no code of a checkpoint is run"),
     ],
@@ -58,6 +64,12 @@ def test_dictionaries(name, value, caplog):
 def test_a_cut_distribution_is_warned_of(caplog):
     train.parse_args([*FLAGS.split(), "--top_k", "50"])
     assert "--top_k 50: rollouts are sampled from a cut distribution" in caplog.text
+
+
+def test_what_says_the_same_passes(tmp_path):
+    train.parse_args([*FLAGS.split(), "--loss_type", "cispo", "--epsilon", "5"])
+    (tmp_path / "config.yaml").write_text("method: sft\ncompletion_only_loss: null\n")
+    train.parse_args([*FLAGS.split(), "--config", str(tmp_path / "config.yaml")])
 
 
 def test_a_lora_folder_has_the_settings_it_has(tmp_path):

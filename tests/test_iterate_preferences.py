@@ -13,6 +13,7 @@ from fake_judge import FakeJudge
 from fake_policy import FirstWordLostASR, ToneCodec, save_policy
 from safetensors.torch import load_file
 
+import inference
 import iterate_preferences
 from common.cli import InputError
 from metrics import judges, synthesis
@@ -29,8 +30,8 @@ def policy(tmp_path_factory) -> str:
 @pytest.fixture
 def in_process(monkeypatch) -> list[str]:
     """The scripts that were run; in this process, with stand-ins for codec and ASR."""
-    monkeypatch.setattr(speech_codec, "SpeechCodec", ToneCodec)
-    monkeypatch.setattr(synthesis, "SpeechCodec", ToneCodec)
+    for module in (speech_codec, inference, synthesis):
+        monkeypatch.setattr(module, "SpeechCodec", ToneCodec)
     monkeypatch.setattr(synthesis, "WhisperScorer", FirstWordLostASR)
     monkeypatch.setattr(judges, "WhisperScorer", FirstWordLostASR)
     done = []

@@ -190,10 +190,12 @@ def digests(paths: dict[str, str | None], needed: set[str]) -> dict[str, str]:
 
 
 def load_rewards(
-    args: argparse.Namespace, config: dict, rows: list[dict], policy, device: str
+    args: argparse.Namespace, config: dict, paths: dict[str, str | None], rows: list[dict], policy, device: str
 ) -> tuple[list, list[float], object]:
     """The reward functions of a config, their weights, and the `SpeechRolloutScorer` that they score with.
 
+    Args:
+        paths: of `reward_model_paths`.
     Raises:
         InputError: an unusable model, or --max_wer where no reward transcribes the rollouts.
     """
@@ -201,7 +203,7 @@ def load_rewards(
     from training.models import load_rollout_scorer
     from training.recipes import ScriptArguments
 
-    models = ScriptArguments(reward_config=args.reward_config, **reward_model_paths(args))
+    models = ScriptArguments(reward_config=args.reward_config, **paths)
     sampling = SimpleNamespace(device=device, num_generations=args.num_samples)
     languages = {row["rewarded"]["language"] for row in rows}
     scorer = load_rollout_scorer(models, sampling, config, languages, policy.tokenizer, policy.tokens)
@@ -240,14 +242,15 @@ def main(args: argparse.Namespace) -> None:
         rows = read_rows(args, tokens.num_codes, needs_voice_prompt(config, "tts"))
         run = settings_of(args, FREE_ARGUMENTS)
         run |= {"device": device, "reward": config, "weights": content_digest(args.model_name_or_path)}
-        run["reward_weights"] = digests(reward_model_paths(args), models_needed(config, "tts"))
+        paths = reward_model_paths(args)
+        run["reward_weights"] = digests(paths, models_needed(config, "tts"))
         output = ResumableFile(Path(args.output), run | {"texts": short_digest(rows)}, "pairs", args.overwrite)
         if output.finished:
             logger.info("%s: complete already, nothing to do", output.path)
             return
         policy = Policy.from_pretrained(args.model_name_or_path, device)
         policy.encode([row["prompt"] for row in rows], args.max_length)  # raises for a text too long
-        reward_functions, weights, scorer = load_rewards(args, config, rows, policy, device)
+        reward_functions, weights, scorer = load_rewards(args, config, paths, rows, policy, device)
 
     done = output.finished_batches()
     step = max(1, args.batch_size // args.num_samples)

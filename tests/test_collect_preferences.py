@@ -192,7 +192,8 @@ class Listener:
         self.wait(lambda: self.element("choose-none").is_enabled())
 
     def saved(self, folder: Path, count: int) -> Path:
-        self.wait(lambda: len(list(folder.glob("*.jsonl"))) == count)
+        # Chromium reserves the file's name with an empty file before it writes the answers.
+        self.wait(lambda: [path.stat().st_size > 0 for path in folder.glob("*.jsonl")] == [True] * count)
         return max(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
 
 

@@ -12,7 +12,8 @@ Formats, JSON Lines; relative paths start beside the file:
 
     --clips    {"text", "audio"} and optionally "codes", "ref_text" and "ref_codes": what inference.py writes. One
                file: two clips of one text are a pair. Two files: the first's clip of a text against the second's
-    --pairs    {"text", "audio_a", "audio_b"} and optionally "id", "codes_a", "codes_b", "ref_text", "ref_codes"
+    --pairs    {"text", "audio_a", "audio_b"} and optionally "id", "codes_a", "codes_b", "ref_text", "ref_codes",
+               "speaker"
     --planted  {"text", "audio"} ("file_name" in an audiofolder), a good recording, of which a degraded copy is made;
                or {"text", "chosen_audio", "rejected_audio"}, a pair whose better side you know
     --read     {"page", "item", "rater", "choice", "plays", "seconds"}: what the page saves

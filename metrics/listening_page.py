@@ -36,7 +36,7 @@ def build(pairs: list[ClipPair], question: str, seed: int) -> tuple[str, list[di
     Returns:
         The HTML, and a row of the key per pair on the page: "page" (an id of the page), "item" (the pair's id on the
         page), "id", "text", "clips" (A and B), "better" ("A" or "B" of a planted pair, else null), "ref_text" and
-        "ref_codes" if there is a voice prompt.
+        "ref_codes" if there is a voice prompt, "speaker" if it is known.
     """
     rng, noise = random.Random(seed), np.random.default_rng(seed)
     names = rng.sample(range(16**8), len(pairs))
@@ -55,6 +55,7 @@ def build(pairs: list[ClipPair], question: str, seed: int) -> tuple[str, list[di
                 "better": None if pair.better is None else SIDES[order.index(pair.better)],
                 "ref_text": pair.ref_text,
                 "ref_codes": pair.ref_codes,
+                "speaker": pair.speaker,
             }
         )
     page = short_digest([question, *items])

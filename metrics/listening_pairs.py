@@ -41,6 +41,7 @@ class ClipPair:
     Attributes:
         better: 0 or 1, the side that is known to be better, of a planted pair; None of a pair to ask about.
         ref_text, ref_codes: the voice prompt of both, if they had one.
+        speaker: of both, if known.
     """
 
     id: str
@@ -49,6 +50,7 @@ class ClipPair:
     better: int | None = None
     ref_text: str | None = None
     ref_codes: list[int] | None = None
+    speaker: str | None = None
 
 
 # --- Flags ------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def voice_prompt_of(row: dict, where: str) -> tuple[str | None, list[int] | None
 
 
 def read_pairs(path: str) -> list[ClipPair]:
-    """The pairs of a file with a row {"text", "audio_a", "audio_b"} each, and optionally "id", "codes_a", "codes_b"."""
+    """The pairs of a file with a row {"text", "audio_a", "audio_b"} each, and optionally more: docs/preferences.md."""
     pairs, num_equal = [], 0
     for number, row in read_rows(path):
         where, folder = f"{path}, line {number}", Path(path).parent
@@ -150,7 +152,8 @@ def read_pairs(path: str) -> list[ClipPair]:
             num_equal += 1
             continue
         pair_id = str(row.get("id") or number)
-        pairs.append(ClipPair(pair_id, text_of(row, where), clips, None, ref_text, ref_codes))
+        speaker = None if row.get("speaker") is None else text_of(row, where, "speaker")
+        pairs.append(ClipPair(pair_id, text_of(row, where), clips, None, ref_text, ref_codes, speaker))
     if not pairs:
         raise InputError(f"{path}: the two clips of each pair are equal. Give pairs that differ")
     if num_equal:

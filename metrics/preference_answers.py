@@ -201,6 +201,8 @@ def pair_rows(preferred: list[tuple[str, dict, int]], codes: dict[str, list[int]
         }
         if key_row["ref_codes"]:
             row |= {"ref_text": key_row["ref_text"], "ref_codes": key_row["ref_codes"]}
+        if key_row.get("speaker"):  # a key of an earlier version has none
+            row["speaker"] = key_row["speaker"]
         rows.append(row)
     return rows
 

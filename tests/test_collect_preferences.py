@@ -40,6 +40,7 @@ def folder(tmp_path) -> Path:
         }
         for i, text in enumerate(texts)
     ]
+    rows[0]["speaker"] = "slt"
     write_rows(tmp_path / "pairs.jsonl", rows)
     planted = [{"text": "known", "chosen_audio": f"{i}.wav", "rejected_audio": f"{i + 1}.wav"} for i in (8, 10, 12)]
     write_rows(tmp_path / "planted.jsonl", planted)
@@ -95,6 +96,7 @@ def test_answers_become_pairs(page, folder, caplog):
     guesser = write_answers(page, "guesser", lambda row: {"A": "B", "B": "A"}.get(row["better"], "A"))
     output = folder / "pairs_out.jsonl"
     keys = page.with_suffix(".key.jsonl")
+    assert '"slt"' not in page.read_text(encoding="utf-8")
     report = run("--read", anna, ben, guesser, "--pages", keys, "--output", output)
     rows = read_rows(output)
     assert {row["rater"] for row in rows} == {"anna", "ben"} and len(rows) == 7 == report["pairs"]
@@ -105,6 +107,7 @@ def test_answers_become_pairs(page, folder, caplog):
     assert (first["chosen_codes"], first["rejected_codes"], first["source"]) == ([0], [50], "human")
     assert Path(first["chosen_audio"]).name == "0.wav" and Path(first["rejected_audio"]).name == "1.wav"
     assert len({row["id"] for row in rows}) == 7
+    assert all(row.get("speaker") == ("slt" if row["text"] == "one" else None) for row in rows)
     assert (report["ties"], report["agreement"], report["wins"]) == (1, 0, {"a": 4, "b": 3})
     assert report["krippendorff_alpha"] < 0
     assert json.loads((folder / "pairs_out.report.json").read_text()) == report

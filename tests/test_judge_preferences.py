@@ -29,6 +29,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         hz = (400, 300) if i < NUM_PAIRS // 2 else (300, 400)
         clips = {f"audio_{side}": tone(tmp_path / f"{i}{side}.wav", hz=hz["ab".index(side)] + 10 * i) for side in "ab"}
         rows.append({"id": f"p{i}", "text": f"text {i}", **clips, "codes_a": [i, 1], "codes_b": [i, 2]})
+    rows[0]["speaker"] = "slt"
     write_rows(tmp_path / "pairs.jsonl", rows)
     return tmp_path
 
@@ -67,6 +68,7 @@ def test_a_judge_that_hears(folder, caplog):
         assert (row["source"], row["rater"]) == ("machine", "judge")
         assert Path(row["chosen_audio"]).name == f"{i}{' ab'[better]}.wav" and "ref_codes" not in row
     assert len({row["id"] for row in rows}) == NUM_PAIRS
+    assert [row.get("speaker") for row in rows] == ["slt"] + [None] * (NUM_PAIRS - 1)
     assert len(judge.requests) == 12 and report["requests"] == 12
     assert (report["consistency"], report["first_chosen"], report["pairs"]) == (1, 0.5, 6)
     # 12 × 100 tokens at 10 a million and 12 × 2 at 1000: 0.012 + 0.024

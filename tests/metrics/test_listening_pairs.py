@@ -80,12 +80,13 @@ def test_clips_of_two_voice_prompts_are_no_pair(folder):
 
 def test_pairs_given_one_by_one(folder):
     rows = [
-        {"text": " one ", "audio_a": "0.wav", "audio_b": "1.wav", "codes_b": [3], "id": "x"},
+        {"text": " one ", "audio_a": "0.wav", "audio_b": "1.wav", "codes_b": [3], "id": "x", "speaker": "slt"},
         {"text": "two", "audio_a": str(folder / "2.wav"), "audio_b": "3.wav"},
     ]
     pairs = read_pairs(write_rows(folder / "p.jsonl", rows))
     assert names(pairs) == [("one", "0.wav", "1.wav"), ("two", "2.wav", "3.wav")]
-    assert [pair.id for pair in pairs] == ["x", "2"] and [clip.codes for clip in pairs[0].clips] == [None, [3]]
+    assert [(pair.id, pair.speaker) for pair in pairs] == [("x", "slt"), ("2", None)]
+    assert [clip.codes for clip in pairs[0].clips] == [None, [3]]
 
 
 def test_given_pairs_of_equal_clips_are_left_out(folder, caplog):

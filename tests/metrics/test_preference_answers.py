@@ -99,7 +99,7 @@ def test_planted_pairs_and_ties_are_no_preferences():
 
 
 def test_rows_of_pairs():
-    with_prompt = key_row("0", ref_text="Hi.", ref_codes=[7])
+    with_prompt = key_row("0", ref_text="Hi.", ref_codes=[7], speaker="slt")
     without_codes = key_row("1")
     without_codes["clips"][1]["codes"] = None
     rows = pair_rows([("anna", with_prompt, 1), ("anna", without_codes, 0)], {"/1y.wav": [5, 6]}, "human")
@@ -114,8 +114,10 @@ def test_rows_of_pairs():
         "rater": "anna",
         "ref_text": "Hi.",
         "ref_codes": [7],
+        "speaker": "slt",
     }
-    assert (rows[1]["chosen_codes"], rows[1]["rejected_codes"]) == ([ord("x")], [5, 6]) and "ref_text" not in rows[1]
+    assert rows[1].keys().isdisjoint({"ref_text", "ref_codes", "speaker"})
+    assert (rows[1]["chosen_codes"], rows[1]["rejected_codes"]) == ([ord("x")], [5, 6])
 
 
 # --- Files ------------------------------------------------------------------------------------------------

@@ -98,7 +98,11 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["frac_reward_zero_std"][-1] = self._frac_without_signal  # TRL's is of the batch with several rewards
         if self.credit == "time" and self.model.training:
-            outputs["advantages"] = self._token_advantages(outputs["completion_mask"])
+            mask = outputs["completion_mask"]
+            outputs["advantages"] = self._token_advantages(mask)
+            means = outputs["advantages"].sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            # For --log_completions; there is room for the rollouts of one batch, so TRL's advantages go
+            self._logs["advantages"].extend(self.accelerator.gather(means).tolist())
         return outputs
 
     def _token_advantages(self, completion_mask: torch.Tensor) -> torch.Tensor:

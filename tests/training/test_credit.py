@@ -131,15 +131,21 @@ FLAGS = (
 
 
 def test_a_run_resumes_with_it_and_differs_from_one_without(tmp_path, monkeypatch):
-    seen, masks = [], []
-    of_tokens = SpeechGRPOTrainer._token_advantages
+    seen, masks, shown = [], [], []
+    of_tokens, of_batch = SpeechGRPOTrainer._token_advantages, SpeechGRPOTrainer._generate_and_score_completions
 
     def note(self, mask):
         masks.append(mask)
         seen.append(of_tokens(self, mask))
         return seen[-1]
 
+    def note_shown(self, inputs):
+        outputs = of_batch(self, inputs)
+        shown.append(list(self._logs["advantages"]))
+        return outputs
+
     monkeypatch.setattr(SpeechGRPOTrainer, "_token_advantages", note)
+    monkeypatch.setattr(SpeechGRPOTrainer, "_generate_and_score_completions", note_shown)
     weights = {}
     for credit in ("time", "rollout"):
         folder = tmp_path / credit
@@ -150,9 +156,11 @@ def test_a_run_resumes_with_it_and_differs_from_one_without(tmp_path, monkeypatc
     assert weights["time"] != weights["rollout"]
     assert [advantages.dim() for advantages in seen] == [2, 2]
     assert any(len(set(row[row != 0].tolist())) > 1 for row in seen[0])  # one rollout's tokens differ
-    for advantages, mask in zip(seen, masks, strict=True):
+    for advantages, mask, means in zip(seen, masks, shown[:2], strict=True):
         assert advantages.square().sum() / mask.sum() == pytest.approx(1, abs=1e-3)
         assert (advantages[mask == 0] == 0).all()
+        of_rollouts = [row[:length].mean().item() for row, length in zip(advantages, mask.sum(dim=1), strict=True)]
+        assert means == pytest.approx(of_rollouts, abs=1e-6)  # what --log_completions shows
     (tmp_path / "time" / "model.safetensors").unlink()
     last = tmp_path / "time" / "checkpoint-2"
     last.rename(tmp_path / "elsewhere")

@@ -120,7 +120,10 @@ def weighted_scores(reward_functions: list, weights: list[float], columns: dict[
 
     NaN where all of them are None.
     """
-    rewards = np.array([function(log_metric=None, **columns) for function in reward_functions], dtype=np.float64)
+    from reward_models import values_of
+
+    rewards = [values_of(function, log_metric=None, **columns) for function in reward_functions]
+    rewards = np.array(rewards, dtype=np.float64)
     scores = np.nansum(np.asarray(weights, dtype=np.float64)[:, None] * rewards, axis=0)
     return np.where(np.isnan(rewards).all(axis=0), np.nan, scores)
 

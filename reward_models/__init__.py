@@ -133,3 +133,21 @@ def build_rewards(config: RewardConfig, rollout_scorer, task: str = "tts") -> tu
     for name, parameters in config.items():
         rewards.append(REWARDS[task][name](rollout_scorer, **_without_weight(parameters)))
     return rewards, [parameters["weight"] for parameters in config.values()]
+
+
+def values_of(reward, /, **columns) -> list[float | None]:
+    """What a reward gives the rollouts of a batch, called as TRL calls it.
+
+    Raises:
+        ValueError: other than a finite number for each rollout, or None where the reward does not apply. That is a
+            fault of the reward, and NaN would pass for None.
+    """
+    values, count = reward(**columns), len(columns["completion_ids"])
+    wanted = f"reward {reward.__name__}: must give each of {count} rollouts a finite number, or None"
+    if not hasattr(values, "__len__") or len(values) != count:
+        got = f"{len(values)} of them" if hasattr(values, "__len__") else repr(values)
+        raise ValueError(f"{wanted} (got {got})")
+    for i, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{wanted} (got {value} for rollout {i})")
+    return [None if value is None else float(value) for value in values]

@@ -188,6 +188,14 @@ def test_scores_are_the_weighted_sum():
     assert scores[:2] == [2 * 1.0 + 4 * 0.5, 2 * 2.0] and math.isnan(scores[2])
 
 
+def test_nan_from_a_reward_is_not_taken_for_none():
+    def faulty(completion_ids, **_):
+        return [math.nan for _ in completion_ids]
+
+    with pytest.raises(ValueError, match="reward faulty: must give each of 2 rollouts a finite number"):
+        weighted_scores([faulty], [1.0], {"completion_ids": [[1], [2]]})
+
+
 def test_rollouts_without_an_end_or_without_codes_are_in_no_pair(tokens):
     ids, end = tokens.ids, tokens.end_id
     row = {"id": "0", "text": "Go.", "prompt": tts_prompt("Go."), "voice": {}}

@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import StaticLayer
 from trl import GRPOTrainer
 
+from reward_models import values_of
 from speech.confined_head import ConfinedHead, confine_head
 from training.credit import EPSILON, token_advantages
 from training.held_out import HeldOutEvaluation
@@ -85,7 +87,10 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
             super()._log_metric(name, value)
 
     def _calculate_rewards(self, inputs, *args):
+        functions = self.reward_funcs
+        self.reward_funcs = [partial(values_of, reward) for reward in functions]
         rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
+        self.reward_funcs = functions
         first = self.accelerator.process_index * len(inputs)
         self._own_rewards = rewards[first : first + len(inputs)]
         num_generations = self.num_generations if self.model.training else self.num_generations_eval

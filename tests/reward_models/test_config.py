@@ -3,13 +3,16 @@
 import doctest
 import importlib
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from fake_rollouts import speech_scorer
 
 from common.cli import InputError
-from reward_models import DEFAULT_CONFIG, REWARDS, build_rewards, load_config, models_needed
+from reward_models import DEFAULT_CONFIG, REWARDS, build_rewards, load_config, models_needed, values_of
 
 
 def write(path: Path, config) -> Path:
@@ -137,3 +140,34 @@ def test_a_reward_of_the_other_task_is_named():
 def test_a_shipped_config_is_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("reward_models/whisper.json")["whisper"]["weight"] == 1.0
+
+
+def own_reward(values):
+    """A reward of which no more is known than what it gives."""
+
+    def reward(**_):
+        return values
+
+    reward.__name__ = "own"
+    return reward
+
+
+@pytest.mark.parametrize("values", [[1, None], np.array([1.0, 0.5]), torch.tensor([1.0, 0.5]), [np.float32(1), True]])
+def test_numbers_of_any_kind_are_values(values):
+    given = values_of(own_reward(values), completion_ids=[[1], [2]])
+    assert given[0] == 1.0 and all(type(value) in (float, type(None)) for value in given)
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        ([0.5, math.nan], "got nan for rollout 1"),  # would pass for None
+        ([-math.inf, 0.5], "got -inf for rollout 0"),
+        ([0.5], "got 1 of them"),
+        (0.5, "got 0.5"),
+        (None, "got None"),
+    ],
+)
+def test_a_reward_that_gives_no_numbers_ends_the_run(values, got):
+    with pytest.raises(ValueError, match=f"reward own: must give each of 2 rollouts a finite number, or None .{got}"):
+        values_of(own_reward(values), completion_ids=[[1], [2]])

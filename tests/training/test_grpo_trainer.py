@@ -30,6 +30,22 @@ def test_where_all_rollouts_are_masked_their_advantages_are_0():
     assert trainer._token_advantages(torch.zeros(4, 6, dtype=torch.long)).equal(torch.zeros(4, 6))
 
 
+def test_nan_from_a_reward_is_not_taken_for_none(monkeypatch):
+    """TRL turns None into NaN, and then leaves both out of the sum."""
+
+    def faulty(**_):
+        return [0.5, math.nan]
+
+    def rewards_of(trainer, inputs):
+        return torch.tensor([reward(completion_ids=inputs) for reward in trainer.reward_funcs]).T
+
+    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_calculate_rewards", rewards_of)
+    trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
+    trainer.reward_funcs = [faulty]
+    with pytest.raises(ValueError, match="reward faulty: must give each of 2 rollouts a finite number"):
+        trainer._calculate_rewards([[1], [2]])
+
+
 def update_settings(steps_per_generation: int, **settings) -> SimpleNamespace:
     defaults = {"steps_per_generation": steps_per_generation, "gradient_accumulation_steps": 4, "num_iterations": 1}
     defaults |= {"loss_type": "grpo", "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False}

@@ -37,7 +37,7 @@ class Rollouts:
     Attributes (each a list in the batch's order, computed when first used):
         codes: ids in the codebook.
         truncated: whether the rollout was cut off before END.
-        wavs: float32 mono at 16 kHz, shape (n_samples,); (0,) where there are no codes.
+        wavs: float32 mono at 16 kHz, shape (n_samples,), read-only; (0,) where there are no codes.
         scores: a `whisper_scorer.Score` each.
         text_log_probs: mean log P per text token by the token-to-text model.
         failures: None, or why a rollout earns the lowest reward: "empty", "silent", "non_finite" (the last
@@ -69,7 +69,10 @@ class Rollouts:
 
     @cached_property
     def wavs(self) -> list[np.ndarray]:
-        return decode_rollouts(self.models.codec, self.codes)
+        wavs = decode_rollouts(self.models.codec, self.codes)
+        for wav in wavs:
+            wav.flags.writeable = False  # all rewards hear the same: one that writes into it raises
+        return wavs
 
     @cached_property
     def scores(self) -> list[Score]:
@@ -236,15 +239,18 @@ class SpeechRolloutScorer:
             torch.cuda.empty_cache()  # freed blocks may be too small or too fragmented for the policy's allocations
 
     def score(
-        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None = None, log_metric=None
+        self, completion_ids: list[list[int]], text: list[str], language: list[str] | None, log_metric=None
     ) -> Rollouts:
         """The scored batch.
 
         Args:
             completion_ids: sampled token ids, including END if it was sampled, without padding.
             text: the reference texts.
-            language: Whisper's code of each; None is English.
+            language: Whisper's code of each; None is English. Without a default: the first reward of a batch scores it
+                for all, and one that forgot the languages would have all of them score English.
             log_metric: called once per batch with each metric's name and value; None logs nothing.
+        Raises:
+            ValueError: the rewards of a batch give other texts or languages than the first of them did.
         """
         if completion_ids is not self._completion_ids:
             self.rollouts, metrics = self._scored(completion_ids, text, language, self.group_size)
@@ -252,6 +258,8 @@ class SpeechRolloutScorer:
             if log_metric is not None:
                 for name, value in metrics.items():
                     log_metric(name, value)
+        if text != self.rollouts.texts or (language or ["en"] * len(text)) != self.rollouts.languages:
+            raise ValueError("text, language: must be those of the rows, as for the batch's other rewards")
         return self.rollouts
 
     def score_held_out(

@@ -52,6 +52,24 @@ def test_bugs_raise_instead_of_scoring():
         SpeechRolloutScorer(TOKENS, None, PerfectScorer(), 2)
 
 
+def test_a_reward_that_drops_the_language_raises():
+    """The first reward of a batch scores it for all."""
+    german, batch = {"text": ["ja", "ja"], "language": ["de", "de"]}, [ids([20] * 30), ids([21] * 30)]
+    scorer = speech_scorer()
+    with pytest.raises(TypeError, match="language"):
+        scorer.score(batch, german["text"])
+    scorer.score(batch, german["text"], None)
+    with pytest.raises(ValueError, match="text, language: must be those of the rows"):
+        call(WhisperReward(scorer), batch, **german)
+
+
+def test_no_reward_can_change_what_the_others_hear():
+    scorer = speech_scorer()
+    [wav, _] = scorer.score([ids([20] * 30), ids([21] * 30)], ["a", "a"], None).wavs
+    with pytest.raises(ValueError, match="read-only"):
+        wav -= wav.mean()
+
+
 def test_another_codebook_is_an_input_error():
     with pytest.raises(InputError, match="the codec has 65 codes and the policy has 64"):
         SpeechRolloutScorer(TOKENS, HummingCodec(codebook_size=65), PerfectScorer(), 2)
@@ -61,7 +79,7 @@ def test_last_samples():
     scorer = speech_scorer()
     assert scorer.last_samples(3) == []
     batch = [ids([20] * 30), ids([]), ids([20] * 30, truncated=True), ids([63] * 5)]
-    scorer.score(batch, ["a", "a", "b", "b"])
+    scorer.score(batch, ["a", "a", "b", "b"], None)
     samples = scorer.last_samples(9)
     assert [record["failure"] for record, _ in samples] == [None, "empty", "truncated", "non_finite"]
     assert [record["transcript"] for record, _ in samples] == ["a", "", "b", ""]
@@ -77,8 +95,8 @@ def test_offloaded_models_are_on_their_device_only_while_they_score():
     scorer = SpeechRolloutScorer(TOKENS, codec, whisper, 2, offload=True)
     assert codec.model.devices == whisper.model.devices == ["cpu"]
     batch = [ids([5] * 20), ids([9] * 20)]
-    scorer.score(batch, ["a", "a"])
-    scorer.score(batch, ["a", "a"])  # scored already: nothing moves
+    scorer.score(batch, ["a", "a"], None)
+    scorer.score(batch, ["a", "a"], None)  # scored already: nothing moves
     assert seen == ["meta"]
     assert codec.model.devices == whisper.model.devices == ["cpu", "meta", "cpu"]
     assert codec.device.type == whisper.device.type == "cpu"

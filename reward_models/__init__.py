@@ -46,6 +46,8 @@ REWARDS = {  # by task, then by name: a reward of speech cannot score text
     },
     "asr": {"asr_rules": AsrRulesReward},
 }
+# What a reward may score with; training/models.py loads it
+MODELS = {"codec", "whisper", "word_times", "speaker_encoder", "token2text", "preference_model", "dnsmos"}
 DEFAULT_CONFIG = {"tts": "reward_models/whisper.json", "asr": "reward_models/asr_rules.json"}
 
 RewardConfig = dict[str, dict[str, float]]  # {reward: {"weight": …, parameter: …}}
@@ -111,8 +113,11 @@ def _without_weight(parameters: dict[str, float]) -> dict[str, float]:
 
 
 def models_needed(config: RewardConfig, task: str) -> set[str]:
-    """What the rewards of a config score with, as their `needs` name it."""
-    return {model for name in config for model in REWARDS[task][name].needs}
+    """What the rewards of a config score with, as their `needs` name it; ValueError for what is not in MODELS."""
+    needed = {model for name in config for model in REWARDS[task][name].needs}
+    if not needed <= MODELS:
+        raise ValueError(f"needs: a tuple of {', '.join(sorted(MODELS))} (got {', '.join(sorted(needed - MODELS))})")
+    return needed
 
 
 def needs_voice_prompt(config: RewardConfig, task: str) -> bool:

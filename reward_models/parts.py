@@ -1,5 +1,6 @@
 """What a reward says of a part of a rollout, a word or the end: it moves the codes of the part alone (credit.py)."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,17 @@ class Part:
     Attributes:
         value: comparable with that of the same part in the group's other rollouts.
         start_s, end_s: its time in the rollout; the end is infinite for a part that has the END token too.
+    Raises:
+        ValueError: a value that is not finite. NaN would pass for a part that the rollout does not have.
     """
 
     value: float
     start_s: float
     end_s: float
+
+    def __post_init__(self):
+        if not math.isfinite(self.value):
+            raise ValueError(f"value of a part: must be finite (got {self.value})")
 
     def tokens(self, length: int) -> slice:
         """Those of its tokens, in a rollout of `length`.

@@ -25,8 +25,8 @@ def token_advantages(
 
     Args:
         rewards: (rollouts, reward functions), NaN where a reward does not concern a rollout.
-        parts: for each reward function and rollout its parts by name; None of a reward without, or of a rollout that
-            failed, which takes the reward as a whole.
+        parts: for each reward function and rollout its parts by name; None or {} of a reward without, or of a rollout
+            that failed, which takes the reward as a whole.
         weights: of the reward functions.
         whole_fracs: of each reward's weight, how much stays on the whole rollout where there are parts.
         lengths: of the rollouts in tokens, with END.
@@ -35,7 +35,7 @@ def token_advantages(
     for rewards_of_one, parts_of_one, weight, whole in zip(rewards.T, parts, weights, whole_fracs, strict=True):
         normalised = in_group(rewards_of_one.reshape(-1, group_size)).reshape(-1)
         for row, (advantage, of_rollout) in enumerate(zip(normalised, parts_of_one, strict=True)):
-            advantages[row, : lengths[row]] += weight * advantage * (1.0 if of_rollout is None else whole)
+            advantages[row, : lengths[row]] += weight * advantage * (whole if of_rollout else 1.0)
         for first in range(0, len(lengths), group_size):
             group = parts_of_one[first : first + group_size]
             names = dict.fromkeys(name for of_rollout in group for name in of_rollout or {})

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,6 +73,14 @@ def test_weights_and_parameters(tmp_path):
 )
 def test_models_needed(config, models):
     assert models_needed(config, "tts") == models
+
+
+@pytest.mark.parametrize("needs", [("codecs",), ("codec")])  # the second is a string
+def test_a_reward_that_needs_an_unknown_model_raises(needs, monkeypatch):
+    """Nothing would be loaded for it."""
+    monkeypatch.setitem(REWARDS["tts"], "own", SimpleNamespace(needs=needs))
+    with pytest.raises(ValueError, match="needs: a tuple of codec, dnsmos"):
+        models_needed({"whisper": {}, "own": {}}, "tts")
 
 
 @pytest.mark.parametrize(

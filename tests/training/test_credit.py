@@ -62,6 +62,19 @@ def test_a_part_moves_its_codes_alone():
     assert len(set(np.abs(advantages[advantages != 0]).round(6))) == 1
 
 
+def test_a_rollout_of_no_parts_takes_the_reward_as_a_whole():
+    rewards, lengths = np.array([[1.0], [0.0]]), [3, 3]
+    none, empty = (token_advantages(rewards, [[parts] * 2], [1.0], [0.0], lengths, 2) for parts in (None, {}))
+    assert (none[0] > 0).all() and empty.tolist() == none.tolist()
+
+
+def test_a_part_without_a_value_raises():
+    """NaN would pass for a part that the rollout does not have."""
+    for value in (NAN, math.inf):
+        with pytest.raises(ValueError, match="value of a part: must be finite"):
+            Part(value, 0.0, 1.0)
+
+
 @pytest.mark.parametrize(("whole", "first"), [(0.5, 2), (0.2, 5)])
 def test_a_share_of_the_weight_stays_on_the_whole_rollout(whole, first):
     words = [{0: Part(1.0, 0.0, 0.02)}, {0: Part(0.0, 0.0, 0.02)}]

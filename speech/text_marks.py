@@ -2,8 +2,9 @@
 
 import re
 
-# One word between two asterisks that touch it, with no letter, digit or asterisk on their outer sides.
-_MARKED = re.compile(r"(?<![\w*])\*(\w(?:[^\s*]*\w)?)\*(?![\w*])")
+# One word between two asterisks that touch it, with no letter, digit or asterisk on their outer sides. It may end in
+# what \w does not have: a vowel sign (*नहीं*), an accent of its own, a full stop (*Mr.*).
+_MARKED = re.compile(r"(?<![\w*])\*(\w[^\s*]*)\*(?![\w*])")
 
 
 def plain_text(text: str) -> str:

@@ -15,6 +15,9 @@ from speech.text_marks import marked_words, plain_text
         ("They *don't* use a *well-known* one.", "They don't use a well-known one.", [1, 4]),
         ("Is it *5*?", "Is it 5?", [2]),
         ("Él *sí* vino.", "Él sí vino.", [1]),
+        ("मैंने *नहीं* कहा।", "मैंने नहीं कहा।", [1]),  # ends in a sign that is no letter to Python
+        ("Un *cafe\u0301* noir.", "Un cafe\u0301 noir.", [1]),
+        ("*Mr.* Smith *never,* ever", "Mr. Smith never, ever", [0, 2]),
         ("no marks", "no marks", []),
         ("", "", []),
     ],

@@ -12,7 +12,7 @@ import numpy as np
 from speech.error_rate import heard_words, language_code
 from speech.pitch import PitchTrack
 from speech.syllables import syllables
-from speech.text_marks import marked_words, plain_text
+from speech.text_marks import CLOSING, marked_words, plain_text
 from speech.word_times import Word
 
 # --- Emphasis ---------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ LEADING_WORDS = frozenset("and but so then well or".split())  # "And where is he
 SENTENCE_END = re.compile(
     r"(?<=[.!?…])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\b[A-Z]\.)[\"'”’)\]]*\s+(?=[^a-z])"
 )
-CLOSING = "\"'”’»)]}*_ "  # may follow the mark that ends a sentence
+QUESTION_MARKS, FULL_STOPS = tuple("?？؟፧"), tuple(".。।．｡۔።")
 
 
 def final_movement_st(track: PitchTrack) -> float:
@@ -151,9 +151,10 @@ def asks(text: str, language: str) -> bool | None:
     "Did he?" is True, "He did." False, "Where is he?" and "He did," None; so is "I saw him. And where is he?".
     """
     text = plain_text(text).rstrip(CLOSING)
-    if text.endswith(("?", "？", "؟")):
-        return None if language_code(language) == "en" and asks_for_a_word(text) else True
-    return False if text.endswith((".", "。", "।")) else None
+    code = language_code(language)
+    if text.endswith(QUESTION_MARKS) or (code == "el" and text.endswith((";", "\u037e"))):
+        return None if code == "en" and asks_for_a_word(text) else True
+    return False if text.endswith(FULL_STOPS) else None
 
 
 def asks_for_a_word(text: str) -> bool:

@@ -4,13 +4,12 @@ import numpy as np
 
 from common.cli import InputError
 from speech.pitch import STEP_S, silences
-from speech.text_marks import plain_text
+from speech.text_marks import CLOSING, plain_text
 from speech.tokens import SAMPLE_RATE
 from speech.word_times import Word
 
 PAUSE_MARK = "|"  # in a pattern: "My mother, | who was late, | left."
-PUNCTUATION = frozenset(",;:.!?…—–，、；：。！？")  # at the end of a word; a dash may also stand alone
-CLOSING = "\"'”’»)]}*"
+PUNCTUATION = frozenset(",;:.!?…—–，、；：。！？．｡،؛؟۔।፣፤።፧")  # at the end of a word; a dash may also stand alone
 MIN_PAUSE_S = 0.15  # longer than the closure of a stop consonant
 
 

@@ -6,6 +6,9 @@ import re
 # what \w does not have: a vowel sign (*नहीं*), an accent of its own, a full stop (*Mr.*).
 _MARKED = re.compile(r"(?<![\w*])\*(\w[^\s*]*)\*(?![\w*])")
 
+# May follow the mark that ends a sentence or a clause; German closes with “ and «
+CLOSING = "\"'”’»“‘«›‹)]}」』）】》〉*_ "
+
 
 def plain_text(text: str) -> str:
     """The text without its marks: 'I *never* said 2*3.' is 'I never said 2*3.'; other asterisks stay."""

@@ -74,7 +74,13 @@ def test_a_word_that_is_not_heard_is_at_most_plain():
 
 @pytest.mark.parametrize(
     ("text", "indices"),
-    [("He *will* go.", [1]), ("*He* *will* go.", [0, 1]), ("He will go.", []), ("*Go*!", []), ("He 2*3*4 go.", [])],
+    [
+        ("He *will* go.", [1]),
+        ("*He* *will* go.", [0, 1]),
+        ("He will go.", []),
+        ("*Go*!", []),
+        ("He 2*3*4 go.", []),
+    ],
 )
 def test_words_to_emphasise(text, indices):
     assert words_to_emphasise(text) == indices
@@ -132,6 +138,14 @@ def test_rise_score(movement_st, score):
         ('He said "No." Is he here?', "en", True),
         ("我知道。你好吗？", "zh", True),
         ("¿Dónde está?", "es", True),
+        ("„Kommst du?“", "de", True),
+        ("»Er kommt.«", "de", False),
+        ("「来ますか？」", "ja", True),
+        ("（来ます。）", "ja", False),
+        ("کیا آپ آئے؟", "ur", True),
+        ("وہ آیا۔", "ur", False),
+        ("Έρχεσαι;", "el", True),
+        ("Er kam;", "de", None),
     ],
 )
 def test_what_asks(text, language, expected):

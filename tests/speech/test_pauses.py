@@ -29,6 +29,9 @@ def test_worked_numbers_of_docstrings():
         ("No pause here.", set()),
         ("So — no", {1}),
         ("你好，世界。", set()),
+        ("„Komm,“ sagte er.", {0}),
+        ("نعم، قال", {0}),
+        ("वह आया। मैं गया।", {1}),
     ],
 )
 def test_punctuation(text, pauses):

@@ -68,8 +68,13 @@ def emphasis_score(f0_st: float, level_db: float, length_log2: float) -> float:
 
 def words_to_emphasise(text: str) -> list[int]:
     """Indices of the marked words; none where every word is marked, as nothing is left to stand out from."""
+    return marked_words(text) if other_words(text) else []
+
+
+def other_words(text: str) -> list[int]:
+    """Indices of the words without a mark; the mark of "Tu *viens* ?" is not spoken, and so no word beside them."""
     marked = marked_words(text)
-    return marked if len(marked) < len(text.split()) else []
+    return [index for index, word in enumerate(text.split()) if index not in marked and re.search(r"\w", word)]
 
 
 def marked_word_scores(
@@ -81,8 +86,7 @@ def marked_word_scores(
         words: of the text, in the clip.
         hyp_text: transcript of the clip.
     """
-    marked = words_to_emphasise(text)
-    others = [index for index in range(len(words)) if index not in marked]
+    marked, others = words_to_emphasise(text), other_words(text)
     heard = heard_words(plain_text(text), hyp_text, language)
     scores = []
     for index in marked:

@@ -80,10 +80,19 @@ def test_a_word_that_is_not_heard_is_at_most_plain():
         ("He will go.", []),
         ("*Go*!", []),
         ("He 2*3*4 go.", []),
+        ("*Viens* ?", []),
     ],
 )
 def test_words_to_emphasise(text, indices):
     assert words_to_emphasise(text) == indices
+
+
+def test_a_mark_by_itself_is_no_word_to_compare_with():
+    """French writes a space before it; the time that it got is the silence at the end."""
+    track = PitchTrack(np.arange(0.005, 1.2, 0.01), np.full(120, 86.0), np.full(120, -14.0))
+    words = (*WORDS[:2], Word("?", WORDS[1].end_s, 3.0))
+    alone = marked_word_scores(track, WORDS[:2], "Tu *viens*", "tu viens", "fr")
+    assert marked_word_scores(track, words, "Tu *viens* ?", "tu viens", "fr") == alone
 
 
 # --- The end, and the whole -------------------------------------------------------------------------------

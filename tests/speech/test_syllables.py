@@ -25,6 +25,13 @@ def test_worked_numbers_of_docstrings():
         ("Él comió.", 3),
         ("今天很好。", 4),
         ("—", 1),
+        ("été", 2),
+        ("un cafe\u0301", 3),  # the accent a character of its own
+        ("ブルーベリー", 6),
+        ("私はiPhoneを買った。", 8),  # six kana and kanji, and i-Phon
+        ("한국어", 3),
+        ("\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165", 3),  # the same in letters of their own
+        ("bønder", 2),
     ],
 )
 def test_syllables(text, count):

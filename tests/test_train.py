@@ -173,7 +173,7 @@ def test_another_policys_checkpoint_is_refused(tmp_path, capsys, caplog):
     checkpoint, tokenizer = tmp_path / "checkpoint-1", new_tokenizer(["Anna found two boxes."], num_codes=64)
     new_model(tokenizer, seed=0).save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").write_text("{}")
-    (checkpoint / "optimizer.pt").write_bytes(b"")
+    torch.save({}, checkpoint / "optimizer.pt")
     message = refused(capsys, caplog, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true")
     assert (
         f"{checkpoint}: is of another model: model.embed_tokens.weight has shape [{len(tokenizer)}, 192] there"

@@ -3,9 +3,10 @@
 import json
 import logging
 import re
+import zipfile
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from common.cli import InputError
@@ -206,17 +207,32 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_complete(folder):
             return str(folder)
-        logger.warning("%s is incomplete (the run was interrupted while writing it); using the one before", folder)
+        logger.warning("%s is incomplete (an interruption has cut it off); using the one before", folder)
     return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has weights and, as the last file of one, a whole trainer_state.json."""
+    """Whether a checkpoint has weights, and a whole trainer_state.json, its last file; and no file that is cut off."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return any(next(folder.glob(pattern), None) is not None for pattern in CHECKPOINT_WEIGHTS)
+    has_weights = any(next(folder.glob(pattern), None) is not None for pattern in CHECKPOINT_WEIGHTS)
+    return has_weights and not any(is_cut_off(file) for file in folder.iterdir())
+
+
+def is_cut_off(file: Path) -> bool:
+    """Whether a file of weights or states has lost its end: a node that goes down keeps no order of what it writes.
+
+    By a .safetensors file's header and by the end of a zip file, which torch.save writes; neither is read as a whole.
+    """
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return False
+        except SafetensorError:
+            return True
+    return file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)
 
 
 def stop_where_all_steps_are_done(trainer: Trainer) -> None:

@@ -1,10 +1,13 @@
 """Which checkpoint a run resumes from."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.cli import InputError
@@ -12,12 +15,29 @@ from training.checkpoints import check_continues, check_same_shapes, find_checkp
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((9, "{}"), (10, '{"cut')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"")
-    (tmp_path / "checkpoint-11").mkdir()
+    for step, state in ((9, "{}"), (10, '{"cut'), (11, "")):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", state)
+    (tmp_path / "checkpoint-12").mkdir()
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize("kept", [0, 0.6])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_has_lost_the_end_of_a_file_is_passed_over(name, kept, tmp_path):
+    """A node that goes down has perhaps the small last file of a checkpoint on its disk, and not all of a large one."""
+    for step in (9, 10):
+        write_checkpoint(tmp_path / f"checkpoint-{step}")
+    cut = tmp_path / "checkpoint-10" / name
+    os.truncate(cut, int(kept * cut.stat().st_size))
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-9")
+
+
+def write_checkpoint(folder, state="{}", states=("optimizer.pt", "rng_state.pth")):
+    folder.mkdir()
+    save_file({"weight": torch.zeros(500)}, folder / "model.safetensors")
+    for name in states:
+        torch.save({"state": torch.zeros(500)}, folder / name)
+    (folder / "trainer_state.json").write_text(state)
 
 
 def test_no_resuming_however_it_is_written(tmp_path):
@@ -32,14 +52,7 @@ def test_no_resuming_however_it_is_written(tmp_path):
 def test_other_processes_than_before_are_warned_of(files, processes, named, tmp_path, caplog):
     """Two GPUs make twice the rollouts a step: the run is not the one it was."""
     checkpoint = tmp_path / "checkpoint-1"
-    checkpoint.mkdir()
-    for name, content in {
-        "trainer_state.json": "{}",
-        "model.safetensors": "",
-        "optimizer.pt": "",
-        **dict.fromkeys(files, ""),
-    }.items():
-        (checkpoint / name).write_text(content)
+    write_checkpoint(checkpoint, states=["optimizer.pt", *files])
     wanted = str(checkpoint) if named else "true"
     for world_size, warned in ((len(files), False), (processes, True)):
         args = SimpleNamespace(resume_from_checkpoint=wanted, output_dir=str(tmp_path), world_size=world_size)

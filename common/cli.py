@@ -17,7 +17,8 @@ import torch
 logger = logging.getLogger(Path(sys.argv[0]).name)
 
 _debug = False  # set by --debug
-NO_SPACE = os.strerror(errno.ENOSPC)
+# What Python and safetensors, torch.save, and np.save say where a file cannot be written to its end
+FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos", "requested and")
 
 
 class InputError(ValueError):
@@ -58,9 +59,10 @@ def run_script(main: Callable, parse_args: Callable) -> None:
         logger.error("interrupted. Long work that can be resumed is, by the same command (see --help)")
         sys.exit(130)
     except Exception as error:
-        if _debug or NO_SPACE not in str(error):  # an OSError, or what safetensors, torch and libsndfile make of it
+        if _debug or not any(sign in str(error) for sign in FULL_DISK):
             raise
-        logger.error("error: the disk is full: %s. Free some space; what is complete is kept", first_line(error))
+        message = "error: the disk or its quota is full: %s. Free some space; what is complete is kept"
+        logger.error(message, first_line(error))
         sys.exit(1)
 
 

@@ -109,8 +109,9 @@ def save_audio(path: str | os.PathLike, wav: np.ndarray) -> None:
     if not np.isfinite(wav).all():
         raise ValueError(f"{path}: the waveform holds NaN or infinite samples")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # The format is explicit so that a path without .wav works too.
-    soundfile.write(path, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    whole = io.BytesIO()  # libsndfile calls a full disk "System error"
+    soundfile.write(whole, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    Path(path).write_bytes(whole.getvalue())
 
 
 def audio_failure(wav: np.ndarray) -> str | None:

@@ -4,9 +4,11 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ import train_token2text
 from common import cli
 from common.cli import InputError
 from reward_models.token2text import Token2Text
+from speech.audio import save_audio
 from speech.policy import Policy, load_tokenizer, recorded
 from training.checkpoints import find_checkpoint
 
@@ -294,8 +297,9 @@ def test_a_checkpoint_without_weights_is_none(tmp_path):
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "the disk is full"),
-        (RuntimeError(f"Error while serializing: {os.strerror(errno.ENOSPC)} (os error 28)"), 1, "the disk is full"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "the disk or its quota is full"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 1, "the disk or its quota is full"),
+        (RuntimeError(f"Error while serializing: {os.strerror(errno.ENOSPC)} (os error 28)"), 1, "quota is full"),
     ],
 )
 def test_one_line_for_ctrl_c_and_a_full_disk(error, code, message, caplog):
@@ -305,6 +309,28 @@ def test_one_line_for_ctrl_c_and_a_full_disk(error, code, message, caplog):
     with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as stop:
         cli.run_script(main, lambda: None)
     assert stop.value.code == code and message in caplog.text
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save({"weight": torch.zeros(300_000)}, path),
+        lambda path: np.save(path, np.zeros(300_000)),
+        lambda path: save_audio(path, np.zeros(600_000)),
+    ],
+    ids=["torch", "numpy", "audio"],
+)
+def test_one_line_for_a_file_that_does_not_fit(write, tmp_path, caplog, monkeypatch):
+    """With a limit to the size of files in place of a full disk: the libraries' writes end short in the same way."""
+    monkeypatch.setattr(cli, "FULL_DISK", (*cli.FULL_DISK, os.strerror(errno.EFBIG)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with caplog.at_level(logging.ERROR), pytest.raises(SystemExit) as stop:
+            cli.run_script(write, lambda: tmp_path / "file.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1 and "the disk or its quota is full" in caplog.text
 
 
 def test_a_bug_keeps_its_traceback():

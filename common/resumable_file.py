@@ -66,10 +66,10 @@ class ResumableFile:
             if self._earlier_run() != self.run:
                 self.partial.unlink(missing_ok=True)
         lines = self.partial.read_text(encoding="utf-8").split("\n")[:-1] if self.partial.exists() else []
+        record = json.dumps({**provenance(), "run": self.run}, indent=1, ensure_ascii=False)
+        write_whole_text(self.run_file, record + "\n")  # first: without it the other files are refused
         # Without the line that was cut off, if one was
         write_whole_text(self.partial, "".join(f"{line}\n" for line in lines))
-        record = json.dumps({**provenance(), "run": self.run}, indent=1, ensure_ascii=False)
-        write_whole_text(self.run_file, record + "\n")
         return [json.loads(line) for line in lines]
 
     def add_batch(self, batch: dict) -> None:

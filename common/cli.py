@@ -53,6 +53,7 @@ def library_errors_are_input(what: str, *kinds: type[Exception]) -> Iterator[Non
 
 def run_script(main: Callable, parse_args: Callable) -> None:
     """`main(parse_args())` of a script; what is nobody's bug ends in one line: Ctrl-C (130) and a full disk (1)."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which `!python train.py` inherits, need not be installed here
     try:
         main(parse_args())
     except KeyboardInterrupt:

@@ -1,6 +1,9 @@
-"""Command line helpers: reading text files."""
+"""Command line helpers: reading text files, and the process that a script runs in."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +35,15 @@ def test_the_gpu_that_is_asked_for_is_the_current_one(device, current, monkeypat
     monkeypatch.setattr("torch.empty", lambda *_, **__: None)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     assert pick_device(device) == device and chosen == current
+
+
+def test_plots_are_drawn_whatever_backend_a_notebook_has_set(tmp_path):
+    """The reward curve is drawn at the end of a training, just before the policy is saved."""
+    code = (
+        "import sys; from pathlib import Path; from common.cli import run_script; "
+        "from common.run_record import plot_curves; "
+        "run_script(lambda path: plot_curves([{'step': 1, 'loss': 0.5}], path), lambda: Path(sys.argv[1]))"
+    )
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "curve.png")], check=True, env=environment)
+    assert (tmp_path / "curve.png").stat().st_size > 1_000

@@ -27,6 +27,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,11 +188,17 @@ def run_step(args: argparse.Namespace, step: Step) -> dict:
 
 
 def run_process(script: str, flags: list[str]) -> int:
-    """In a process of its own: its models leave the GPU with it."""
+    """In a process of its own: its models leave the GPU with it. SIGTERM ends both, or the step would go on alone and
+    write into the same folder as the run that resumes.
+    """
     environment = dict(os.environ)
     if script == "train.py":  # TRL trains on one of several GPUs only where it sees no other
         environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return subprocess.run([sys.executable, str(ROOT / script), *flags], env=environment).returncode
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return subprocess.run([sys.executable, str(ROOT / script), *flags], env=environment).returncode
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- What a step needs and leaves -------------------------------------------------------------------------

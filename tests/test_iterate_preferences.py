@@ -4,6 +4,11 @@ import doctest
 import importlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,6 +251,22 @@ def test_an_adapter_is_trained_further(flags, scripts):
 def test_the_scripts_are_run_as_processes(capfd):
     assert iterate_preferences.run_process("judge_preferences.py", ["--nonsense"]) == 2
     assert "judge_preferences.py: error:" in capfd.readouterr().err
+
+
+def test_sigterm_ends_the_script_too(tmp_path):
+    """A cluster, or `timeout`, sends it to the loop alone."""
+    script, started = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text("import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)")
+    code = "import sys, iterate_preferences; iterate_preferences.run_process(sys.argv[1], sys.argv[2:])"
+    loop = subprocess.Popen([sys.executable, "-c", code, str(script), str(started)])
+    deadline = time.time() + 120
+    while not (started.exists() and started.read_text()) and time.time() < deadline:
+        time.sleep(0.05)
+    loop.terminate()
+    code = loop.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), signal.SIGKILL)
+    assert code == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("3,4", "3")])

@@ -1,6 +1,7 @@
 """Held-out texts to synthesize, from .txt, .jsonl and seed-tts-eval's .lst files."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def units_of(languages: Iterable[str], source: str = "--texts") -> str:
 
 
 def num_units(item: Item) -> int:
-    """Words as written (the normaliser would make one of "twenty five"), or characters."""
+    """Words as written (the normaliser would make one of "twenty five"), not the ? of "Tu viens ?"; or characters."""
     if language_code(item.language) in CER_LANGUAGES:
         return error_rate(item.text, "", item.language).ref_length
-    return len(item.text.split())
+    return sum(bool(re.search(r"\w", word)) for word in item.text.split())

@@ -89,3 +89,4 @@ def test_words_and_characters_do_not_mix():
 def test_units_are_words_as_written_or_characters():
     assert num_units(Item("1", "Twenty five hats.", "en")) == 3  # the normaliser makes "25 hats" of it
     assert num_units(Item("2", "你好。", "zh")) == 2
+    assert num_units(Item("3", "Tu viens ? — Oui !", "fr")) == 3

@@ -22,7 +22,7 @@ CHINESE = frozenset({"zh", "yue"})
 
 
 def language_code(language: str) -> str:
-    """Whisper's code of a language: 'en', 'EN', 'en-US' and 'English' are 'en'.
+    """Whisper's code of a language: 'en', 'EN', 'en-US' and 'English' are 'en', 'zh-Hans' is 'zh'.
 
     Raises:
         InputError: a language that Whisper does not know.
@@ -30,7 +30,7 @@ def language_code(language: str) -> str:
     name = language.lower().replace("_", "-")
     if name in ("zh-hk", "zh-yue"):
         name = "yue"  # Cantonese, as in Common Voice
-    elif re.fullmatch("[a-z]{2,3}-([a-z]{4}-)?([a-z]{2}|[0-9]{3})", name):
+    elif re.fullmatch("[a-z]{2,3}(-[a-z]{4})?(-[a-z]{2}|-[0-9]{3})?", name):
         name = name.split("-")[0]  # without script and region
     if name in LANGUAGES:
         return name

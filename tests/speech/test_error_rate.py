@@ -114,8 +114,8 @@ def test_summed_errors_without_reference_words():
 
 
 def test_language_names():
-    names = ("en", "EN", "English", "Mandarin", "yue", "zh-CN", "sv_SE", "zh-HK", "zh-Hant-TW")
-    assert [language_code(name) for name in names] == ["en", "en", "en", "zh", "yue", "zh", "sv", "yue", "zh"]
+    names = ("en", "EN", "English", "Mandarin", "yue", "zh-CN", "sv_SE", "zh-HK", "zh-Hant-TW", "zh-Hans")
+    assert [language_code(name) for name in names] == ["en", "en", "en", "zh", "yue", "zh", "sv", "yue", "zh", "zh"]
     with pytest.raises(InputError, match="Did you mean 'english'"):
         language_code("englisch")
     with pytest.raises(InputError, match="unknown language 'de_english'"):

@@ -132,6 +132,12 @@ def test_the_example_of_a_reward_of_ones_own():
     assert reward([[1]] * 3, ["Go."] * 3) == pytest.approx([0.5, 1.0, 0.0])
 
 
+def test_the_example_of_scoring_from_python(capsys):
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(from reward_whisper.*?)^```", page, re.DOTALL | re.MULTILINE)[1], {})
+    assert capsys.readouterr().out.startswith("My teacher carried eleven hammers. 0.0 ")
+
+
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 

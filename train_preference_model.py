@@ -457,12 +457,12 @@ def main(args: argparse.Namespace) -> None:
     set_centre(model, pairs)
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))
-    (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     report = evaluate(PreferenceModel.from_pretrained(args.output_dir, device), heldout, args)
     logger.info("held out: %s", shown(report))
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     write_whole_text(Path(args.output_dir) / REPORT_FILE, text)
     write_run(args.output_dir, args=vars(args), losses=train_losses, heldout=report, **whisper_record)
+    (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)  # last: without it the run counts as finished
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

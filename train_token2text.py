@@ -354,11 +354,11 @@ def main(args: argparse.Namespace) -> None:
     )
     model.save_pretrained(args.output_dir)
     give_usual_mode(Path(args.output_dir))
-    (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)
     # The model as saved, in half precision
     metrics = evaluate(Token2Text.from_pretrained(args.output_dir, device), heldout, args.seed)
     logger.info("held out: %s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     write_run(args.output_dir, args=vars(args), losses=train_losses, heldout=metrics)
+    (Path(args.output_dir) / CHECKPOINT).unlink(missing_ok=True)  # last: without it the run counts as finished
 
 
 if __name__ == "__main__":

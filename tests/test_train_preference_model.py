@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -106,7 +107,11 @@ def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch, caplog):
     with pytest.raises(SystemExit):
         run([*flags, "--output_dir", str(tmp_path / "parts")])
     assert "checkpoint of an interrupted run" in caplog.text
-    run([*flags, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"])
+    resumed = [*flags, "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # saved, not yet recorded
+        patch.setattr(train_preference_model, "write_run", Mock(side_effect=KeyboardInterrupt))
+        run(resumed)
+    run(resumed)
     whole, parts = (PreferenceModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     records = [json.loads((tmp_path / name / "run.json").read_text())["losses"] for name in ("whole", "parts")]

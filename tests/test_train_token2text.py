@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -93,6 +94,9 @@ def test_resumed_is_uninterrupted(spelled, tmp_path, monkeypatch, caplog):
         with pytest.raises(SystemExit):
             run("parts", *more)
         assert message in caplog.text
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # saved, not yet recorded
+        patch.setattr(train_token2text, "write_run", Mock(side_effect=KeyboardInterrupt))
+        run("parts", "--resume_from_checkpoint", "true", "--debug")
     run("parts", "--resume_from_checkpoint", "true", "--debug")
     whole, parts = (Token2Text.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

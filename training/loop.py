@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from common.cli import InputError, settings_of, write_whole
+from common.cli import InputError, first_line, settings_of, write_whole
+from speech.checkpoint_files import UNREADABLE, load_pickle
 from speech.text_marks import plain_text
 from training.gradients import check_gradient
 
@@ -189,7 +190,10 @@ def checkpoint_to_resume(args: argparse.Namespace, weights_file: str) -> dict | 
             f"--output_dir: {path} is the checkpoint of an interrupted run. Resume it with --resume_from_checkpoint "
             "true, or use another folder"
         )
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = load_pickle(path)
+    except UNREADABLE as error:
+        raise InputError(f"--output_dir: {path} is broken ({first_line(error)}). Delete it to start anew") from error
     before = checkpoint["args"]
     changed = [name for name, value in settings_of(args, FREE_ARGUMENTS).items() if before.get(name) != value]
     if changed:

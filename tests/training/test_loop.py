@@ -3,6 +3,7 @@
 import argparse
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_a_checkpoint_of_other_rows_is_refused(tmp_path):
     loop.check_same_rows(args, {"rows": "before"}, "before")
     with pytest.raises(InputError, match="of a run on other data"):
         loop.check_same_rows(args, {"rows": "before"}, "now")
+
+
+@pytest.mark.parametrize("kept", [0, 500])
+def test_a_broken_checkpoint_is_named(kept, tmp_path):
+    torch.save({"args": {}}, tmp_path / loop.CHECKPOINT)
+    os.truncate(tmp_path / loop.CHECKPOINT, kept)
+    args = argparse.Namespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
+    with pytest.raises(InputError, match=f"{loop.CHECKPOINT} is broken .* Delete it to start anew"):
+        loop.checkpoint_to_resume(args, "model.safetensors")
 
 
 def test_a_text_is_held_out_in_all_its_spellings():

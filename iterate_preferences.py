@@ -309,17 +309,24 @@ def write_results(folder: Path, results: dict) -> None:
 
 
 def open_run(args: argparse.Namespace) -> dict:
-    """What results.json holds of this run; InputError if it is of another one."""
+    """What results.json holds of this run; InputError if it is of another one, which --overwrite deletes."""
     from common.run_record import content_digest
     from metrics.result_files import open_results
 
     folder = Path(args.output_dir)
     settings = settings_of(args, FREE_ARGUMENTS)
     digests = {"weights": content_digest(args.model_name_or_path), "texts": content_digest(args.dataset)}
-    results = open_results(folder, settings, digests, args.overwrite)
-    if args.overwrite:
+    other = not (folder / "results.json").exists()
+    try:
+        results = open_results(folder, settings, digests, overwrite=False)
+    except InputError:
+        if not args.overwrite:
+            raise
+        other, results = True, open_results(folder, settings, digests, overwrite=True)
+    if args.overwrite and other:  # an interrupted run of the same command, --overwrite included, keeps its own rounds
         for earlier in folder.glob("round_*"):
             shutil.rmtree(earlier)
+    write_results(folder, results)  # before the first step, so that it is known whose rounds are there
     return results
 
 

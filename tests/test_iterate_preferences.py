@@ -230,6 +230,20 @@ def test_more_rounds_and_other_settings(flags, scripts, tmp_path, caplog):
     assert len(scripts.runs) == 6 and not (tmp_path / "run" / "round_2").exists()
 
 
+def test_an_interrupted_run_that_overwrites_resumes_by_the_same_command(flags, scripts, tmp_path):
+    run(*flags, "--rounds", "1")
+    overwriting = [*flags, "--num_texts", "4", "--rounds", "1", "--overwrite"]
+    for stop_after in (3, 5):  # during its first step, and its second
+        scripts.stop_after = stop_after
+        with pytest.raises(KeyboardInterrupt):
+            run(*overwriting)
+        assert (tmp_path / "run" / "round_1" / "policy").exists() == (stop_after == 5), "the other run's is gone"
+        (tmp_path / "run" / "round_1" / f"made before the end of run {stop_after}").touch()
+    run(*overwriting)
+    assert scripts.names[2:] == ["sample_preferences"] * 2 + ["train"] * 2
+    assert len(list((tmp_path / "run" / "round_1").glob("made before*"))) == 2
+
+
 def test_a_step_that_fails_ends_the_run_with_its_code(flags, scripts, caplog):
     scripts.fails = 1
     with pytest.raises(SystemExit) as stop:

@@ -40,7 +40,7 @@ from common.cli import (
     run_script,
     set_up_logging,
 )
-from common.run_record import plot_curves, write_run
+from common.run_record import content_digest, plot_curves, write_run
 from reward_models import RewardConfig, build_rewards, load_config, needs_voice_prompt
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.transcripts import TranscriptScorer
@@ -250,6 +250,7 @@ def main(arguments: recipes.Arguments) -> None:
         check_same_shapes(checkpoint, trainer.model)
         facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
         facts |= {"reward": rewards, "shuffled": getattr(training_args, "shuffle_dataset", True)}
+        facts["dataset_digest"] = content_digest(script_args.dataset)
         earlier = check_continues(checkpoint, facts)
     use_own_console_and_card(trainer, script_args, model_args, rewards)
     if trainer.is_world_process_zero():

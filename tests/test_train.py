@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from common.run_record import content_digest
 from speech.policy import Policy
 from speech.tokens import asr_prompt, tts_prompt
 from tiny.llasa import new_model, new_tokenizer
@@ -267,6 +268,7 @@ def test_a_run_goes_on_with_its_settings_or_not_at_all(tmp_path, caplog):
     same_step = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "2"]
     train.main(train.parse_args([*resume, *same_step]))
     record = json.loads((tmp_path / "run.json").read_text())
+    assert record["dataset_digest"] == content_digest(record["script"]["dataset"]) is not None
     assert record["resumed_from"] == str(tmp_path / "checkpoint-1") and record["resumed_run"] == first
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()

@@ -115,7 +115,7 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
     Returns:
         The run.json of the run that wrote the checkpoint; None without a checkpoint, or where it has none.
     Raises:
-        InputError: a setting that decides the steps is another.
+        InputError: a setting that decides the steps is another, or the file of --dataset has changed.
     """
     if checkpoint is None:
         return None
@@ -136,6 +136,15 @@ def check_continues(checkpoint: str | None, record: dict) -> dict | None:
         raise InputError(
             f"{checkpoint}: is of a run with other settings: {changed}. Resume with the same ones, or use another "
             f"--output_dir. To go on from its weights as a new run: --model_name_or_path {checkpoint}"
+        )
+    (name_then, digest_then), (name, digest) = [
+        (sources(run)["dataset"], run.get("dataset_digest")) for run in (earlier, record)
+    ]
+    if name == name_then and digest != digest_then and None not in (digest, digest_then):  # None: no file
+        raise InputError(
+            f"{checkpoint}: {name} has changed since, and the next steps would have other rows. Resume with the file "
+            f"as it was, or go on from the weights as a new run: --model_name_or_path {checkpoint}, and another "
+            "--output_dir"
         )
     moved = changed_settings(sources(earlier), sources(record))
     if moved:

@@ -95,6 +95,23 @@ def test_what_a_checkpoint_does_not_hold_ends_the_resuming(tmp_path):
         check_continues(checkpoint, record(sync_ref_model=False))
 
 
+def test_a_data_set_that_has_changed_ends_the_resuming(tmp_path):
+    """The order of its rows and which were seen are no longer those of the run; another name is the user's wish."""
+
+    def record(dataset: str, digest: str | None) -> dict:
+        recipe = {"max_steps": 2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 2}
+        script, model = {"method": "grpo", "task": "tts", "dataset": dataset}, {"use_peft": False}
+        model["model_name_or_path"] = "llasa"
+        return {"script": script, "recipe": recipe, "model": model, "reward": None, "dataset_digest": digest}
+
+    checkpoint, before = str(tmp_path / "checkpoint-1"), record("texts.jsonl", "0123")
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    for now in (before, record("moved.jsonl", "4567"), record("texts.jsonl", None)):
+        assert check_continues(checkpoint, now) == before
+    with pytest.raises(InputError, match="checkpoint-1: texts.jsonl has changed since"):
+        check_continues(checkpoint, record("texts.jsonl", "4567"))
+
+
 def small_llama(size: int, lora_rank: int | None = None):
     sizes = {"hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, tie_word_embeddings=True, **sizes))

@@ -61,6 +61,12 @@ def cache_folder(training_args) -> Path:
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "llasa-grpo" / f"{socket.gethostname()}-{run}"
     if training_args.local_process_index == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:  # as on a node without home folders
+            raise InputError(
+                f"cannot write into {folder.parent}: {error.strerror}. Set HF_HOME in the environment to a folder "
+                "that can be written"
+            ) from error
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

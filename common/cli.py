@@ -257,7 +257,11 @@ def read_lines(path: str) -> list[str]:
 
 def check_writable(folder: Path) -> None:
     """Try to make and write into `folder`, before the work that it is to hold; leaves no empty folder behind."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    folders = (folder, *folder.absolute().parents)
+    for link in folders:
+        if link.is_symlink() and not link.exists():
+            raise InputError(f"cannot write into {folder}: {link} is a link to {os.readlink(link)}, which is not there")
+    existing = next(parent for parent in folders if parent.exists())
     try:
         if existing.is_dir():
             tempfile.TemporaryFile(dir=existing).close()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.cli import InputError, pick_device, read_lines
+from common.cli import InputError, check_writable, pick_device, read_lines
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -47,3 +47,12 @@ def test_plots_are_drawn_whatever_backend_a_notebook_has_set(tmp_path):
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "curve.png")], check=True, env=environment)
     assert (tmp_path / "curve.png").stat().st_size > 1_000
+
+
+@pytest.mark.parametrize("output", ["run", "run/round_1"])
+def test_a_link_to_a_folder_that_is_gone_is_named(output, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    with pytest.raises(InputError, match=f"cannot write into {tmp_path / output}: .*run is a link to .*scratch, which"):
+        check_writable(tmp_path / output)
+    (tmp_path / "scratch").mkdir()
+    check_writable(tmp_path / output)

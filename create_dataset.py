@@ -184,6 +184,14 @@ def all_chunks(n_rows: int, partial: Path, chunk_size: int) -> list[Chunk]:
     ]
 
 
+def is_written(chunk: Chunk) -> bool:
+    """Whether there is a record of each row; a node that goes down may leave a file that has lost its end, or all."""
+    if not chunk.file.is_file():
+        return False
+    with chunk.file.open("rb") as lines:
+        return sum(line.endswith(b"\n") for line in lines) == len(chunk.rows)
+
+
 def default_workers(device: str) -> int:
     """Of --num_workers: none beside a codec on a CPU, which takes all cores and several times as long as reading."""
     if torch.device(device).type == "cpu":
@@ -194,7 +202,7 @@ def default_workers(device: str) -> int:
 
 def encode_all(source: Source, codec: SpeechCodec, chunks: list[Chunk], args: argparse.Namespace) -> None:
     """Encode the chunks that an interrupted run has not written."""
-    todo = [chunk for chunk in chunks if not chunk.file.is_file()]
+    todo = [chunk for chunk in chunks if not is_written(chunk)]
     total, left = (sum(len(chunk.rows) for chunk in some) for some in (chunks, todo))
     indices = chain.from_iterable(chunk.rows for chunk in todo)
     with (
@@ -393,7 +401,7 @@ def write_first(path: Path, record: dict) -> None:
 
 def check_complete(chunks: list[Chunk], args: argparse.Namespace) -> None:
     """Raises InputError that names the shards which are not finished."""
-    missing = [number for number, chunk in enumerate(chunks) if not chunk.file.is_file()]
+    missing = [number for number, chunk in enumerate(chunks) if not is_written(chunk)]
     if missing:
         shards = sorted({number % args.num_shards for number in missing})
         raise InputError(

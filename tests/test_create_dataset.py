@@ -554,6 +554,17 @@ def test_killed_and_resumed(codec_dir, clips, tmp_path, caplog):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("kept", [0, 0.5, 0.9])
+def test_a_chunk_that_has_lost_its_end_is_not_written(kept, tmp_path):
+    """Left out, its rows would be missing from the dataset without a word."""
+    (chunk,) = create_dataset.all_chunks(3, tmp_path, 128)
+    assert not create_dataset.is_written(chunk)
+    create_dataset.write_lines(chunk.file, [{"audio_codes": [1, 2, 3]}] * 3)
+    assert create_dataset.is_written(chunk)
+    os.truncate(chunk.file, int(kept * chunk.file.stat().st_size))
+    assert not create_dataset.is_written(chunk)
+
+
 def test_bad_input_is_refused_at_once(codec_dir, clips, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(create_dataset, "encode_all", lambda *args: pytest.fail("too late"))
     csv, out = clips / "clips.csv", tmp_path / "out"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
+from reward_models.parts import Part
 from speech.tokens import prepare_model
 from training import grpo_trainer
 from training.grpo_trainer import SpeechGRPOTrainer
@@ -46,6 +47,44 @@ def test_nan_from_a_reward_is_not_taken_for_none(monkeypatch):
         trainer._calculate_rewards([[1], [2]])
 
 
+def test_advantages_in_time_by_hand():
+    """Two groups of two. With u = 1 / √2, which a pair is normalised to: the first reward, of weight 1, gives the first
+    group ±u, half of it to the rollout and half to its first token; the second, of weight 0.5, gives the second group
+    ±u / 2. Squares over u²: 1.25 + 1.5 + 0.25 + 0.5 = 3.5. The other process has none, and 6 tokens beside these 8: the
+    RMS is u √(3.5 / 14) = u / 2."""
+    part = {0: Part(1.0, 0.0, 0.02)}, {0: Part(0.0, 0.0, 0.02)}, None, None
+    scorer = SimpleNamespace(rollouts="rollouts")
+    with_parts = SimpleNamespace(rollout_scorer=scorer, whole_frac=0.5, parts=lambda rollouts, i: part[i])
+    trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
+    trainer.reward_funcs = [with_parts, SimpleNamespace(rollout_scorer=scorer)]
+    trainer._own_rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [1.0, 0.0]])
+    trainer.reward_weights, trainer.num_generations = torch.tensor([1.0, 0.5]), 2
+    reduced = []
+    trainer.accelerator = SimpleNamespace(
+        reduce=lambda own, how: reduced.append((own.tolist(), how)) or own + torch.tensor([0.0, 6.0])
+    )
+    mask = torch.arange(4) < torch.tensor([2, 3, 1, 2])[:, None]
+    expected = torch.tensor([[2.0, 1, 0, 0], [-2, -1, -1, 0], [1, 0, 0, 0], [-1, -1, 0, 0]])
+    torch.testing.assert_close(trainer._token_advantages(mask.long()), expected, rtol=0, atol=1e-3)
+    assert reduced == [([pytest.approx(3.5 / 2, abs=1e-3), 8.0], "sum")]
+
+
+@pytest.mark.parametrize(
+    ("training", "credit", "frac"), [(True, "rollout", 0.75), (True, "time", 0.5), (False, "time", 0.0)]
+)
+def test_rewards_of_all_processes_and_of_this_one(training, credit, frac, monkeypatch):
+    """Groups of two, whose sums differ in the first alone, and one by one in the second too; groups of four differ."""
+    rewards = torch.tensor([[0.0, 0], [1, 0], [1, 0], [0, 1], [2, 0], [2, 0], [3, 1], [3, 1]])
+    monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_calculate_rewards", lambda *_: rewards)
+    trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
+    trainer.accelerator, trainer.model = SimpleNamespace(process_index=1), SimpleNamespace(training=training)
+    trainer.num_generations, trainer.num_generations_eval = 2, 4
+    trainer.reward_funcs, trainer.reward_weights, trainer.credit = [], torch.ones(2), credit
+    trainer.multi_objective_aggregation = "sum_then_normalize"
+    assert trainer._calculate_rewards([{}] * 4) is rewards
+    assert trainer._own_rewards.equal(rewards[4:]) and trainer._frac_without_signal == frac
+
+
 def update_settings(steps_per_generation: int, **settings) -> SimpleNamespace:
     defaults = {"steps_per_generation": steps_per_generation, "gradient_accumulation_steps": 4, "num_iterations": 1}
     defaults |= {"loss_type": "grpo", "top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False}
@@ -62,6 +101,7 @@ def update_settings(steps_per_generation: int, **settings) -> SimpleNamespace:
         ({"loss_type": "bnpo"}, False),
         ({"top_entropy_quantile": 0.2}, False),
         ({"entropy_coef": 0.01}, False),
+        ({"use_adaptive_entropy": True}, False),
     ],
 )
 def test_the_order_of_rows_is_free_where_an_update_is_their_sum(settings, free):

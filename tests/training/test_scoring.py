@@ -1,13 +1,16 @@
 """Scoring over the confined head: TRL's numbers for less work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_llasa import batch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from trl.trainer.utils import add_fused_lm_head
 
 from speech.tokens import prepare_model
 from tiny.llasa import new_model
-from training.scoring import score_confined
+from training.scoring import keep_output_dtype, score_confined
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -57,3 +60,26 @@ def test_a_token_that_the_head_cannot_say_has_no_score(tokenizer, tokens):
     labels[:, :2] = -100  # the rest of the prompt is no answer either
     with pytest.raises(ValueError, match="a token is to be scored that the confined head cannot say"):
         model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+
+
+def test_the_row_behind_the_last_one_has_no_score_either(tokenizer, tokens):
+    model = new_model(tokenizer, seed=0, hidden=48, layers=1)
+    prepare_model(model, tokenizer, tokens, "asr")  # the codes and some markers stand behind the head's last row
+    score_confined(model, 1.0)
+    ids = torch.tensor([[0, 1, tokens.text_end_id, tokens.text_end_id + 1]])
+    labels = ids.clone()
+    labels[:, 3] = -100
+    out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert (out.log_probs != 0).tolist() == [[True, True, False]]
+    with pytest.raises(ValueError, match="a token is to be scored that the confined head cannot say"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
+
+
+def test_fsdp_leaves_the_outputs_as_they_are():
+    """accelerate's policy would round log-probs to bfloat16; what else it says stays."""
+    plugin = SimpleNamespace(mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16))
+    keep_output_dtype(plugin)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
+    plugin.mixed_precision_policy = None
+    keep_output_dtype(plugin)
+    assert plugin.mixed_precision_policy is None

@@ -105,11 +105,12 @@ def test_without_a_usable_duration_the_codes_count(corpus, caplog):
     """As after a join of two datasets of which one has durations."""
     caplog.set_level(logging.INFO)
     codes = [0] * 150
-    rows = [{"text": "a", "audio_codes": codes, "duration_s": duration_s} for duration_s in (9.0, None, math.nan, -1.0)]
+    durations_s = (9.0, None, math.nan, -1.0, math.inf)
+    rows = [{"text": "a", "audio_codes": codes, "duration_s": duration_s} for duration_s in durations_s]
     write_lines(corpus, rows)
     selected = select(corpus, "--select", "long", "--min_long_s=1")
-    assert selected["why"][:] == ["9.0 s, over 1 s", "3.0 s, over 1 s", "3.0 s, over 1 s", "3.0 s, over 1 s"]
-    assert "4 rows, 4.5 s on average" in caplog.text
+    assert selected["why"][:] == ["9.0 s, over 1 s"] + 4 * ["3.0 s, over 1 s"]
+    assert "5 rows, 4.2 s on average" in caplog.text
 
 
 def test_keywords_of_a_file(corpus):
@@ -136,6 +137,13 @@ def test_rarest_words(corpus):
     rows = select(corpus, "--select", "keywords", "--rarest_words=8")
     assert rows["keywords"][2] == ["and", "split", "zagreb"]
     assert len(select(corpus, "--select", "keywords")) == 8
+    texts = ("Boats, boats, boats.", "Gone.", "Gone, here.", "Here.")
+    write_lines(corpus, [{"text": text, "audio_codes": [1]} for text in texts])
+    # "boats" is in one row, though three times; the others are in two
+    assert select(corpus, "--select", "keywords", "--rarest_words=1")["keywords"][:] == [["boats"]]
+
+
+def test_equally_rare_words_are_drawn(corpus):
     draws = {
         str(select(corpus, "--select", "keywords", "--rarest_words=2", f"--seed={s}")["keywords"][:]) for s in "012"
     }
@@ -192,6 +200,13 @@ def test_transcripts_of_several_asr_models(corpus):
     b = write_lines(corpus.parent / "b.jsonl", [{"index": 5, "transcripts": ["we game\u2028here"]}])
     rows = select(corpus, "--select", "hard", "--transcripts", str(a), str(b))
     assert rows["why"][:] == ["1 of 2 transcripts differ: 'we came here', 'we game here'"]
+
+
+def test_an_id_that_two_rows_have_names_neither(corpus, caplog):
+    write_lines(corpus, [{"text": text, "audio_codes": [1], "id": "one"} for text in TEXTS[:2]])
+    lines = [{"id": "one", "transcripts": ["the boat was gone", "a boat was gone"]}]
+    path = write_lines(corpus.parent / "transcripts.jsonl", lines)
+    assert "more than one, has the id 'one'" in refusal(caplog, corpus, "--select", "hard", f"--transcripts={path}")
 
 
 def test_summary_in_the_log(corpus, transcripts, caplog):

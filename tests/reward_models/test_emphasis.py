@@ -1,9 +1,11 @@
 """Emphasis: rewards of a hum with a higher word; stated scores for failures."""
 
 import pytest
-from fake_rollouts import call, ids, speech_scorer
+from fake_rollouts import HummingCodec, call, ids, speech_scorer
 
 from reward_models.emphasis import EmphasisReward
+from speech.melody import marked_word_scores
+from speech.pitch import pitch_track
 from speech.whisper_scorer import Score
 from speech.word_times import Word
 
@@ -42,6 +44,14 @@ def test_a_word_that_is_not_heard_earns_no_more_than_a_plain_one():
     assert emphasis_reward([ids(EMPHASISED)], hyp_text="He go.") == [0.5]
     assert emphasis_reward([ids(EMPHASISED)], text="*He* will go.", hyp_text="Will go.")[0] < 0.5
     assert emphasis_reward([ids(EMPHASISED)], words=None) == [0]
+
+
+def test_several_marked_words_earn_their_mean():
+    text = "*He* *will* go."
+    track = pitch_track(HummingCodec().decode([EMPHASISED])[0])
+    low, high = marked_word_scores(track, WORDS, text, "He will go.", "en")
+    assert low == pytest.approx(0.5, abs=0.1) and high > 0.7
+    assert emphasis_reward([ids(EMPHASISED)], text=text) == [pytest.approx((low + high) / 2)]
 
 
 @pytest.mark.parametrize("text", ["He will go.", "*Go*!", "*He* *will* *go*.", "He 2*3*4 go."])

@@ -277,15 +277,16 @@ def main(args: argparse.Namespace) -> None:
             wers = np.array([score.wer for score in scorer.rollouts.scores])
             scores = np.where(wers <= args.max_wer, scores, np.nan)
         pairs, outcomes = make_pairs(batch, completions, scores, tokens, args.min_margin, args.reward_config)
-        done.append({"pairs": pairs, "outcomes": outcomes, "mean_score": mean_of_known(scores.tolist())})
+        done.append({"pairs": pairs, "outcomes": outcomes, "scores": scores.tolist()})
         output.add_batch(done[-1])
 
     pairs = [pair for batch in done for pair in batch["pairs"]]
+    mean_score = mean_of_known(score for batch in done for score in batch["scores"])
     outcomes = sum((Counter(batch["outcomes"]) for batch in done), Counter())
     logger.info(
         "%d texts × %d rollouts, mean score %.3f: %d pairs; left out: %d texts with a margin below %g, %d with fewer "
         "than two rollouts that end, have codes, earn a reward and are understood",
-        *(len(rows), args.num_samples, mean_of_known([batch["mean_score"] for batch in done]), len(pairs)),
+        *(len(rows), args.num_samples, mean_score, len(pairs)),
         *(outcomes["too_close"], args.min_margin, outcomes["too_few"]),
     )
     if not pairs:

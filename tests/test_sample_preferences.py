@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -62,6 +63,25 @@ def test_pairs_of_a_policy_are_what_dpo_reads(inputs, policy, tmp_path, caplog):
     assert "6 texts × 4 rollouts, mean score -" in caplog.text and f": {len(pairs)} pairs; left out" in caplog.text
     rows = load_any_dataset(str(tmp_path / "pairs.jsonl"))
     assert len(preference_rows(rows, "pairs", *load_tokenizer(policy), 512)) == len(pairs)
+
+
+def test_batches_have_random_numbers_of_their_own(inputs, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(4 * (json.dumps({"text": TEXTS[0]}) + "\n"))
+    pairs = run(inputs, tmp_path / "pairs.jsonl")
+    assert len({str(pair["chosen_codes"]) for pair in pairs}) == len(pairs) >= 3  # two batches of two texts
+
+
+def test_the_mean_score_is_of_all_rollouts(inputs, tmp_path, monkeypatch, caplog):
+    """Scores i and i + 1 of text i: 2.5 on average of five texts; of the batches, of 2, 2 and 1 text, it is 2.833."""
+
+    def reward(completion_ids, text, **_):
+        return [TEXTS.index(one) + number % 2 for number, one in enumerate(text)]
+
+    monkeypatch.setattr(sample_preferences, "load_rewards", lambda *_: ([reward], [1.0], None))
+    caplog.set_level(logging.INFO)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:5]))
+    run(inputs, tmp_path / "pairs.jsonl")
+    assert "5 texts × 4 rollouts, mean score 2.500: " in caplog.text
 
 
 def test_rewards_get_the_columns_that_they_get_in_grpo(inputs, tmp_path, monkeypatch):

@@ -148,6 +148,9 @@ def test_mixtures_lie_between_the_clips():
     assert torch.allclose(first, torch.full((4, 2), 0.25)) and torch.allclose(second, torch.full((6, 2), 0.75))
     ramp = torch.arange(6.0)[:, None]
     assert torch.equal(mixed(ramp, 1 - ramp, 0.0)[0], ramp)
+    # Stretched, the ends stay at the ends: 0, 1, 2 over five frames
+    stretched, _ = mixed(torch.zeros(5, 1), torch.arange(3.0)[:, None], 0.5)
+    assert torch.allclose(stretched[:, 0], 0.5 * torch.tensor([0, 0.5, 1, 1.5, 2]))
     halves = mixed(ramp, 1 - ramp, 0.5)
     assert torch.allclose(halves[0], halves[1])
 
@@ -181,6 +184,23 @@ def test_mixup_draws_its_own_mixtures_and_their_labels(pairs, monkeypatch):
     shares = np.random.default_rng(0).beta(1.0, 1.0, 2)
     assert seen[1].tolist() == pytest.approx(np.maximum(shares, 1 - shares).tolist())
     assert all(0.5 <= target < 1 for target in seen[1].tolist())
+
+
+def test_the_losses_of_a_batch_by_hand(pairs):
+    """Each clip by itself: −log σ(r_chosen − r_rejected) on average, and −log P(its pair's speaker) of all clips."""
+    model = small_model(speakers=("anna", "ben"))
+    found = losses(model, pairs, settings(speaker_weight=1.0), np.random.default_rng(0))
+    of_pairs, of_speakers = [], []
+    for number, pair in enumerate(pairs):
+        vectors = [
+            model.pooled([torch.from_numpy(np.load(file)).float()], [pair.text])
+            for file in (pair.chosen, pair.rejected)
+        ]
+        margin = (model.scores(vectors[0]) - model.scores(vectors[1])).item()
+        of_pairs.append(math.log(1 + math.exp(-margin)))
+        of_speakers += [-model.speaker_logits(vector).log_softmax(-1)[0, number].item() for vector in vectors]
+    assert found["preference"].item() == pytest.approx(np.mean(of_pairs), abs=1e-5)
+    assert found["speaker"].item() == pytest.approx(np.mean(of_speakers), abs=1e-5)
 
 
 def test_the_speaker_branch_is_adversarial(pairs):
@@ -244,8 +264,21 @@ def test_the_report_counts_by_source_and_kind(pairs):
     assert report["speaker_chance"] == 0.5 and report["speaker_accuracy"] in (0.0, 0.5, 1.0)
 
 
+def test_a_tie_is_not_right_and_an_unknown_speaker_does_not_count(pairs):
+    tie = replace(pairs[0], rejected=pairs[0].chosen)
+    assert evaluate(small_model(), [tie], settings())["accuracy"] == 0
+    model = small_model(speakers=("anna", "ben"))
+    with torch.no_grad():  # a head that always says Anna
+        model.speaker_head[-1].weight.zero_()
+        model.speaker_head[-1].bias.copy_(torch.tensor([1.0, 0.0]))
+    rows = [replace(pairs[0], speaker=speaker) for speaker in ("anna", "ben", "ben", None)]
+    report = evaluate(model, rows, settings(speaker_weight=1.0))
+    assert report["speaker_accuracy"] == pytest.approx(1 / 3) and report["speaker_chance"] == pytest.approx(2 / 3)
+
+
 def test_the_centre_is_the_mean_of_the_training(pairs):
     model = small_model()
+    model.centre.fill_(0.5)
     set_centre(model, pairs)
     assert pair_scores(model, pairs).mean() == pytest.approx(0, abs=1e-6)
     assert np.abs(pair_scores(model, pairs)).max() > 1e-3

@@ -37,6 +37,7 @@ def test_the_reward_adds_the_spread_of_f0_and_failures_earn_0():
     assert scores[0] == pytest.approx(distance + spread)
     assert scores[2] == pytest.approx(spread)  # the other rollout of its group has the same codes
     assert scores[3] == 0.0
+    assert call(DiversityReward(scorer, ceiling=0.01), batch)[2] == 0.01
 
 
 def test_a_short_rollout_gains_no_more_than_1():

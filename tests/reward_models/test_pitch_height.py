@@ -11,7 +11,7 @@ from fake_vowel import vowel
 from common.cli import InputError
 from reward_models import load_config, needs_voice_prompt
 from reward_models.pitch_height import PitchHeightReward, height_reward, mean_pitch
-from speech.pitch import pitch_track
+from speech.pitch import PitchTrack, pitch_track
 
 
 def tone(f0_hz: float, length: int = 40) -> list[int]:
@@ -32,6 +32,8 @@ def test_mean_pitch_is_of_the_logarithm():
     glide = vowel(np.exp(np.linspace(math.log(100), math.log(200), 16_000)))
     assert mean_pitch(pitch_track(glide)) == pytest.approx(12 * math.log2(100 * math.sqrt(2)), abs=0.1)
     assert math.isnan(mean_pitch(pitch_track(np.zeros(16_000, np.float32))))
+    short, long_enough = (PitchTrack(np.zeros(frames), np.full(frames, 80.0), np.zeros(frames)) for frames in (9, 10))
+    assert math.isnan(mean_pitch(short)) and mean_pitch(long_enough) == 80
 
 
 def test_height_above_the_voice_prompt():

@@ -33,6 +33,18 @@ def test_target_is_the_voice_prompts():
     assert call(RateReward(speech_scorer()), batch, ref_text=[""] * 2, ref_codes=[[]] * 2) != [0, 1]
 
 
+def test_each_group_has_its_own_text_and_target():
+    """2 syllables in 1 s, twice; 4 in 2 s and in 1 s. The median of the second group is 3 a second, from which 4 is
+    ln(4 / 3) = 0.2877 off: 1 - (0.2877 - 0.1398) / 0.5534 = 0.7327. Its voice prompt has 4, that of the first 2."""
+    batch = [ids([30] * 50), ids([30] * 50), ids([30] * 100), ids([30] * 50)]
+    texts = ["hello"] * 2 + ["one two three four"] * 2
+    assert call(RateReward(speech_scorer()), batch, text=texts) == pytest.approx([1, 1, 0.5199, 0.7327], abs=1e-4)
+    prompts = {"ref_text": ["one two"] * 2 + ["one two three four"] * 2, "ref_codes": [[1] * 50] * 2 + [[1] * 50] * 2}
+    assert call(RateReward(speech_scorer()), batch, text=texts, **prompts) == [1, 1, 0, 1]
+    prompts = {"ref_text": [""] * 2 + prompts["ref_text"][2:], "ref_codes": [[]] * 2 + [[1] * 50] * 2}
+    assert call(RateReward(speech_scorer()), batch, text=texts, **prompts) == [1, 1, 0, 1]
+
+
 def test_a_target_of_its_own():
     # "hello" (2) in 50 codes: 2 syllables/s; the target is neither the group's nor the prompt's
     batch = [ids([30] * 50), ids([30] * 75), ids([])]

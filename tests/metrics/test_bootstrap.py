@@ -92,6 +92,8 @@ def test_means_are_over_the_clips_that_have_a_value():
     assert metrics["mean"] == pytest.approx(0.5) and metrics["interval"] == pytest.approx([0.1, 0.7])
     assert metrics["change"] is None
     assert mean_metrics(valued_row([None, None]), row, value_of) is None
+    zero = valued_row([0.0, 1.0])  # a value like any other
+    assert mean_metrics(zero, zero, value_of)["mean"] == 0.5
 
 
 def test_changes_of_means_are_paired_by_text():
@@ -112,3 +114,6 @@ def test_draws_without_any_value_are_left_out():
     metrics = mean_metrics(row, first, value_of)
     assert metrics["interval"] == pytest.approx([0.3, 0.3])
     assert metrics["change"]["interval"] == pytest.approx([0.1, 0.1])
+    # In the first row alone: 0.3 - 0.2 of the first text, (0.3 + 0.5) / 2 - 0.2 of both
+    change = mean_metrics(valued_row([0.3, 0.5]), first, value_of)["change"]
+    assert change["difference"] == pytest.approx(0.2) and change["interval"] == pytest.approx([0.1, 0.2])

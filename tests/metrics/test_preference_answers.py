@@ -77,6 +77,9 @@ def test_raters_below_the_bar_are_left_out():
         "two": (2, 2, False),  # less than half of the five
     }
     assert (raters["all_right"].answers, raters["all_right"].ties) == (2, 1)
+    assert raters["tie_is_wrong"].ties == 0  # those on planted pairs are wrong answers
+    other_page = items_of(*(key_row(str(i), better="A", page="q") for i in range(9)))
+    assert judge_raters(answers, items | other_page, min_planted=0.8) == [*raters.values()]  # nobody was asked there
 
 
 def test_without_planted_pairs_all_are_kept():
@@ -94,7 +97,9 @@ def test_planted_pairs_and_ties_are_no_preferences():
         ("ben", "1", 0),
         ("ben", "2", 0),
     ]
-    assert wins(preferred) == {"x": 2, "y": 1}
+    assert wins(preferred) == {"x": 2, "y": 1} and wins(preferred[1:]) == {"x": 2, "y": 0}
+    one_source = [{**clip, "source": "x"} for clip in items["p", "1"]["clips"]]
+    assert wins([("ben", key_row("1", clips=one_source), 0)]) == {}
     assert preferences(answers, items, ["ben"]) == preferred[1:]
 
 

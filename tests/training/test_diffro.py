@@ -318,6 +318,47 @@ def test_reward_is_log_prob_of_the_codes_drawn(folder, tmp_path, monkeypatch):
     assert -loss.item() == pytest.approx(rewards.mean().item(), rel=1e-4)
 
 
+def test_kl_and_entropy_are_means_over_each_rollouts_tokens(folder, tmp_path):
+    """And the loss is the sum over the rollouts kept of β · KL − R, by the number of all."""
+    trainer = make(folder, tmp_path, method="diffro", filter="positive", beta=0.5, temperature=0.8)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weights in trainer.model.parameters():
+            weights += 0.05 * torch.randn_like(weights)
+    batch = first_batch(trainer)
+    lengths = torch.tensor([10, 4, 7, 9, 3, 8, 5, 6])  # all eight have 10 tokens: END is rare
+    batch["completion_mask"] = (torch.arange(10) < lengths[:, None]).long()
+    loss = trainer._compute_loss(trainer.model, batch)
+    inputs = {
+        "input_ids": torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+    }
+    there, kept = batch["completion_mask"].bool(), batch["diffro_kept"]
+    assert 1 < kept.sum() < 8
+    with torch.no_grad():
+        log_probs, others = (
+            (model(**inputs).logits[:, -there.shape[1] - 1 : -1] / 0.8).log_softmax(-1)
+            for model in (trainer.model, trainer.ref_model)
+        )
+    kls, entropies = (log_probs.exp() * (log_probs - others)).sum(-1), -(log_probs.exp() * log_probs).sum(-1)
+    kl, entropy = (
+        torch.stack([row[mask].mean() for row, mask in zip(values, there, strict=True)])[kept].mean().item()
+        for values in (kls, entropies)
+    )
+    logged_means = {name: trainer._metrics["train"][name][-1] for name in ("kl", "entropy", "diffro_reward")}
+    assert kl > 0.01 and logged_means["kl"] == pytest.approx(kl, rel=1e-4)
+    assert logged_means["entropy"] == pytest.approx(entropy, rel=1e-4)
+    expected = (0.5 * kl - logged_means["diffro_reward"]) * int(kept.sum()) / len(kept)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_row_without_a_language_is_english(folder, tmp_path):
+    trainer = make(folder, tmp_path, method="diffro")
+    trainer.model.train()
+    rows = [{**trainer.train_dataset[0], "language": language} for language in ("de", None, "de", None)]
+    assert trainer._generate_and_score_completions(rows)["diffro_language"] == ["de", "en", "de", "en"]
+
+
 def test_several_draws_are_the_mean_of_single_ones(folder, tmp_path):
     """Each from noise of its own, in one pass of the policy: less noise in the gradient."""
     trainer = make(folder, tmp_path, method="diffro")
@@ -347,11 +388,12 @@ def test_several_draws_are_the_mean_of_single_ones(folder, tmp_path):
 
 def test_the_whole_gradient_is_the_finite_difference(folder, tmp_path):
     """From the policy's weights through the token-to-text model, in double precision (inside, norms are single)."""
-    trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False)
+    trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False, beta=1.0)
     batch = first_batch(trainer)
-    trainer.model.double()
-    trainer.token2text.double()
+    for model in (trainer.model, trainer.ref_model, trainer.token2text):
+        model.double()
     weight = trainer.model.base_model.layers[0].mlp.down_proj.weight
+    weight.data += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # or the KL is flat
 
     def loss() -> torch.Tensor:
         torch.manual_seed(1)

@@ -49,24 +49,28 @@ def test_nan_from_a_reward_is_not_taken_for_none(monkeypatch):
 
 def test_advantages_in_time_by_hand():
     """Two groups of two. With u = 1 / √2, which a pair is normalised to: the first reward, of weight 1, gives the first
-    group ±u, half of it to the rollout and half to its first token; the second, of weight 0.5, gives the second group
-    ±u / 2. Squares over u²: 1.25 + 1.5 + 0.25 + 0.5 = 3.5. The other process has none, and 6 tokens beside these 8: the
-    RMS is u √(3.5 / 14) = u / 2."""
-    part = {0: Part(1.0, 0.0, 0.02)}, {0: Part(0.0, 0.0, 0.02)}, None, None
+    group ±u, half of it to the rollout and half to its first token; the second, of weight 0.5, gives it ±u / 2 behind
+    the first token; the third, without parts, gives the second group ±u / 2. Squares over u²: 2 + 3 + 0.25 + 0.5. The
+    other process has none, and 15 tokens beside these 8: the RMS is u √(5.75 / 23) = u / 2."""
+    first = {0: Part(1.0, 0.0, 0.02)}, {0: Part(0.0, 0.0, 0.02)}, None, None
+    end = {"end": Part(1.0, 0.02, math.inf)}, {"end": Part(0.0, 0.02, math.inf)}, None, None
     scorer = SimpleNamespace(rollouts="rollouts")
-    with_parts = SimpleNamespace(rollout_scorer=scorer, whole_frac=0.5, parts=lambda rollouts, i: part[i])
     trainer = SpeechGRPOTrainer.__new__(SpeechGRPOTrainer)
-    trainer.reward_funcs = [with_parts, SimpleNamespace(rollout_scorer=scorer)]
-    trainer._own_rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 2.0], [1.0, 0.0]])
-    trainer.reward_weights, trainer.num_generations = torch.tensor([1.0, 0.5]), 2
+    trainer.reward_funcs = [
+        SimpleNamespace(rollout_scorer=scorer, whole_frac=0.5, parts=lambda rollouts, i: first[i]),
+        SimpleNamespace(rollout_scorer=scorer, parts=lambda rollouts, i: end[i]),
+        SimpleNamespace(rollout_scorer=scorer),
+    ]
+    trainer._own_rewards = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 2], [1, 0, 0]])
+    trainer.reward_weights, trainer.num_generations = torch.tensor([1.0, 0.5, 0.5]), 2
     reduced = []
     trainer.accelerator = SimpleNamespace(
-        reduce=lambda own, how: reduced.append((own.tolist(), how)) or own + torch.tensor([0.0, 6.0])
+        reduce=lambda own, how: reduced.append((own.tolist(), how)) or own + torch.tensor([0.0, 15.0])
     )
     mask = torch.arange(4) < torch.tensor([2, 3, 1, 2])[:, None]
-    expected = torch.tensor([[2.0, 1, 0, 0], [-2, -1, -1, 0], [1, 0, 0, 0], [-1, -1, 0, 0]])
+    expected = torch.tensor([[2.0, 2, 0, 0], [-2, -2, -2, 0], [1, 0, 0, 0], [-1, -1, 0, 0]])
     torch.testing.assert_close(trainer._token_advantages(mask.long()), expected, rtol=0, atol=1e-3)
-    assert reduced == [([pytest.approx(3.5 / 2, abs=1e-3), 8.0], "sum")]
+    assert reduced == [([pytest.approx(5.75 / 2, abs=2e-3), 8.0], "sum")]
 
 
 @pytest.mark.parametrize(

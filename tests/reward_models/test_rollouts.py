@@ -1,5 +1,7 @@
 """One batch of rollouts for all rewards: computed once, samples, offloaded models, and bugs, which raise."""
 
+import math
+
 import pytest
 import torch
 from fake_rollouts import TOKENS, HummingCodec, Moved, PerfectScorer, call, ids, speech_scorer
@@ -8,6 +10,7 @@ from common.cli import InputError
 from reward_models import build_rewards, load_config
 from reward_models.rollouts import SpeechRolloutScorer
 from reward_models.whisper import WhisperReward
+from speech.measures import log_f0_std
 
 
 def prosody_rewards(rollout_scorer) -> tuple[list, list[float]]:
@@ -38,6 +41,16 @@ def test_metrics_are_logged_once_a_batch():
     for _ in range(2):
         scorer.score(batch, ["a", "a"], None, lambda name, value: logged.append(name))
     assert len(logged) == len(set(logged)) > 5
+
+
+def test_metrics_of_a_batch_by_hand():
+    """F0 is measured in the first rollout of each group; the perfect transcripts have four words each."""
+    scorer = speech_scorer()
+    swinging = [int(30 + 12 * math.sin(i / 5)) for i in range(60)]
+    rollouts = scorer.score([ids(swinging), ids([30] * 60), ids([]), ids(swinging)], ["a", "a", "b", "b"])
+    expected = log_f0_std(scorer.codec.decode([swinging])[0])
+    assert expected > 0.05 and rollouts.metrics()["log_f0_std"] == pytest.approx(expected)
+    assert rollouts.edits_and_ref_length() == (4, 16)
 
 
 def test_bugs_raise_instead_of_scoring():

@@ -37,6 +37,8 @@ def test_longest_periodic_stretch_by_hand():
         ([5] * 24, False),
         ([1, 2, 3] * 9, True),
         ([1, 2, 3] * 8, False),
+        ([*range(8)] * 4, True),
+        ([*range(9)] * 4, False),  # 0.18 s may be two syllables
         (list(range(60)), False),
         ([], False),
         ([1], False),

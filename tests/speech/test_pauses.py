@@ -59,6 +59,9 @@ def test_realised_pauses():
     words = [Word("a", 0.2, 0.8), Word("b", 0.8, 1.4)]
     assert realised_pauses(wav, words) == set()
     assert realised_pauses(wav, words[:1]) == set()
+    # Silent from 0.6 to 0.8 s. Between the first two words, 0.3 to 0.7 s, the boundary is at 0.5 s, nearer than at 1 s
+    [wav] = speech_scorer().codec.decode([[30] * 30 + [0] * 10 + [30] * 20])
+    assert realised_pauses(wav, [Word("a", 0.0, 0.3), Word("b", 0.7, 1.0), Word("c", 1.0, 1.2)]) == {0}
 
 
 def test_silence_is_no_speech():

@@ -75,6 +75,12 @@ def test_a_part_without_a_value_raises():
             Part(value, 0.0, 1.0)
 
 
+def test_the_parts_of_a_group_move_that_group():
+    words = [{0: Part(value, 0.0, 0.02)} for value in (1.0, 0.0, 0.0, 1.0)]
+    advantages = token_advantages(np.zeros((4, 1)), [words], [1.0], [0.0], lengths=[2] * 4, group_size=2)
+    assert np.sign(advantages).tolist() == [[1, 0], [-1, 0], [-1, 0], [1, 0]]
+
+
 @pytest.mark.parametrize(("whole", "first"), [(0.5, 2), (0.2, 5)])
 def test_a_share_of_the_weight_stays_on_the_whole_rollout(whole, first):
     words = [{0: Part(1.0, 0.0, 0.02)}, {0: Part(0.0, 0.0, 0.02)}]

@@ -109,6 +109,16 @@ def test_the_reference_may_say_what_the_policy_may(folder):
     assert heads[0] is not heads[1] and torch.equal(heads[0].bias, heads[1].bias)
 
 
+def test_the_reference_is_scored_in_the_policys_precision(folder):
+    trainer = dpo_trainer(folder, "--bf16", "true")
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    exact = scored(trainer, batch)
+    with trainer.accelerator.autocast():  # as the training prepares the policy
+        rounded = scored(trainer, batch)
+    trainer.model = trainer.ref_model
+    assert torch.equal(scored(trainer, batch), rounded) and not torch.equal(rounded, exact)
+
+
 @pytest.mark.parametrize("adapter", [[], ["--use_peft", "true", "--lora_r", "2"]], ids=["all weights", "lora"])
 def test_reference_log_probs_computed_beforehand(folder, adapter):
     """--precompute_ref_log_probs true keeps no reference in memory; its numbers are those of the start."""

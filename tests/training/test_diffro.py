@@ -292,6 +292,7 @@ def test_a_batch_of_which_nothing_is_kept(folder, tmp_path, method):
     trainer = make(folder, tmp_path, method=method, filter="positive", beta=0.1)
     batch = first_batch(trainer)
     batch["diffro_kept"][:] = False
+    batch["completion_mask"][0] = 0  # --mask_truncated_completions
     loss = trainer._compute_loss(trainer.model, batch)
     found = gradients(trainer, loss)
     assert trainer._metrics["train"]["diffro_frac_kept"] == [0.0]
@@ -304,6 +305,10 @@ def test_reward_is_log_prob_of_the_codes_drawn(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "rand_like", lambda logits: torch.full_like(logits, 0.5))
     trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False, label_columns=("speaker",))
     batch = first_batch(trainer)
+    lengths = torch.tensor([10, 4, 7, 9, 3, 8, 5, 6])
+    batch["completion_ids"][torch.arange(8), lengths - 1] = trainer.tokens.end_id  # which is no code to be read
+    trainer.token2text.embedding.weight.data *= 100  # R of random weights hardly depends on the codes
+    batch["completion_mask"] = (torch.arange(10) < lengths[:, None]).long()
     loss = trainer._compute_loss(trainer.model, batch)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -388,12 +393,12 @@ def test_several_draws_are_the_mean_of_single_ones(folder, tmp_path):
 
 def test_the_whole_gradient_is_the_finite_difference(folder, tmp_path):
     """From the policy's weights through the token-to-text model, in double precision (inside, norms are single)."""
-    trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False, beta=1.0)
+    trainer = make(folder, tmp_path, method="diffro", gumbel_hard=False, beta=30.0)
     batch = first_batch(trainer)
     for model in (trainer.model, trainer.ref_model, trainer.token2text):
         model.double()
     weight = trainer.model.base_model.layers[0].mlp.down_proj.weight
-    weight.data += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # or the KL is flat
+    weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))  # at 0 the KL is flat
 
     def loss() -> torch.Tensor:
         torch.manual_seed(1)

@@ -93,7 +93,10 @@ def test_answers_become_pairs(page, folder, caplog):
     ben = write_answers(
         page, "ben", lambda row: row["better"] or ("none" if row["text"] == "one" else side_of(row, "b"))
     )
-    guesser = write_answers(page, "guesser", lambda row: {"A": "B", "B": "A"}.get(row["better"], "A"))
+    wrong = {"A": "B", "B": "A"}  # and a tie, which does not count either
+    guesser = write_answers(
+        page, "guesser", lambda row: wrong.get(row["better"], "none" if row["text"] == "one" else "A")
+    )
     output = folder / "pairs_out.jsonl"
     keys = page.with_suffix(".key.jsonl")
     assert '"slt"' not in page.read_text(encoding="utf-8")
@@ -112,7 +115,7 @@ def test_answers_become_pairs(page, folder, caplog):
     assert report["krippendorff_alpha"] < 0
     assert json.loads((folder / "pairs_out.report.json").read_text()) == report
     assert "planted pairs answered: guesser" in caplog.text
-    assert "guesser        4              0         0 of 3  left out" in caplog.text
+    assert "guesser        4              1         0 of 3  left out" in caplog.text
     assert "preferred 4 of 7 times: a" in caplog.text and "7 pairs, without 1 ties" in caplog.text
 
 

@@ -10,7 +10,16 @@ from clips import tone, write_rows
 
 from common.cli import InputError
 from metrics.degraded_copies import DEGRADATIONS
-from metrics.listening_pairs import Clip, ClipPair, first_usable, pair_clips, planted_copies, read_pairs, read_planted
+from metrics.listening_pairs import (
+    Clip,
+    ClipPair,
+    draw_pairs,
+    first_usable,
+    pair_clips,
+    planted_copies,
+    read_pairs,
+    read_planted,
+)
 from speech.audio import save_audio
 
 
@@ -48,6 +57,13 @@ def test_two_lists_pair_the_first_with_the_first(folder):
     pairs = pair_clips([first, second], random.Random(0))
     assert names(pairs) == [("one", "0.wav", "3.wav"), ("one", "2.wav", "5.wav")]
     assert [clip.source for clip in pairs[0].clips] == [first, second]
+
+
+def test_the_pairs_to_ask_about_are_drawn(folder):
+    rows = [{"text": str(i), "audio_a": "0.wav", "audio_b": "1.wav"} for i in range(4)]
+    path = write_rows(folder / "p.jsonl", rows)
+    drawn = [draw_pairs(None, path, 2, None, 0, random.Random(seed)) for seed in range(8)]
+    assert {len(pairs) for pairs in drawn} == {2} and len({pair.text for pairs in drawn for pair in pairs}) > 2
 
 
 def test_clips_of_the_same_codes_are_no_pair(folder):

@@ -79,6 +79,9 @@ def test_a_keyword_of_another_clip_counts_against_precision():
     clips = with_all_keywords([clip("from Zagreb", keywords=("Zagreb",)), clip("red hats", keywords=())])
     keywords = transcript_entry(clips[1], Transcript("red Zagreb", False), None)["keywords"]
     assert keywords == {"in_text": 0, "in_transcript": 1, "in_both": 0}
+    row = row_of([(clips[0], Transcript("from Zagreb", False)), (clips[1], Transcript("red Zagreb", False))])
+    metrics = summarize(row, row, long_s=3.0)
+    assert (metrics["keyword_recall"], metrics["keyword_precision"]) == (1, 1 / 2)
 
 
 def test_clips_may_be_recordings(recordings, tmp_path):

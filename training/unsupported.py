@@ -25,6 +25,7 @@ EVERYWHERE = {
     "include_for_metrics": "it has no effect",
     "eval_do_concat_batches": "it has no effect",
     "eval_accumulation_steps": "it has no effect",
+    "enable_jit_checkpoint": "after its checkpoint the run would be saved as if it were finished. Use --save_steps",
 }
 OF_GRPO = {
     "reward_weights": 'the weights of the rewards are in the JSON file of --reward_config ({"whisper": {"weight": 2}})',

@@ -41,6 +41,7 @@ FLAGS = "--model_name_or_path tiny/llasa --dataset tiny/texts/train.jsonl --outp
         ("dpo", "--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: DPO's is --label_smoothing"),
         ("dpo", "--lora_r 4", "--lora_r 4: all weights are trained, without --use_peft true"),
         ("sft", "--use_peft true --lora_modules_to_save lm_head", "--lora_modules_to_save ['lm_head']: whole modules"),
+        ("grpo", "--enable_jit_checkpoint true", "--enable_jit_checkpoint True: after its checkpoint the run would be"),
         ("sft", "--trust_remote_code true", "--trust_remote_code True: no code of a checkpoint is run"),
     ],
 )

@@ -374,7 +374,8 @@ def open_run(source: Source, device: str | None, partial: Path, args: argparse.N
             chunk.unlink()
         write_lines(file, [run])
     elif args.strict:
-        skipped = next(read_lines(chunks, skipped=True), None)
+        whole = [chunk for chunk in chunks if chunk.read_bytes().endswith(b"\n")]  # the others are encoded again
+        skipped = next(read_lines(whole, skipped=True), None)
         if skipped:
             raise InputError(
                 f"--strict: the interrupted run has skipped a clip (got {json.dumps(skipped)}). Use another "

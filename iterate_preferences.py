@@ -326,7 +326,7 @@ def open_run(args: argparse.Namespace) -> dict:
     if args.overwrite and other:  # an interrupted run of the same command, --overwrite included, keeps its own rounds
         for earlier in folder.glob("round_*"):
             shutil.rmtree(earlier)
-    write_results(folder, results)  # before the first step, so that it is known whose rounds are there
+        write_results(folder, results)  # before the first step, so that it is known whose rounds are there
     return results
 
 

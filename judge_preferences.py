@@ -211,7 +211,8 @@ def open_output(args: argparse.Namespace, pairs: list[ClipPair]) -> tuple[Resuma
     """--output, and a digest of the pairs; InputError if it has pairs of other settings or of other clips."""
     sounds = {path: content_digest(path) for path in sorted({clip.audio for pair in pairs for clip in pair.clips})}
     listed = [
-        [pair.id, pair.text, pair.better, pair.ref_text, pair.ref_codes, pair.speaker]
+        [pair.id, pair.text, pair.better, pair.ref_text, pair.ref_codes]
+        + ([pair.speaker] if pair.speaker else [])  # without one the digest is that of earlier versions
         + [[sounds[clip.audio], clip.codes, clip.degraded] for clip in pair.clips]
         for pair in pairs
     ]

@@ -281,7 +281,8 @@ def main(args: argparse.Namespace) -> None:
         output.add_batch(done[-1])
 
     pairs = [pair for batch in done for pair in batch["pairs"]]
-    mean_score = mean_of_known(score for batch in done for score in batch["scores"])
+    # A batch that an earlier version has written has no scores
+    mean_score = mean_of_known(score for batch in done for score in batch.get("scores", []))
     outcomes = sum((Counter(batch["outcomes"]) for batch in done), Counter())
     logger.info(
         "%d texts × %d rollouts, mean score %.3f: %d pairs; left out: %d texts with a margin below %g, %d with fewer "

@@ -250,7 +250,8 @@ def main(arguments: recipes.Arguments) -> None:
         check_same_shapes(checkpoint, trainer.model)
         facts = {"script": asdict(script_args), "recipe": training_args.to_dict(), "model": asdict(model_args)}
         facts |= {"reward": rewards, "shuffled": getattr(training_args, "shuffle_dataset", True)}
-        facts["dataset_digest"] = content_digest(script_args.dataset)
+        if checkpoint or trainer.is_world_process_zero():  # a large file is not read by all without need
+            facts["dataset_digest"] = content_digest(script_args.dataset)
         earlier = check_continues(checkpoint, facts)
     use_own_console_and_card(trainer, script_args, model_args, rewards)
     if trainer.is_world_process_zero():
@@ -271,8 +272,7 @@ def main(arguments: recipes.Arguments) -> None:
     if trainer.is_world_process_zero():
         give_usual_mode(Path(training_args.output_dir))
         logger.info("saved to %s", training_args.output_dir)
-    # A group that ends while the answer to its last message is still being taken in never ends (gloo, without a word).
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()  # else a group may hang at its last message (gloo, without a word)
     trainer.end()
 
 

@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,8 @@ logger = logging.getLogger(Path(sys.argv[0]).name)
 
 _debug = False  # set by --debug
 # What Python and safetensors, torch.save, and np.save say where a file cannot be written to its end
-FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "unexpected pos", "requested and")
+FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+FULL_DISK += (r"unexpected pos \d+ vs \d+", r"\d+ requested and \d+ written")
 
 
 class InputError(ValueError):
@@ -60,7 +62,7 @@ def run_script(main: Callable, parse_args: Callable) -> None:
         logger.error("interrupted. Long work that can be resumed is, by the same command (see --help)")
         sys.exit(130)
     except Exception as error:
-        if _debug or not any(sign in str(error) for sign in FULL_DISK):
+        if _debug or not any(re.search(message, str(error)) for message in FULL_DISK):
             raise
         message = "error: the disk or its quota is full: %s. Free some space; what is complete is kept"
         logger.error(message, first_line(error))

@@ -152,7 +152,7 @@ def read_pairs(path: str) -> list[ClipPair]:
             num_equal += 1
             continue
         pair_id = str(row.get("id") or number)
-        speaker = None if row.get("speaker") is None else text_of(row, where, "speaker")
+        speaker = None if row.get("speaker") in (None, "") else str(row["speaker"])  # VCTK's are numbers
         pairs.append(ClipPair(pair_id, text_of(row, where), clips, None, ref_text, ref_codes, speaker))
     if not pairs:
         raise InputError(f"{path}: the two clips of each pair are equal. Give pairs that differ")

@@ -3,9 +3,10 @@
 import re
 import unicodedata
 
-_VOWELS = re.compile("[aeiouyæøœı]+")
+_VOWELS = re.compile("[aeiouyæøœıəɛɔɨʉɩʊ]+")
 _SILENT_E = re.compile(r"(?<=[^aeiouyl\W])e$")  # not the é of café
-_LATIN = re.compile("([a-zß-öø-ɏḁ-ỿ]+(?:['’][a-zß-öø-ɏḁ-ỿ]+)?)")
+_LETTER = "[a-zß-öø-ʯ\u0300-\u036fḁ-ỿ]"  # with those of Azerbaijani and Hausa, and accents that do not compose
+_LATIN = re.compile(f"({_LETTER}+(?:['’]{_LETTER}+)?)")
 
 
 def syllables(text: str) -> int:
@@ -17,7 +18,7 @@ def syllables(text: str) -> int:
     (7, 1, 4)
     """
     count = 0
-    for number, part in enumerate(_LATIN.split(unicodedata.normalize("NFC", text).lower())):
+    for number, part in enumerate(_LATIN.split(unicodedata.normalize("NFKC", text).lower())):
         if number % 2:  # a Latin word
             bare = unicodedata.normalize("NFD", _SILENT_E.sub("", part))
             count += len(_VOWELS.findall(re.sub("[\u0300-\u036f]", "", bare))) or 1

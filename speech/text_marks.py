@@ -3,8 +3,8 @@
 import re
 
 # One word between two asterisks that touch it, with no letter, digit or asterisk on their outer sides. It may end in
-# what \w does not have: a vowel sign (*नहीं*), an accent of its own, a full stop (*Mr.*).
-_MARKED = re.compile(r"(?<![\w*])\*(\w[^\s*]*)\*(?![\w*])")
+# what \w does not have: a vowel sign (*नहीं*), an accent of its own, a full stop (*Mr.*). No brackets: f(*args)* 2.
+_MARKED = re.compile(r"(?<![\w*])\*(\w[^\s*()\[\]{}|]*)\*(?![\w*])")
 
 # May follow the mark that ends a sentence or a clause; German closes with “ and «
 CLOSING = "\"'”’»“‘«›‹)]}」』）】》〉*_ "

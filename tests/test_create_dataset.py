@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -552,6 +553,16 @@ def test_killed_and_resumed(codec_dir, clips, tmp_path, caplog):
     assert resumed[:] == whole[:] and len(resumed) == 33
     for name in ("skipped.jsonl", "data-00000-of-00001.arrow"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_strict_run_resumes_over_a_chunk_that_has_lost_its_end(codec_dir, clips, tmp_path, monkeypatch):
+    source, out = clips / "clips.csv", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(create_dataset, "assemble", Mock(side_effect=KeyboardInterrupt))
+        create(codec_dir, source, out, "--strict", "--chunk_size=2")
+    chunk = min(out.glob(".partial/chunk-*"))
+    os.truncate(chunk, chunk.stat().st_size - 5)
+    assert create(codec_dir, source, out, "--strict", "--chunk_size=2")["id"] == ["000", "001", "002"]
 
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.9])

@@ -276,11 +276,14 @@ def test_sigterm_ends_the_script_too(tmp_path):
     deadline = time.time() + 120
     while not (started.exists() and started.read_text()) and time.time() < deadline:
         time.sleep(0.05)
-    loop.terminate()
-    code = loop.wait(30)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), signal.SIGKILL)
-    assert code == 128 + signal.SIGTERM
+    try:
+        assert started.exists()
+        loop.terminate()
+        assert loop.wait(30) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(started.read_text()), signal.SIGKILL)
+    finally:
+        loop.kill()
 
 
 @pytest.mark.parametrize(("own", "seen"), [(None, "0"), ("3,4", "3")])

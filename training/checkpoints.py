@@ -216,18 +216,20 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
         if is_complete(folder):
             return str(folder)
-        logger.warning("%s is incomplete (an interruption has cut it off); using the one before", folder)
+        logger.warning("%s is incomplete (an interruption has cut it off) and is passed over", folder)
+    if folders:
+        logger.warning("%s: no checkpoint is complete, so the run starts anew", output_dir)
     return None
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has weights, and a whole trainer_state.json, its last file; and no file that is cut off."""
+    """Whether a checkpoint has weights, and a whole trainer_state.json, its last file; and none that `is_cut_off`."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     has_weights = any(next(folder.glob(pattern), None) is not None for pattern in CHECKPOINT_WEIGHTS)
-    return has_weights and not any(is_cut_off(file) for file in folder.iterdir())
+    return has_weights and not any(is_cut_off(file) for file in folder.rglob("*"))  # DeepSpeed and FSDP have folders
 
 
 def is_cut_off(file: Path) -> bool:
@@ -239,9 +241,9 @@ def is_cut_off(file: Path) -> bool:
         try:
             with safe_open(file, framework="pt"):
                 return False
-        except SafetensorError:
+        except (SafetensorError, OSError):  # OSError: a link to what is gone
             return True
-    return file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file)
+    return file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file)
 
 
 def stop_where_all_steps_are_done(trainer: Trainer) -> None:

@@ -89,8 +89,10 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
     def _calculate_rewards(self, inputs, *args):
         functions = self.reward_funcs
         self.reward_funcs = [partial(values_of, reward) for reward in functions]
-        rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
-        self.reward_funcs = functions
+        try:
+            rewards = super()._calculate_rewards(inputs, *args)  # of all processes, in their order
+        finally:
+            self.reward_funcs = functions
         first = self.accelerator.process_index * len(inputs)
         self._own_rewards = rewards[first : first + len(inputs)]
         num_generations = self.num_generations if self.model.training else self.num_generations_eval

@@ -193,7 +193,9 @@ def checkpoint_to_resume(args: argparse.Namespace, weights_file: str) -> dict | 
     try:
         checkpoint = load_pickle(path)
     except UNREADABLE as error:
-        raise InputError(f"--output_dir: {path} is broken ({first_line(error)}). Delete it to start anew") from error
+        raise InputError(
+            f"--output_dir: {path} cannot be read ({first_line(error)}). If it is broken, delete it to start anew"
+        ) from error
     before = checkpoint["args"]
     changed = [name for name, value in settings_of(args, FREE_ARGUMENTS).items() if before.get(name) != value]
     if changed:

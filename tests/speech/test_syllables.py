@@ -32,6 +32,11 @@ def test_worked_numbers_of_docstrings():
         ("한국어", 3),
         ("\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165", 3),  # the same in letters of their own
         ("bønder", 2),
+        ("mən gəl", 2),
+        ("ɗan", 1),
+        ("kɔ́lɔ́ngɔnɔ", 4),
+        ("gbọ́n", 1),
+        ("a ﬁne 3", 3),
     ],
 )
 def test_syllables(text, count):

@@ -17,6 +17,7 @@ from speech.text_marks import marked_words, plain_text
         ("Él *sí* vino.", "Él sí vino.", [1]),
         ("मैंने *नहीं* कहा।", "मैंने नहीं कहा।", [1]),  # ends in a sign that is no letter to Python
         ("Un *cafe\u0301* noir.", "Un cafe\u0301 noir.", [1]),
+        ("f(*args)* 2", "f(*args)* 2", []),
         ("*Mr.* Smith *never,* ever", "Mr. Smith never, ever", [0, 2]),
         ("no marks", "no marks", []),
         ("", "", []),

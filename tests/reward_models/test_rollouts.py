@@ -47,7 +47,7 @@ def test_metrics_of_a_batch_by_hand():
     """F0 is measured in the first rollout of each group; the perfect transcripts have four words each."""
     scorer = speech_scorer()
     swinging = [int(30 + 12 * math.sin(i / 5)) for i in range(60)]
-    rollouts = scorer.score([ids(swinging), ids([30] * 60), ids([]), ids(swinging)], ["a", "a", "b", "b"])
+    rollouts = scorer.score([ids(swinging), ids([30] * 60), ids([]), ids(swinging)], ["a", "a", "b", "b"], None)
     expected = log_f0_std(scorer.codec.decode([swinging])[0])
     assert expected > 0.05 and rollouts.metrics()["log_f0_std"] == pytest.approx(expected)
     assert rollouts.edits_and_ref_length() == (4, 16)

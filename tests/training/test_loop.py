@@ -55,7 +55,7 @@ def test_a_broken_checkpoint_is_named(kept, tmp_path):
     torch.save({"args": {}}, tmp_path / loop.CHECKPOINT)
     os.truncate(tmp_path / loop.CHECKPOINT, kept)
     args = argparse.Namespace(output_dir=str(tmp_path), resume_from_checkpoint="true")
-    with pytest.raises(InputError, match=f"{loop.CHECKPOINT} is broken .* Delete it to start anew"):
+    with pytest.raises(InputError, match=f"{loop.CHECKPOINT} cannot be read .* delete it to start anew"):
         loop.checkpoint_to_resume(args, "model.safetensors")
 
 

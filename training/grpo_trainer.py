@@ -107,9 +107,10 @@ class SpeechGRPOTrainer(OutputsKeepTheirDtype, GRPOTrainer):
         if self.credit == "time" and self.model.training:
             mask = outputs["completion_mask"]
             outputs["advantages"] = self._token_advantages(mask)
-            means = outputs["advantages"].sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-            # For --log_completions; there is room for the rollouts of one batch, so TRL's advantages go
-            self._logs["advantages"].extend(self.accelerator.gather(means).tolist())
+            if self.log_completions:
+                means = outputs["advantages"].sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+                # There is room for the rollouts of one batch, so TRL's advantages go
+                self._logs["advantages"].extend(self.accelerator.gather(means).tolist())
         return outputs
 
     def _token_advantages(self, completion_mask: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,9 @@ def test_a_run_resumes_with_it_and_differs_from_one_without(tmp_path, monkeypatc
         return seen[-1]
 
     def note_shown(self, inputs):
+        self.log_completions = True
         outputs = of_batch(self, inputs)
+        self.log_completions = False  # without printing the table
         shown.append(list(self._logs["advantages"]))
         return outputs
 

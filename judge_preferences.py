@@ -53,10 +53,10 @@ from common.resumable_file import ResumableFile
 from common.run_record import content_digest, short_digest
 from metrics.chat_judge import ANSWER, NO_DIFFERENCE, PROMPT, ChatJudge, JudgeUnavailableError
 from metrics.formatting import percent
-from metrics.html_page import wav_bytes
 from metrics.listening_page import at_level, sound_of
 from metrics.listening_pairs import ClipPair, add_flags, check_flags, draw_pairs
 from metrics.preference_answers import MIN_PLANTED, encode_clips, pair_rows, wins, write_report
+from speech.audio import wav_bytes
 from speech.policy import DEFAULT_CODEC
 
 # Arguments that do not change the pairs: a resumed run may have other values of them

@@ -9,10 +9,9 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from common.run_record import plot_curves
-from speech.tokens import SAMPLE_RATE
+from speech.audio import wav_bytes
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #2f6fde; }
@@ -115,12 +114,6 @@ def _plain(words: list[str]) -> list[str]:
 
 def data_uri(mime: str, content: bytes) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
-
-
-def wav_bytes(wav: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, wav.clip(-1, 1), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return file.getvalue()
 
 
 def reward_curve(model: str) -> bytes | None:

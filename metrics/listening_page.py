@@ -12,10 +12,10 @@ import numpy as np
 
 from common.run_record import short_digest
 from metrics.degraded_copies import DEGRADATIONS
-from metrics.html_page import data_uri, wav_bytes
+from metrics.html_page import data_uri
 from metrics.listening_pairs import Clip, ClipPair
 from metrics.result_files import FULL_SCALE
-from speech.audio import load_audio
+from speech.audio import load_audio, wav_bytes
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 SIDES = ("A", "B")

@@ -109,9 +109,14 @@ def save_audio(path: str | os.PathLike, wav: np.ndarray) -> None:
     if not np.isfinite(wav).all():
         raise ValueError(f"{path}: the waveform holds NaN or infinite samples")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    whole = io.BytesIO()  # libsndfile calls a full disk "System error"
-    soundfile.write(whole, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    Path(path).write_bytes(whole.getvalue())
+    Path(path).write_bytes(wav_bytes(wav))  # not by libsndfile, which calls a full disk "System error"
+
+
+def wav_bytes(wav: np.ndarray) -> bytes:
+    """A mono waveform at 16 kHz as a WAV file of 16-bit PCM, clipped to [-1, 1]."""
+    file = io.BytesIO()
+    soundfile.write(file, wav.clip(-1.0, 1.0), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return file.getvalue()
 
 
 def audio_failure(wav: np.ndarray) -> str | None:
